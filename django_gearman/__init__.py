@@ -1,0 +1,35 @@
+"""
+Background jobs for Django over the Gearman protocol.
+
+The public names are imported when they are first used, so that the four
+packages beside this file can be imported without Django.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = ["Client", "Job", "JobContext", "JobResult", "job"]
+
+_HOMES = {
+    "Client": "client.sync",
+    "Job": "jobs",
+    "JobContext": "jobs",
+    "JobResult": "jobs",
+    "job": "jobs",
+}
+
+if TYPE_CHECKING:
+    from .client.sync import Client as Client
+    from .jobs import Job as Job
+    from .jobs import JobContext as JobContext
+    from .jobs import JobResult as JobResult
+    from .jobs import job as job
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{home}", __name__), name)

@@ -1,0 +1,176 @@
+"""
+Every error of django_gearman, as one tree.
+
+    GearmanError
+    ├── ProtocolError              a peer sent what the protocol does not allow
+    │   └── UnreadableStream       ... and nothing after it can be read
+    ├── ConnectionFailed           no server could be reached; nothing was sent
+    ├── ConnectionLost             the connection broke; what was sent may have been done
+    ├── ServerError                the server answered ERROR
+    ├── ResponseTimeout            no answer within the time allowed
+    ├── JobFailed                  the worker reported that the job failed
+    ├── WaitInTransaction          get() would wait for what its own transaction hides
+    ├── JobNotFinished             a return value was asked for too early
+    ├── JobResultDoesNotExist      no record with that id
+    ├── JobResultMismatch          the record is of another function
+    ├── InvalidJob                 a @job that cannot be what it was declared to be
+    └── StoreError                 the durable store cannot do its work
+        └── LeaseLost              another server took this server's place
+
+Imports nothing. Each error carries its data as attributes and says in its
+sentence what can be done.
+"""
+
+
+class GearmanError(Exception):
+    """Everything below; never raised itself."""
+
+
+class ProtocolError(GearmanError):
+    """
+    A peer sent a packet that the protocol does not allow.
+
+    The stream stays readable: answer with ERROR ``code`` and ``text``, and go on.
+    """
+
+    def __init__(self, code: bytes, text: bytes) -> None:
+        self.code = code
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.code.decode()}: {self.text.decode()}"
+
+
+class UnreadableStream(ProtocolError):
+    """The peer speaks something else than Gearman, or too much of it: close the connection."""
+
+
+class ConnectionFailed(GearmanError):
+    """No server could be reached; nothing was sent."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        self.server = server
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"no job server answers at {self.server} ({self.reason}); is `manage.py gearman_server` running?"
+        )
+
+
+class ConnectionLost(GearmanError):
+    """The connection broke before the answer; the server may have done what was asked."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        self.server = server
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the connection to the job server at {self.server} broke ({self.reason})"
+
+
+class ServerError(GearmanError):
+    """The server answered ERROR."""
+
+    def __init__(self, server: str, code: str, text: str) -> None:
+        self.server = server
+        self.code = code
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"the job server at {self.server} answered {self.code}: {self.text}"
+
+
+class ResponseTimeout(GearmanError, TimeoutError):
+    """No answer came within the time allowed."""
+
+    def __init__(self, what: str, timeout: float) -> None:
+        self.what = what
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"{self.what} took longer than {self.timeout:g} s"
+
+
+class JobFailed(GearmanError):
+    """The job failed; ``exception``, ``message`` and ``traceback`` say how, where the worker told."""
+
+    def __init__(
+        self, job: str, *, exception: str = "", message: str = "", traceback: str = "", data: bytes = b""
+    ) -> None:
+        self.job = job
+        self.exception = exception
+        self.message = message
+        self.traceback = traceback
+        self.data = data
+
+    def __str__(self) -> str:
+        reason = ": ".join(part for part in (self.exception, self.message) if part)
+        return f"job {self.job} failed" + (f" with {reason}" if reason else "")
+
+
+class JobNotFinished(GearmanError, ValueError):
+    """The return value of a job that has not ended yet was asked for."""
+
+    def __init__(self, job: str, status: str) -> None:
+        self.job = job
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"job {self.job} has not finished yet (it is {self.status}); wait for it with get(timeout=...)"
+
+
+class WaitInTransaction(GearmanError, RuntimeError):
+    """Waiting inside a transaction for a job that nobody else can see before it commits."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+
+    def __str__(self) -> str:
+        return (
+            f"get() would wait for job {self.job} inside an open transaction, which hides the job from the "
+            "job server and its end from here; wait after the transaction"
+        )
+
+
+class JobResultDoesNotExist(GearmanError, LookupError):
+    """There is no record with that id."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    def __str__(self) -> str:
+        return f"there is no job with the id {self.id!r}: it was pruned, or its transaction was rolled back"
+
+
+class JobResultMismatch(GearmanError, LookupError):
+    """The record with that id is of another function."""
+
+    def __init__(self, id: str, function: str, expected: str) -> None:
+        self.id = id
+        self.function = function
+        self.expected = expected
+
+    def __str__(self) -> str:
+        return f"job {self.id} is of {self.function}, not of {self.expected}"
+
+
+class InvalidJob(GearmanError, TypeError):
+    """A function cannot be the job that its ``@job`` declares, or two jobs share a name."""
+
+
+class StoreError(GearmanError):
+    """The durable store cannot do its work."""
+
+
+class LeaseLost(StoreError):
+    """Another server has taken the lease: whatever this one writes would be wrong."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+
+    def __str__(self) -> str:
+        return (
+            f"another job server runs under the name {self.server!r} on this database and has taken over; "
+            "give each server its own --name"
+        )
