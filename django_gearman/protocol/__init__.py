@@ -1,0 +1,1 @@
+"""The wire: bytes to packets and back. No I/O, no clock, no Django."""

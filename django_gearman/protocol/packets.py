@@ -1,0 +1,170 @@
+"""
+The packets of the Gearman protocol, as data.
+
+A packet is a 12-byte header (magic, type, size of the body, big-endian) and a
+body of arguments, each but the last ended by one NUL. Source: gearmand's
+PROTOCOL document; the argument table here is its "Binary Packet" sections.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from struct import Struct
+
+HEADER_SIZE = 12
+REQUEST = b"\0REQ"
+"""Magic of a packet to the server."""
+RESPONSE = b"\0RES"
+"""Magic of a packet from the server."""
+
+CLAIM = b"gearman:claim"
+"""
+A function that our job server serves itself: submitted in the background, it
+makes the server look for new rows in its database. No import path has a colon.
+"""
+
+_header = Struct(">4sII")
+_size = Struct(">I")
+
+
+class PacketType(IntEnum):
+    """PROTOCOL: "Binary Packet", the number of each type. 5 is not in use."""
+
+    CAN_DO = 1
+    CANT_DO = 2
+    RESET_ABILITIES = 3
+    PRE_SLEEP = 4
+    NOOP = 6
+    SUBMIT_JOB = 7
+    JOB_CREATED = 8
+    GRAB_JOB = 9
+    NO_JOB = 10
+    JOB_ASSIGN = 11
+    WORK_STATUS = 12
+    WORK_COMPLETE = 13
+    WORK_FAIL = 14
+    GET_STATUS = 15
+    ECHO_REQ = 16
+    ECHO_RES = 17
+    SUBMIT_JOB_BG = 18
+    ERROR = 19
+    STATUS_RES = 20
+    SUBMIT_JOB_HIGH = 21
+    SET_CLIENT_ID = 22
+    CAN_DO_TIMEOUT = 23
+    ALL_YOURS = 24
+    WORK_EXCEPTION = 25
+    OPTION_REQ = 26
+    OPTION_RES = 27
+    WORK_DATA = 28
+    WORK_WARNING = 29
+    GRAB_JOB_UNIQ = 30
+    JOB_ASSIGN_UNIQ = 31
+    SUBMIT_JOB_HIGH_BG = 32
+    SUBMIT_JOB_LOW = 33
+    SUBMIT_JOB_LOW_BG = 34
+    SUBMIT_JOB_SCHED = 35
+    SUBMIT_JOB_EPOCH = 36
+    SUBMIT_REDUCE_JOB = 37
+    SUBMIT_REDUCE_JOB_BACKGROUND = 38
+    GRAB_JOB_ALL = 39
+    JOB_ASSIGN_ALL = 40
+    GET_STATUS_UNIQUE = 41
+    STATUS_RES_UNIQUE = 42
+
+
+ARGUMENTS: dict[PacketType, tuple[str, ...]] = {
+    PacketType.CAN_DO: ("function",),
+    PacketType.CANT_DO: ("function",),
+    PacketType.RESET_ABILITIES: (),
+    PacketType.PRE_SLEEP: (),
+    PacketType.NOOP: (),
+    PacketType.SUBMIT_JOB: ("function", "unique", "workload"),
+    PacketType.JOB_CREATED: ("handle",),
+    PacketType.GRAB_JOB: (),
+    PacketType.NO_JOB: (),
+    PacketType.JOB_ASSIGN: ("handle", "function", "workload"),
+    PacketType.WORK_STATUS: ("handle", "numerator", "denominator"),
+    PacketType.WORK_COMPLETE: ("handle", "data"),
+    PacketType.WORK_FAIL: ("handle",),
+    PacketType.GET_STATUS: ("handle",),
+    PacketType.ECHO_REQ: ("data",),
+    PacketType.ECHO_RES: ("data",),
+    PacketType.SUBMIT_JOB_BG: ("function", "unique", "workload"),
+    PacketType.ERROR: ("code", "text"),
+    PacketType.STATUS_RES: ("handle", "known", "running", "numerator", "denominator"),
+    PacketType.SUBMIT_JOB_HIGH: ("function", "unique", "workload"),
+    PacketType.SET_CLIENT_ID: ("id",),
+    PacketType.CAN_DO_TIMEOUT: ("function", "timeout"),
+    PacketType.ALL_YOURS: (),
+    PacketType.WORK_EXCEPTION: ("handle", "data"),
+    PacketType.OPTION_REQ: ("option",),
+    PacketType.OPTION_RES: ("option",),
+    PacketType.WORK_DATA: ("handle", "data"),
+    PacketType.WORK_WARNING: ("handle", "data"),
+    PacketType.GRAB_JOB_UNIQ: (),
+    PacketType.JOB_ASSIGN_UNIQ: ("handle", "function", "unique", "workload"),
+    PacketType.SUBMIT_JOB_HIGH_BG: ("function", "unique", "workload"),
+    PacketType.SUBMIT_JOB_LOW: ("function", "unique", "workload"),
+    PacketType.SUBMIT_JOB_LOW_BG: ("function", "unique", "workload"),
+    PacketType.SUBMIT_JOB_SCHED: (
+        "function",
+        "unique",
+        "minute",
+        "hour",
+        "day of month",
+        "month",
+        "day of week",
+        "workload",
+    ),
+    PacketType.SUBMIT_JOB_EPOCH: ("function", "unique", "epoch", "workload"),
+    # gearmand wants the aggregator that its document leaves out.
+    PacketType.SUBMIT_REDUCE_JOB: ("function", "unique", "reducer", "aggregator", "workload"),
+    PacketType.SUBMIT_REDUCE_JOB_BACKGROUND: ("function", "unique", "reducer", "aggregator", "workload"),
+    PacketType.GRAB_JOB_ALL: (),
+    PacketType.JOB_ASSIGN_ALL: ("handle", "function", "unique", "reducer", "workload"),
+    PacketType.GET_STATUS_UNIQUE: ("unique",),
+    PacketType.STATUS_RES_UNIQUE: ("unique", "known", "running", "numerator", "denominator", "client count"),
+}
+"""What a packet's body holds, in order."""
+
+HIGHEST_TYPE = max(PacketType)
+
+FROM_SERVER_ONLY = frozenset(
+    {
+        PacketType.NOOP,
+        PacketType.JOB_CREATED,
+        PacketType.NO_JOB,
+        PacketType.JOB_ASSIGN,
+        PacketType.ECHO_RES,
+        PacketType.ERROR,
+        PacketType.STATUS_RES,
+        PacketType.OPTION_RES,
+        PacketType.JOB_ASSIGN_UNIQ,
+        PacketType.JOB_ASSIGN_ALL,
+        PacketType.STATUS_RES_UNIQUE,
+    }
+)
+
+_BY_NUMBER = {kind.value: kind for kind in PacketType}
+
+SEPARATORS: tuple[int | None, ...] = tuple(
+    max(len(ARGUMENTS[_BY_NUMBER[number]]) - 1, 0) if number in _BY_NUMBER else None
+    for number in range(HIGHEST_TYPE + 1)
+)
+"""By number of the type: how many NULs part its arguments; None where there is no such type."""
+
+_RESPONSE_HEADERS = tuple(RESPONSE + _size.pack(kind) for kind in range(HIGHEST_TYPE + 1))
+_pack_size = _size.pack
+
+
+def encode_request(kind: PacketType, *arguments: bytes) -> bytes:
+    """A packet to the server."""
+    body = b"\0".join(arguments)
+    return _header.pack(REQUEST, kind, len(body)) + body
+
+
+def encode_response(kind: PacketType, *arguments: bytes) -> bytes:
+    """A packet from the server. Nothing is checked: this is the server's hot path."""
+    body = b"\0".join(arguments)
+    return _RESPONSE_HEADERS[kind] + _pack_size(len(body)) + body
