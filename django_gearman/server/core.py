@@ -1,0 +1,836 @@
+"""
+What each packet means to the job server.
+
+No sockets, no asyncio, no database, no clock: the shell says what happened
+(``connected``, ``receive``, ``disconnected``, ``committed``, ``rejected``,
+``adopt``, ``tick``) and then performs what the core left behind: ``dirty``
+peers with ``output`` to send, and ``entries`` for the journal. Behaviour
+follows gearmand's PROTOCOL document; where we differ or it is silent, the
+handler says so.
+
+The law of this file: JOB_CREATED of a background job leaves when the journal
+has written the job, answers keep the order of their requests, and a final
+packet is the last one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
+from ..protocol.reader import Packet
+from .entries import (
+    Entry,
+    JobFinished,
+    JobKept,
+    JobProgress,
+    JobQueued,
+    JobRequeued,
+    JobStarted,
+    Outcome,
+    StoredJob,
+)
+from .jobs import Function, Job, JobState, UniqueKey
+
+HIGH: Final = 50
+NORMAL: Final = 0
+LOW: Final = -50
+
+PENDING, READY, RUNNING, GONE = JobState
+
+_NO_JOB = encode_response(PacketType.NO_JOB)
+_NOOP = encode_response(PacketType.NOOP)
+_SUBMISSIONS: dict[PacketType, tuple[int, bool]] = {
+    PacketType.SUBMIT_JOB: (NORMAL, False),
+    PacketType.SUBMIT_JOB_HIGH: (HIGH, False),
+    PacketType.SUBMIT_JOB_LOW: (LOW, False),
+    PacketType.SUBMIT_JOB_BG: (NORMAL, True),
+    PacketType.SUBMIT_JOB_HIGH_BG: (HIGH, True),
+    PacketType.SUBMIT_JOB_LOW_BG: (LOW, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What a job server may be told; the command line is built from it."""
+
+    name: str = "localhost:4730"
+    """Stands in every handle; must be of one server alone on a database. At most 40 characters."""
+
+    epoch: int = 0
+    """How often the lease of this name was taken; keeps handles of different runs apart."""
+
+    durable: bool = False
+    """Whether a journal writes the entries. Without it background jobs are acknowledged at once."""
+
+    record_foreground: bool = True
+    """Whether foreground jobs leave entries too, without waiting for them."""
+
+    job_retries: int = 5
+    """How many workers a job may lose before it is given up; 0 for no limit."""
+
+    exceptions: bool = False
+    """Whether every connection gets WORK_EXCEPTION without asking for it."""
+
+    progress_interval: float = 1.0
+    """Seconds between two entries of one job's progress."""
+
+    max_function: int = 512
+    """Bytes in a function's name."""
+
+    max_unique: int = 255
+    """Bytes in a unique."""
+
+    max_idle_functions: int = 10_000
+    """Functions without workers and jobs that stay listed."""
+
+    max_abilities: int = 10_000
+    """Functions that one connection may offer."""
+
+
+class Answer:
+    """A reply that holds its place in the peer's line until its content is known."""
+
+    __slots__ = ("data", "peer")
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.data: bytes | None = None
+
+
+class Peer:
+    """One connection: client, worker or both."""
+
+    __slots__ = (
+        "abilities",
+        "address",
+        "asleep",
+        "client_id",
+        "enlisted",
+        "exceptions",
+        "excused",
+        "line",
+        "listens",
+        "number",
+        "output",
+        "running",
+        "shell",
+        "woken_for",
+    )
+
+    def __init__(self, number: int, address: str, *, exceptions: bool, shell: object) -> None:
+        self.number = number
+        """Descriptor of the socket, as ``workers`` shows it."""
+        self.address = address
+        self.client_id = b"-"
+        self.exceptions = exceptions
+        self.abilities: dict[bytes, Function] = {}
+        self.asleep = False
+        self.enlisted = False
+        """Whether it stands among the sleepers of every function it offers."""
+        self.running: dict[bytes, Job] = {}
+        self.listens: set[Job] = set()
+        self.excused = b""
+        """Handle of its last WORK_EXCEPTION: Perl's workers send WORK_FAIL after it."""
+        self.output: list[bytes] = []
+        """What the shell is to send."""
+        self.line: deque[bytes | Answer] | None = None
+        """Replies behind one that waits for its commit, which is the first; None when none waits."""
+        self.woken_for: Function | None = None
+        """Whose job it was sent NOOP for, until it grabs."""
+        self.shell = shell
+        """The transport's own; the core does not look at it."""
+
+    @property
+    def identity(self) -> bytes:
+        return self.client_id if self.client_id != b"-" else self.address.encode()
+
+
+class JobServer:
+    """
+    The state of one job server, and what each event does to it.
+
+    After every call, and before the next wait: send ``output`` of the ``dirty``
+    peers, give ``entries`` to the journal, and look at ``claim_wanted``. Set
+    ``now`` (seconds since 1970) before events are handed in.
+    """
+
+    def __init__(self, options: ServerOptions | None = None) -> None:
+        self.options = options or ServerOptions()
+        self.now = 0.0
+        self.peers: dict[Peer, None] = {}
+        self.functions: dict[bytes, Function] = {}
+        self.jobs: dict[bytes, Job] = {}
+        """Every job that is pending, ready or running, by handle."""
+        self.ready: dict[Function, None] = {}
+        """Functions with jobs to hand out."""
+        self.dirty: list[Peer] = []
+        self.entries: list[Entry] = []
+        self.claim_wanted = False
+        """Whether somebody said that rows wait at the database door."""
+        self._handle_prefix = f"H:{self.options.name}:{self.options.epoch}.".encode()
+        self._idle: OrderedDict[Function, None] = OrderedDict()
+        """Functions that were without workers and jobs when last looked at, longest first."""
+        self._created = 0
+        self._served = 0
+        self._durable = self.options.durable
+        self._record_foreground = self.options.durable and self.options.record_foreground
+        self._handlers = self._make_handlers()
+
+    # What the shell says.
+
+    def connected(self, number: int, address: str, shell: object = None) -> Peer:
+        """A connection was opened; hand the peer in with everything that it sends."""
+        peer = Peer(number, address, exceptions=self.options.exceptions, shell=shell)
+        self.peers[peer] = None
+        return peer
+
+    def disconnected(self, peer: Peer) -> None:
+        """
+        A connection is gone, however it ended.
+
+        Its running jobs go back to the queue; foreground jobs that nobody else
+        waits for are dropped. PROTOCOL is silent; gearmand requeues alike.
+        """
+        del self.peers[peer]
+        peer.line = None
+        peer.asleep = False
+        for function in list(peer.abilities.values()):
+            self._forget_ability(peer, function)
+        for job in list(peer.listens):
+            assert job.listeners is not None
+            job.listeners = [listener for listener in job.listeners if listener is not peer] or None
+            self._drop_if_abandoned(job)
+        # Put back in reverse, each before the last: the order of hand-out is restored.
+        for job in reversed(list(peer.running.values())):
+            self._lose_worker(job)
+        self._pass_on_wake(peer, None)
+
+    def receive(self, peer: Peer, packet: Packet) -> None:
+        """A packet came. PROTOCOL: "Binary Packet"."""
+        kind, arguments = packet
+        self._handlers[kind](peer, arguments)
+
+    def refuse(self, peer: Peer, code: bytes, text: bytes) -> None:
+        """Answer ERROR. The connection goes on."""
+        self._send(peer, encode_response(PacketType.ERROR, code, text))
+
+    def say(self, peer: Peer, text: bytes) -> None:
+        """Answer a line of the administrative protocol, in its turn."""
+        self._send(peer, text)
+
+    def committed(self, entries: Iterable[Entry]) -> None:
+        """The journal has written these: acknowledge and hand out what waited for it."""
+        for entry in entries:
+            if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
+                job = self.jobs.get(entry.handle)
+                if job is None or job.answers is None:
+                    continue
+                self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
+                if job.state is PENDING:
+                    self._make_ready(job)
+
+    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+        """
+        The journal could not keep a submission: its clients get ERROR instead of JOB_CREATED.
+
+        Args:
+            entry: As it was left in ``entries``.
+            reason: Shown to the client; must not contain secrets.
+        """
+        job = self.jobs.get(entry.handle)
+        if job is None:
+            return
+        if type(entry) is JobQueued:
+            job.recorded = False
+        if job.answers is None:
+            return
+        refused = {answer.peer for answer in job.answers}
+        self._give_answers(job, encode_response(PacketType.ERROR, b"QUEUE_ERROR", reason.encode()))
+        if job.state is PENDING:
+            for peer in refused:
+                peer.listens.discard(job)
+            job.listeners = None
+            self._remove(job)
+        else:
+            # It was foreground before somebody wanted it kept, and is again.
+            job.background = False
+            self._drop_if_abandoned(job)
+
+    def adopt(self, jobs: Iterable[StoredJob]) -> None:
+        """The store handed these over: claimed from the database door, or replayed at the start."""
+        for stored in jobs:
+            if stored.handle in self.jobs:
+                continue
+            function = self.functions.get(stored.function) or self._add_function(stored.function)
+            job = Job(
+                stored.handle,
+                function,
+                stored.unique,
+                stored.workload,
+                stored.priority,
+                background=True,
+                recorded=True,
+            )
+            job.attempts = stored.attempts
+            job.max_attempts = stored.max_attempts
+            key = self._unique_key(stored.unique, stored.workload)
+            if key is not None and key not in function.uniques:
+                job.key = key
+                function.uniques[key] = job
+            self._hold(job)
+            self._make_ready(job)
+
+    def tick(self) -> None:
+        """
+        Time passed; call it about once a second.
+
+        A worker that was woken may be stuck or may have died unseen: while jobs
+        wait, more are woken.
+        """
+        for function in self.ready:
+            if function.sleepers:
+                self._wake(function)
+
+    # Packets of workers.
+
+    def _can_do(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._offer(peer, arguments[0])
+
+    def _offer(self, peer: Peer, name: bytes) -> None:
+        if name in peer.abilities:
+            return
+        if len(peer.abilities) >= self.options.max_abilities:
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Too many functions on one connection")
+            return
+        function = self._function(peer, name)
+        if function is not None:
+            peer.abilities[name] = function
+            function.workers[peer] = None
+            if peer.enlisted:
+                function.sleepers[peer] = None
+
+    def _cant_do(self, peer: Peer, arguments: list[bytes]) -> None:
+        function = peer.abilities.get(arguments[0])
+        if function is not None:
+            self._withdraw(peer, {function})
+
+    def _reset_abilities(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._withdraw(peer, set(peer.abilities.values()))
+
+    def _withdraw(self, peer: Peer, functions: Collection[Function]) -> None:
+        # As in gearmand, who no longer offers a function gives back its jobs.
+        for function in functions:
+            self._forget_ability(peer, function)
+        for job in reversed(list(peer.running.values())):
+            if job.function in functions:
+                self._lose_worker(job)
+
+    def _forget_ability(self, peer: Peer, function: Function) -> None:
+        del peer.abilities[function.name]
+        del function.workers[peer]
+        function.sleepers.pop(peer, None)
+        self._note_if_idle(function)
+
+    def _pre_sleep(self, peer: Peer, arguments: list[bytes]) -> None:
+        if self._best_function(peer) is not None:
+            # The job came between NO_JOB and now: no sleep.
+            self._send(peer, _NOOP)
+            return
+        peer.asleep = True
+        if not peer.enlisted:
+            for function in peer.abilities.values():
+                function.sleepers[peer] = None
+            peer.enlisted = True
+
+    def _grab_job(self, peer: Peer, arguments: list[bytes]) -> None:
+        job = self._hand_out(peer)
+        if job is not None:
+            self._send(
+                peer, encode_response(PacketType.JOB_ASSIGN, job.handle, job.function.name, job.workload)
+            )
+
+    def _grab_job_uniq(self, peer: Peer, arguments: list[bytes]) -> None:
+        job = self._hand_out(peer)
+        if job is not None:
+            self._send(
+                peer,
+                encode_response(
+                    PacketType.JOB_ASSIGN_UNIQ, job.handle, job.function.name, job.unique, job.workload
+                ),
+            )
+
+    def _hand_out(self, peer: Peer) -> Job | None:
+        peer.asleep = False
+        function = self._best_function(peer)
+        if peer.woken_for is not None:
+            self._pass_on_wake(peer, function)
+        if function is None:
+            self._send(peer, _NO_JOB)
+            return None
+        job = function.take()
+        if not function.waiting:
+            del self.ready[function]
+        self._served = function.served = self._served + 1
+        function.running += 1
+        job.state = RUNNING
+        job.worker = peer
+        job.attempts += 1
+        peer.running[job.handle] = job
+        if job.recorded:
+            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
+        return job
+
+    def _best_function(self, peer: Peer) -> Function | None:
+        """
+        The function whose job the peer gets next: highest priority first, then in turn.
+
+        gearmand 1.1 looks at priority inside one function only; 2.0 does as we do.
+        """
+        abilities = peer.abilities
+        ready = self.ready
+        if not ready:
+            return None
+        if len(abilities) == 1:
+            (function,) = abilities.values()
+            return function if function.waiting else None
+        if len(abilities) <= len(ready):
+            candidates = [function for function in abilities.values() if function.waiting]
+        else:
+            candidates = [function for function in ready if function.name in abilities]
+        if len(candidates) > 1:
+            return max(candidates, key=lambda function: (function.best_priority(), -function.served))
+        return candidates[0] if candidates else None
+
+    def _work_status(self, peer: Peer, arguments: list[bytes]) -> None:
+        handle, numerator, denominator = arguments
+        job = peer.running.get(handle)
+        if job is None:
+            self._refuse_result(peer, b"Job given in work result not found")
+            return
+        job.numerator = numerator
+        job.denominator = denominator
+        self._tell(job, PacketType.WORK_STATUS, arguments)
+        if job.recorded and self.now - job.progress_at >= self.options.progress_interval:
+            job.progress_at = self.now
+            self.entries.append(JobProgress(handle, numerator, denominator))
+
+    def _work_data(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._pass_on(peer, PacketType.WORK_DATA, arguments)
+
+    def _work_warning(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._pass_on(peer, PacketType.WORK_WARNING, arguments)
+
+    def _pass_on(self, peer: Peer, kind: PacketType, arguments: list[bytes]) -> None:
+        job = peer.running.get(arguments[0])
+        if job is None:
+            self._refuse_result(peer, b"Job does not exist on server")
+            return
+        self._tell(job, kind, arguments)
+
+    def _work_complete(self, peer: Peer, arguments: list[bytes]) -> None:
+        job = peer.running.get(arguments[0])
+        if job is None:
+            self._refuse_result(peer, b"Job given in work result not found")
+            return
+        self._tell(job, PacketType.WORK_COMPLETE, arguments)
+        self._finish(job, Outcome.SUCCESSFUL, arguments[1])
+
+    def _work_fail(self, peer: Peer, arguments: list[bytes]) -> None:
+        handle = arguments[0].rstrip(b"\0")
+        job = peer.running.get(handle)
+        if job is None:
+            if handle != peer.excused:
+                self._refuse_result(peer, b"Job given in work result not found")
+            return
+        self._fail(job, Outcome.FAILED, "The worker reported that the job failed")
+
+    def _work_exception(self, peer: Peer, arguments: list[bytes]) -> None:
+        """WORK_EXCEPTION is final, as in gearmand; a WORK_FAIL of the same worker after it is passed over."""
+        handle, data = arguments
+        job = peer.running.get(handle)
+        if job is None:
+            self._refuse_result(peer, b"An exception was received for a job that does not exist")
+            return
+        peer.excused = handle
+        failed = encode_response(PacketType.WORK_FAIL, handle)
+        exception = encode_response(PacketType.WORK_EXCEPTION, handle, data)
+        for listener in job.listeners or ():
+            self._send(listener, exception if listener.exceptions else failed)
+        self._finish(job, Outcome.FAILED, data)
+
+    def _refuse_result(self, peer: Peer, text: bytes) -> None:
+        self.refuse(peer, b"JOB_NOT_FOUND", text)
+
+    # Packets of clients.
+
+    def _submit(self, peer: Peer, arguments: list[bytes], priority: int, *, background: bool) -> None:
+        name, unique, workload = arguments
+        function = self.functions.get(name)
+        if function is None:
+            if name == CLAIM and background:
+                self._claim(peer)
+                return
+            function = self._function(peer, name)
+            if function is None:
+                return
+        if len(unique) > self.options.max_unique:
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Unique value too large")
+            return
+        key = self._unique_key(unique, workload)
+        if key is not None:
+            job = function.uniques.get(key)
+            if job is not None:
+                self._join(peer, job, background=background)
+                return
+        self._created += 1
+        handle = self._handle_prefix + b"%d" % self._created
+        recorded = self._durable if background else self._record_foreground
+        job = Job(handle, function, unique, workload, priority, background=background, recorded=recorded)
+        self._hold(job)
+        if key is not None:
+            job.key = key
+            function.uniques[key] = job
+        if recorded:
+            self._record(job, peer)
+        if background and recorded:
+            job.state = PENDING
+            self._answer_later(peer, job)
+            return
+        self._send(peer, encode_response(PacketType.JOB_CREATED, handle))
+        if not background:
+            self._listen(peer, job)
+        self._make_ready(job)
+
+    def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
+        """Attach a submission to the live job of the same unique, which keeps its own workload."""
+        if background and not job.background:
+            # gearmand lets the job die with its foreground clients all the same.
+            job.background = True
+            if self._durable:
+                if job.recorded:
+                    self.entries.append(JobKept(job.handle))
+                else:
+                    job.recorded = True
+                    self._record(job, peer)
+                    if job.worker is not None:
+                        self.entries.append(
+                            JobStarted(job.handle, job.worker.identity, job.attempts, self.now)
+                        )
+                job.answers = []
+        if job.answers is not None:
+            self._answer_later(peer, job)
+        else:
+            self._send(peer, encode_response(PacketType.JOB_CREATED, job.handle))
+        if not background:
+            self._listen(peer, job)
+
+    def _claim(self, peer: Peer) -> None:
+        self.claim_wanted = True
+        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + b"claim"))
+
+    def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
+        handle = arguments[0].rstrip(b"\0")
+        job = self.jobs.get(handle)
+        if job is None or job.state is PENDING:
+            self._send(peer, encode_response(PacketType.STATUS_RES, handle, b"0", b"0", b"0", b"0"))
+            return
+        running = b"1" if job.state is RUNNING else b"0"
+        self._send(
+            peer,
+            encode_response(
+                PacketType.STATUS_RES,
+                handle,
+                b"1",
+                running,
+                _as_unsigned(job.numerator),
+                _as_unsigned(job.denominator),
+            ),
+        )
+
+    # Packets of both.
+
+    def _echo(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._send(peer, encode_response(PacketType.ECHO_RES, arguments[0]))
+
+    def _set_client_id(self, peer: Peer, arguments: list[bytes]) -> None:
+        # Cut as gearmand does; control characters would forge lines of the listing.
+        peer.client_id = bytes(byte if byte >= 0x20 and byte != 0x7F else 0x3F for byte in arguments[0][:127])
+
+    def _option_req(self, peer: Peer, arguments: list[bytes]) -> None:
+        if arguments[0].rstrip(b"\0").lower() == b"exceptions":
+            peer.exceptions = True
+            self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
+        else:
+            self.refuse(peer, b"UNKNOWN_OPTION", b"Server does not recognize given option")
+
+    def _unexpected(self, peer: Peer, arguments: list[bytes]) -> None:
+        self.refuse(peer, b"INVALID_COMMAND", b"Command not expected")
+
+    # Moving jobs.
+
+    def _make_ready(self, job: Job) -> None:
+        job.state = READY
+        function = job.function
+        function.put(job)
+        self.ready[function] = None
+        if function.sleepers:
+            self._wake(function)
+
+    def _wake(self, function: Function) -> None:
+        """
+        NOOP to one worker that sleeps on the function, the last to fall asleep.
+
+        One for each job that becomes ready is enough, since a woken worker grabs
+        until nothing is left; gearmand wakes all.
+        """
+        sleepers = function.sleepers
+        while sleepers:
+            peer, _ = sleepers.popitem()
+            peer.enlisted = False
+            if peer.asleep:
+                peer.asleep = False
+                peer.woken_for = function
+                self._send(peer, _NOOP)
+                return
+
+    def _pass_on_wake(self, peer: Peer, taken: Function | None) -> None:
+        """A woken worker left, or takes another function's job: somebody else must wake for its own."""
+        function = peer.woken_for
+        peer.woken_for = None
+        if function is not None and function is not taken and function.waiting:
+            self._wake(function)
+
+    def _lose_worker(self, job: Job) -> None:
+        """The worker left, or gave the job back, without an outcome."""
+        self._release(job)
+        limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
+        if not job.background and not job.listeners:
+            self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
+        elif limit and job.attempts >= limit:
+            self._fail(job, Outcome.DEAD, f"The worker was lost at each of {job.attempts} attempts")
+        else:
+            job.numerator = job.denominator = b"0"
+            job.state = READY
+            function = job.function
+            function.put_back(job)
+            self.ready[function] = None
+            if job.recorded:
+                self.entries.append(JobRequeued(job.handle))
+            if function.sleepers:
+                self._wake(function)
+
+    def _release(self, job: Job) -> None:
+        if job.worker is not None:
+            del job.worker.running[job.handle]
+            job.worker = None
+            job.function.running -= 1
+
+    def _fail(self, job: Job, outcome: Outcome, reason: str) -> None:
+        self._tell(job, PacketType.WORK_FAIL, [job.handle])
+        self._finish(job, outcome, b"", reason)
+
+    def _finish(self, job: Job, outcome: Outcome, data: bytes, reason: str = "") -> None:
+        """The job has ended and its listeners were told: forget it, but for its record."""
+        self._release(job)
+        if job.listeners is not None:
+            for listener in job.listeners:
+                listener.listens.discard(job)
+            job.listeners = None
+        if job.recorded:
+            self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
+        self._remove(job)
+
+    def _remove(self, job: Job) -> None:
+        function = job.function
+        if job.state is READY:
+            function.waiting -= 1
+            if not function.waiting:
+                del self.ready[function]
+        job.state = GONE
+        job.workload = b""
+        del self.jobs[job.handle]
+        function.held -= 1
+        if job.key is not None:
+            del function.uniques[job.key]
+            job.key = None
+        if not function.waiting and function.levels:
+            # Nothing but ended jobs lies there.
+            function.levels.clear()
+            function.priorities.clear()
+        self._note_if_idle(function)
+
+    def _drop_if_abandoned(self, job: Job) -> None:
+        if job.state is READY and not job.background and not job.listeners:
+            self._finish(job, Outcome.CANCELLED, b"", "The client left before a worker took the job")
+
+    # Small parts.
+
+    def _send(self, peer: Peer, data: bytes) -> None:
+        if peer.line is not None:
+            peer.line.append(data)
+            return
+        if not peer.output:
+            self.dirty.append(peer)
+        peer.output.append(data)
+
+    def _answer_later(self, peer: Peer, job: Job) -> None:
+        answer = Answer(peer)
+        if peer.line is None:
+            peer.line = deque()
+        peer.line.append(answer)
+        if job.answers is None:
+            job.answers = []
+        job.answers.append(answer)
+
+    def _give_answers(self, job: Job, data: bytes) -> None:
+        answers = job.answers or ()
+        job.answers = None
+        for answer in answers:
+            answer.data = data
+            peer = answer.peer
+            line = peer.line
+            if line is None:
+                continue  # the peer is gone
+            if not peer.output:
+                self.dirty.append(peer)
+            while line:
+                head = line[0]
+                if isinstance(head, Answer):
+                    if head.data is None:
+                        break
+                    head = head.data
+                peer.output.append(head)
+                line.popleft()
+            else:
+                peer.line = None
+
+    def _tell(self, job: Job, kind: PacketType, arguments: list[bytes]) -> None:
+        if job.listeners is not None:
+            packet = encode_response(kind, *arguments)
+            for listener in job.listeners:
+                self._send(listener, packet)
+
+    def _listen(self, peer: Peer, job: Job) -> None:
+        if job.listeners is None:
+            job.listeners = []
+        job.listeners.append(peer)
+        peer.listens.add(job)
+
+    def _record(self, job: Job, peer: Peer) -> None:
+        self.entries.append(
+            JobQueued(
+                job.handle,
+                job.function.name,
+                job.unique,
+                job.workload,
+                job.priority,
+                job.background,
+                peer.identity,
+                self.now,
+            )
+        )
+
+    def _unique_key(self, unique: bytes, workload: bytes) -> UniqueKey | None:
+        # PROTOCOL is silent on it, but gearmand (job.cc) and Perl's Job.pm agree:
+        # the unique "-" stands for the workload itself.
+        if unique == b"-":
+            return (workload,) if workload else None
+        return unique or None
+
+    def _function(self, peer: Peer, name: bytes) -> Function | None:
+        """The function of that name, made when it is new; None when it is refused."""
+        function = self.functions.get(name)
+        if function is not None:
+            return function
+        if len(name) > self.options.max_function:
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Function name too large")
+            return None
+        if name == CLAIM or not _is_printable(name):
+            # A line end or a tab would forge a row of the listings.
+            self.refuse(
+                peer, b"INVALID_FUNCTION_NAME", b"Function names are UTF-8 without control characters"
+            )
+            return None
+        return self._add_function(name)
+
+    def _add_function(self, name: bytes) -> Function:
+        function = self.functions[name] = Function(name)
+        self._note_if_idle(function)
+        return function
+
+    def _note_if_idle(self, function: Function) -> None:
+        """
+        Functions without workers and jobs stay listed, but not without limit.
+
+        gearmand keeps each for ever and grows under names that are made up.
+        """
+        if not function.idle:
+            return
+        idle = self._idle
+        idle[function] = None
+        if len(idle) > self.options.max_idle_functions:
+            oldest, _ = idle.popitem(last=False)
+            if oldest is not function and oldest.idle:
+                del self.functions[oldest.name]
+
+    def _hold(self, job: Job) -> None:
+        self.jobs[job.handle] = job
+        job.function.held += 1
+
+    def _make_handlers(self) -> list[Callable[[Peer, list[bytes]], None]]:
+        handlers: list[Callable[[Peer, list[bytes]], None]] = [self._unexpected] * (HIGHEST_TYPE + 1)
+        for kind, (priority, background) in _SUBMISSIONS.items():
+            handlers[kind] = self._submission(priority, background)
+        handlers[PacketType.CAN_DO] = self._can_do
+        handlers[PacketType.CANT_DO] = self._cant_do
+        handlers[PacketType.RESET_ABILITIES] = self._reset_abilities
+        handlers[PacketType.PRE_SLEEP] = self._pre_sleep
+        handlers[PacketType.GRAB_JOB] = self._grab_job
+        handlers[PacketType.GRAB_JOB_UNIQ] = self._grab_job_uniq
+        # For a job without a reducer, and there are no others yet, the answer is the same.
+        handlers[PacketType.GRAB_JOB_ALL] = self._grab_job_uniq
+        handlers[PacketType.WORK_STATUS] = self._work_status
+        handlers[PacketType.WORK_COMPLETE] = self._work_complete
+        handlers[PacketType.WORK_FAIL] = self._work_fail
+        handlers[PacketType.WORK_EXCEPTION] = self._work_exception
+        handlers[PacketType.WORK_DATA] = self._work_data
+        handlers[PacketType.WORK_WARNING] = self._work_warning
+        handlers[PacketType.GET_STATUS] = self._get_status
+        handlers[PacketType.ECHO_REQ] = self._echo
+        handlers[PacketType.SET_CLIENT_ID] = self._set_client_id
+        handlers[PacketType.OPTION_REQ] = self._option_req
+        return handlers
+
+    def _submission(self, priority: int, background: bool) -> Callable[[Peer, list[bytes]], None]:
+        def handle(peer: Peer, arguments: list[bytes]) -> None:
+            self._submit(peer, arguments, priority, background=background)
+
+        return handle
+
+
+def _is_printable(name: bytes) -> bool:
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        return False
+    return not any(character < " " or "\x7f" <= character < "\xa0" for character in text)
+
+
+def _as_unsigned(number: bytes) -> bytes:
+    """
+    A worker's number as STATUS_RES shows it: C's ``atoi`` in 32 bits without sign, as gearmand does.
+
+    The digits are bounded before they become an integer: a long run of them
+    would cost time that grows with its square.
+    """
+    text = number.strip()[:20]
+    sign = -1 if text[:1] == b"-" else 1
+    digits = text.lstrip(b"+-") if text[:1] in (b"+", b"-") else text
+    length = 0
+    while length < len(digits) and 0x30 <= digits[length] <= 0x39:
+        length += 1
+    return b"%d" % (sign * int(digits[:length] or b"0") % 2**32)

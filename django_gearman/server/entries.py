@@ -1,0 +1,95 @@
+"""
+What the journal keeps: the facts of a job's life, in the order they happened.
+
+The core makes entries, the journal carries them in batches, a store writes
+them. They are values: nothing in them changes once made, so that the writer's
+thread never sees the core's state. Names are the wire's bytes; ``at`` is wall
+time in seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Outcome(StrEnum):
+    """How a job ended; each final status of a record but no other."""
+
+    SUCCESSFUL = "SUCCESSFUL"
+    FAILED = "FAILED"
+    DEAD = "DEAD"
+    CANCELLED = "CANCELLED"
+
+
+class JobQueued(NamedTuple):
+    """A client submitted a job. When ``background`` is true the client hears of it once this is written."""
+
+    handle: bytes
+    function: bytes
+    unique: bytes
+    workload: bytes
+    priority: int
+    background: bool
+    client: bytes
+    at: float
+
+
+class JobKept(NamedTuple):
+    """A background submission joined a foreground job: from now on it stays whoever leaves."""
+
+    handle: bytes
+
+
+class JobStarted(NamedTuple):
+    """The job was handed to a worker for the ``attempts``-th time."""
+
+    handle: bytes
+    worker: bytes
+    attempts: int
+    at: float
+
+
+class JobProgress(NamedTuple):
+    """The worker told how far it is; decimal text as it came from the wire."""
+
+    handle: bytes
+    numerator: bytes
+    denominator: bytes
+
+
+class JobRequeued(NamedTuple):
+    """The worker left without an outcome; the job waits again."""
+
+    handle: bytes
+
+
+class JobFinished(NamedTuple):
+    """
+    The job ended, once and for all.
+
+    ``data`` is the result of a successful job, the exception's data of a failed
+    one when the worker sent any; ``reason`` is the server's own word when no
+    worker spoke.
+    """
+
+    handle: bytes
+    outcome: Outcome
+    data: bytes
+    reason: str
+    at: float
+
+
+Entry = JobQueued | JobKept | JobStarted | JobProgress | JobRequeued | JobFinished
+
+
+class StoredJob(NamedTuple):
+    """A job that the store hands to the core: claimed from the database door, or replayed."""
+
+    handle: bytes
+    function: bytes
+    unique: bytes
+    workload: bytes
+    priority: int
+    attempts: int
+    max_attempts: int | None

@@ -1,0 +1,168 @@
+"""
+Jobs, and the functions that they wait for.
+
+A ``Function`` is everything the server knows under one name: its waiting jobs
+by priority, its uniques, its workers and which of them sleep. No packets here
+and no peers' affairs: the core moves jobs between these places.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .core import Answer, Peer
+
+UniqueKey = bytes | tuple[bytes]
+"""A unique as sent, or the workload in a tuple where the unique was ``-``."""
+
+
+class JobState(Enum):
+    PENDING = "pending"
+    """Not yet written: nobody may run it."""
+    READY = "ready"
+    RUNNING = "running"
+    GONE = "gone"
+    """Ended; may still lie in a queue, where it is passed over."""
+
+
+class Job:
+    """One job that the server holds."""
+
+    __slots__ = (
+        "answers",
+        "attempts",
+        "background",
+        "denominator",
+        "function",
+        "handle",
+        "key",
+        "listeners",
+        "max_attempts",
+        "numerator",
+        "priority",
+        "progress_at",
+        "recorded",
+        "state",
+        "unique",
+        "worker",
+        "workload",
+    )
+
+    def __init__(
+        self,
+        handle: bytes,
+        function: Function,
+        unique: bytes,
+        workload: bytes,
+        priority: int,
+        *,
+        background: bool,
+        recorded: bool,
+    ) -> None:
+        self.handle = handle
+        self.function = function
+        self.unique = unique
+        self.workload = workload
+        self.priority = priority
+        self.background = background
+        """Whether the job stays when no client listens."""
+        self.recorded = recorded
+        """Whether the store has, or will have, a row of it."""
+        self.key: UniqueKey | None = None
+        """Its place in ``function.uniques``; None when it can not be joined."""
+        self.state = JobState.READY
+        self.worker: Peer | None = None
+        self.listeners: list[Peer] | None = None
+        """Who gets the worker's packets; a peer that submitted twice is listed twice."""
+        self.answers: list[Answer] | None = None
+        """JOB_CREATED replies that wait for the commit; None when there is nothing to wait for."""
+        self.attempts = 0
+        self.max_attempts: int | None = None
+        """How many workers may be lost to it; None for the server's own limit."""
+        self.numerator = b"0"
+        self.denominator = b"0"
+        self.progress_at = 0.0
+        """When progress was last recorded."""
+
+
+class Function:
+    """All that waits, runs and serves under one name."""
+
+    __slots__ = (
+        "held",
+        "levels",
+        "name",
+        "priorities",
+        "running",
+        "served",
+        "sleepers",
+        "uniques",
+        "waiting",
+        "workers",
+    )
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.levels: dict[int, deque[Job]] = {}
+        """{priority: its jobs in order}; ended jobs stay until they come to the front."""
+        self.priorities: list[int] = []
+        """The keys of ``levels``, negated, so that the most urgent is first."""
+        self.held = 0
+        """Jobs of any state but GONE: pending ones too."""
+        self.waiting = 0
+        """Jobs that are ready to be handed out."""
+        self.running = 0
+        self.served = 0
+        """Serial of the last hand-out of any function: those of equal priority take turns by it."""
+        self.uniques: dict[UniqueKey, Job] = {}
+        self.workers: dict[Peer, None] = {}
+        self.sleepers: dict[Peer, None] = {}
+        """Workers to wake, the last to sleep at the end. Some may be awake by now."""
+
+    @property
+    def total(self) -> int:
+        """Waiting and running jobs, as ``status`` counts them."""
+        return self.waiting + self.running
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing would be lost with it."""
+        return not self.held and not self.workers
+
+    def put(self, job: Job) -> None:
+        """Let a job wait behind those of its priority."""
+        self._level(job.priority).append(job)
+        self.waiting += 1
+
+    def put_back(self, job: Job) -> None:
+        """Let a job that was handed out in vain wait before all others of its priority."""
+        self._level(job.priority).appendleft(job)
+        self.waiting += 1
+
+    def _level(self, priority: int) -> deque[Job]:
+        level = self.levels.get(priority)
+        if level is None:
+            level = self.levels[priority] = deque()
+            insort(self.priorities, -priority)
+        return level
+
+    def best_priority(self) -> int:
+        """The highest priority that waits; only to be asked while ``waiting``."""
+        while True:
+            priority = -self.priorities[0]
+            level = self.levels[priority]
+            while level:
+                if level[0].state is JobState.READY:
+                    return priority
+                level.popleft()
+            del self.levels[priority], self.priorities[0]
+
+    def take(self) -> Job:
+        """The next job in order; only to be called while ``waiting``."""
+        level = self.levels[self.best_priority()]
+        self.waiting -= 1
+        return level.popleft()

@@ -1,0 +1,376 @@
+"""
+Group commit in front of any job store.
+
+While one batch is being written by the one writer thread, the next gathers;
+when the write returns the next starts at once. There is no timer to tune: the
+batch grows as the database slows down.
+
+``Journal`` decides (no threads, no clock, tested as it is); ``JournalThread``
+carries it out. The store is the only part that may wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from ..exceptions import LeaseLost, StoreError
+from .core import JobServer
+from .entries import Entry, JobFinished, JobKept, JobQueued, JobStarted, Outcome, StoredJob
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH: Final = 2_000
+"""Entries in one transaction: more would not be faster, and would keep acknowledgements waiting."""
+
+CLAIM_LIMIT: Final = 1_000
+"""Rows claimed from the database door at once."""
+
+WINDOW: Final = 10_000
+"""Jobs of one function that wait in memory before its rows are left in the database."""
+
+
+class JobStore(Protocol):
+    """
+    Where jobs outlive the server.
+
+    Every method but ``close`` is called from one thread, may take its time, and
+    raises ``StoreError`` when the store is out of reach for now (nothing was
+    written, or it is unknown) and ``LeaseLost`` when it is for good.
+    """
+
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        """
+        Write a batch in one transaction, in order.
+
+        Args:
+            again: The batch was tried before with an unknown outcome: what is
+                there already must not be there twice.
+        Returns:
+            {index of an entry that cannot be kept: why}; all others are kept.
+        """
+
+    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+        """
+        Take up to ``limit`` due jobs that no server has, most urgent first, of functions not in ``full``.
+
+        Called about once a second whatever happens: it also proves that this
+        server is alive.
+        """
+
+    def replay(self) -> list[StoredJob]:
+        """The unfinished background jobs of this server, most urgent first, before it opens its socket."""
+
+    def close(self) -> None:
+        """Let go of everything; called last, from the writer's thread."""
+
+
+class MemoryStore:
+    """
+    A store that forgets everything when the process ends.
+
+    The contract of ``JobStore`` in its shortest form, for tests and for
+    embedding; ``gearman_server --store memory`` needs no store at all.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[bytes, StoredJob] = {}
+        """Unfinished background jobs, in the order they came."""
+        self.unclaimed: list[StoredJob] = []
+        """What lies at the database door."""
+        self._foreground: dict[bytes, StoredJob] = {}
+        self.finished: dict[bytes, JobFinished] = {}
+
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        for entry in entries:
+            handle = entry.handle
+            if isinstance(entry, JobQueued):
+                job = StoredJob(handle, entry.function, entry.unique, entry.workload, entry.priority, 0, None)
+                (self.jobs if entry.background else self._foreground)[handle] = job
+            elif isinstance(entry, JobKept):
+                self.jobs[handle] = self._foreground.pop(handle)
+            elif isinstance(entry, JobStarted):
+                for jobs in (self.jobs, self._foreground):
+                    if handle in jobs:
+                        jobs[handle] = jobs[handle]._replace(attempts=entry.attempts)
+            elif isinstance(entry, JobFinished):
+                self.jobs.pop(handle, None)
+                self._foreground.pop(handle, None)
+                self.finished[handle] = entry
+        return {}
+
+    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+        claimed = [job for job in self.unclaimed if job.function not in full][:limit]
+        for job in claimed:
+            self.unclaimed.remove(job)
+            self.jobs[job.handle] = job
+        return claimed
+
+    def replay(self) -> list[StoredJob]:
+        return sorted(self.jobs.values(), key=lambda job: -job.priority)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one trip to the store is for."""
+
+    entries: list[Entry]
+    again: bool = False
+    claim: bool = False
+    full: list[bytes] = field(default_factory=list)
+    """Functions whose rows are to stay in the database."""
+
+    # Filled in by ``perform``.
+    refused: dict[int, str] = field(default_factory=dict)
+    claimed: list[StoredJob] = field(default_factory=list)
+    written: bool = False
+    error: StoreError | None = None
+
+    def perform(self, store: JobStore) -> None:
+        """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
+        try:
+            if self.entries:
+                self.refused = store.write(self.entries, again=self.again)
+            self.written = True
+            if self.claim:
+                self.claimed = store.claim(CLAIM_LIMIT, self.full)
+        except StoreError as error:
+            self.error = error
+
+
+class Journal:
+    """
+    What is to be written next, and what follows when it was.
+
+    Args:
+        server: Told of everything that was committed, rejected or claimed.
+        claim_interval: Seconds between two looks at the database door when nobody calls.
+        submit_limit: Seconds that a background submission waits for a store that is out of reach.
+    """
+
+    def __init__(
+        self,
+        server: JobServer,
+        *,
+        claim_interval: float = 1.0,
+        submit_limit: float = 10.0,
+    ) -> None:
+        self._server = server
+        self._claim_interval = claim_interval
+        self._submit_limit = submit_limit
+        self._gathering: deque[Entry] = deque()
+        self._failed: Batch | None = None
+        self._in_flight = False
+        self._next_claim = 0.0
+        self._retry_at = 0.0
+        self._pause = 0.0
+        self.lease_lost: LeaseLost | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything is written."""
+        return not (self._gathering or self._in_flight or self._failed)
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Take entries over from the core, in order."""
+        self._gathering.extend(entries)
+
+    def claim_soon(self) -> None:
+        """Somebody says that rows wait at the database door."""
+        self._next_claim = 0.0
+
+    def next_deadline(self) -> float:
+        """The monotonic time at which ``next_batch`` may have something by itself."""
+        return self._retry_at if self._failed else self._next_claim
+
+    def next_batch(self, now: float) -> Batch | None:
+        """
+        What the writer is to do now; None while it is at work or there is nothing.
+
+        Call ``done`` with the batch when it was performed.
+        """
+        if self._in_flight or self.lease_lost:
+            return None
+        if self._failed is not None:
+            if now < self._retry_at:
+                return None
+            batch, self._failed = self._failed, None
+            batch.error = None
+        else:
+            claim = now >= self._next_claim
+            if not claim and not self._gathering:
+                return None
+            batch = Batch(self._gather())
+            if claim:
+                self._next_claim = now + self._claim_interval
+                batch.claim = True
+                batch.full = [function.name for function in self._server.ready if function.waiting >= WINDOW]
+        self._in_flight = True
+        return batch
+
+    def done(self, batch: Batch, now: float) -> None:
+        """The writer is back: tell the core what became of it."""
+        self._in_flight = False
+        server = self._server
+        if batch.written:
+            self._pause = 0.0
+            refused = batch.refused
+            for index, reason in refused.items():
+                entry = batch.entries[index]
+                logger.error(
+                    "Cannot keep %s of job %s: %s", type(entry).__name__, entry.handle.decode(), reason
+                )
+                if isinstance(entry, JobQueued | JobKept):
+                    server.rejected(entry, "The job could not be stored")
+            if refused:
+                server.committed(entry for index, entry in enumerate(batch.entries) if index not in refused)
+            else:
+                server.committed(batch.entries)
+            server.adopt(batch.claimed)
+            if len(batch.claimed) >= CLAIM_LIMIT:
+                self.claim_soon()
+        if batch.error is None:
+            return
+        if isinstance(batch.error, LeaseLost):
+            self.lease_lost = batch.error
+            self._reject_submissions(batch.entries, "This job server was replaced by another")
+            return
+        self._postpone(batch, now)
+
+    def _postpone(self, batch: Batch, now: float) -> None:
+        """The store is out of reach: keep what happened, refuse what may not wait longer."""
+        if self._pause == 0.0:
+            logger.error("The store does not take anything: %s; trying again", batch.error)
+        self._pause = min(self._pause * 2 or 0.05, 1.0)
+        self._retry_at = now + self._pause
+        if batch.written:
+            self._next_claim = self._retry_at
+            return
+        entries = self._without_overdue(batch.entries)
+        self._gathering = deque(self._without_overdue(self._gathering))
+        self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
+
+    def _without_overdue(self, entries: Iterable[Entry]) -> list[Entry]:
+        overdue = self._server.now - self._submit_limit
+        kept: list[Entry] = []
+        for entry in entries:
+            if isinstance(entry, JobQueued) and entry.background and entry.at <= overdue:
+                reason = "The store is out of reach"
+                self._server.rejected(entry, reason)
+                # It may have been written all the same when only the answer was lost: undo that.
+                kept.append(JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now))
+            else:
+                kept.append(entry)
+        return kept
+
+    def _reject_submissions(self, entries: Sequence[Entry], reason: str) -> None:
+        for entry in entries:
+            if isinstance(entry, JobQueued | JobKept):
+                self._server.rejected(entry, reason)
+
+    def _gather(self) -> list[Entry]:
+        gathering = self._gathering
+        if len(gathering) <= MAX_BATCH:
+            entries = list(gathering)
+            gathering.clear()
+        else:
+            entries = [gathering.popleft() for _ in range(MAX_BATCH)]
+        return entries
+
+
+class JournalThread:
+    """
+    The one writer thread, and its conversation with the event loop.
+
+    Args:
+        changed: Called in the loop after the core was told of anything.
+        failed: Called in the loop when the lease is lost or the writer died; the server must stop.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        store: JobStore,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        changed: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._journal = journal
+        self._store = store
+        self._loop = loop
+        self._changed = changed
+        self._failed = failed
+        self._work: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._timer: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name="gearman-journal", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self.kick()
+
+    def kick(self) -> None:
+        """Entries came, a claim is wanted, or time passed: give the writer what there is."""
+        batch = self._journal.next_batch(self._loop.time())
+        if batch is not None:
+            self._work.put(batch)
+        elif self._drained is not None and (self._journal.idle or self._journal.lease_lost):
+            self._drained.set()
+
+    async def stop(self, limit: float) -> bool:
+        """Write what is left, for at most ``limit`` seconds; say whether everything was written."""
+        self._drained = asyncio.Event()
+        self.kick()
+        try:
+            await asyncio.wait_for(self._drained.wait(), limit)
+        except TimeoutError:
+            pass
+        if self._timer is not None:
+            self._timer.cancel()
+        self._work.put(None)
+        await asyncio.to_thread(self._thread.join, limit)
+        return self._journal.idle
+
+    def _run(self) -> None:
+        store = self._store
+        try:
+            while (batch := self._work.get()) is not None:
+                try:
+                    batch.perform(store)
+                except BaseException as error:
+                    self._tell(self._failed, error)
+                    raise
+                self._tell(self._done, batch)
+        finally:
+            store.close()
+
+    def _tell(self, callback: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:
+            # The loop was closed while the store took its time; nobody is left to hear.
+            logger.warning("The job server stopped before its store answered")
+
+    def _done(self, batch: Batch) -> None:
+        journal = self._journal
+        journal.done(batch, self._loop.time())
+        if journal.lease_lost is not None:
+            self._failed(journal.lease_lost)
+        self._changed()
+        self.kick()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._journal.next_deadline(), self.kick)

@@ -1,0 +1,346 @@
+"""
+Sockets and time around the core: bytes in, bytes out, limits and timers.
+
+What packets mean is the core's affair; here they are read, and its output is
+written: once per peer and turn of the event loop, however many packets that
+turn brought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from ..exceptions import ProtocolError, UnreadableStream
+from ..protocol.packets import REQUEST
+from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
+from . import text
+from .core import JobServer, Peer
+from .journal import JobStore, Journal, JournalThread
+
+logger = logging.getLogger(__name__)
+
+TICK: Final = 1.0
+"""Seconds between two looks at what no packet announces."""
+
+PACKETS_PER_TURN: Final = 200
+"""Packets of one connection before the others get their turn."""
+
+BACKLOG: Final = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportLimits:
+    """What one connection may ask of the server's memory and patience."""
+
+    max_packet: int = MAX_BODY
+    """Bytes of a packet's body."""
+
+    max_line: int = MAX_LINE
+    """Bytes of a line of text."""
+
+    output_soft: int = 16 * 1024 * 1024
+    """Bytes waiting to be sent to a peer above which nothing more is read from it."""
+
+    output_hard: int = 32 * 1024 * 1024
+    """Bytes waiting to be sent to a peer above which it is closed."""
+
+    incomplete: float = 30.0
+    """Seconds that a packet may take to arrive; a connection between packets may be idle for ever."""
+
+    max_connections: int = 10_000
+    """Connections at a time; more are closed at once."""
+
+
+class Connection(asyncio.Protocol):
+    """One socket: feeds the reader, and the core from it."""
+
+    __slots__ = ("_blocked", "_reader", "_server", "_stale", "_transport", "peer")
+
+    def __init__(self, server: GearmanServer) -> None:
+        self._server = server
+        limits = server.limits
+        self._reader = PacketReader(REQUEST, max_body=limits.max_packet, max_line=limits.max_line)
+        self._blocked = False
+        """Whether the peer does not take what it is sent."""
+        self._stale: float | None = None
+        """When the packet that has begun must be there; None between packets."""
+        self._transport: asyncio.Transport
+        self.peer: Peer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        sock = transport.get_extra_info("socket")
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        name = transport.get_extra_info("peername")
+        address = name[0] if isinstance(name, tuple) else "unix"
+        limits = self._server.limits
+        self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
+        self.peer = self._server.core.connected(sock.fileno(), address, self)
+        connections = self._server.connections
+        connections.add(self)
+        if len(connections) > limits.max_connections:
+            logger.warning("Connection from %s closed: %s are open already", address, limits.max_connections)
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.forget(self)
+        self._server.core.disconnected(self.peer)
+        self._server.schedule_turn()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        self._read()
+
+    def _read(self) -> None:
+        if self._transport.is_closing():
+            return
+        server = self._server
+        core = server.core
+        core.now = time.time()
+        take = self._reader.take
+        try:
+            for _ in range(PACKETS_PER_TURN):
+                try:
+                    packet = take()
+                except UnreadableStream as error:
+                    self._close(f"{error}")
+                    break
+                except ProtocolError as error:
+                    core.refuse(self.peer, error.code, error.text)
+                    continue
+                if packet is None:
+                    self._note_incomplete()
+                    break
+                if packet[0] == TEXT:
+                    self._answer_text(packet[1][0])
+                else:
+                    core.receive(self.peer, packet)
+            else:
+                # Others first; what is in the buffer waits, and so does the socket.
+                self._transport.pause_reading()
+                server.loop.call_soon(self._go_on)
+        except Exception:
+            # Ours: no input may end the server, and this connection's state is not to be trusted.
+            logger.exception("Error in a packet of %s; its connection is closed", self.peer.address)
+            self._transport.abort()
+        server.schedule_turn()
+
+    def _go_on(self) -> None:
+        if not self._blocked and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._read()
+
+    def _answer_text(self, line: bytes) -> None:
+        answer = text.answer(self._server.core, line)
+        if answer is None:
+            self._close("a line of too many words")
+        else:
+            self._server.core.say(self.peer, answer)
+
+    def _close(self, reason: str) -> None:
+        logger.warning("Connection of %s closed: %s", self.peer.address, reason)
+        # What was answered before belongs to the peer still.
+        output, self.peer.output = self.peer.output, []
+        self.write(output)
+        self._transport.close()
+
+    def _note_incomplete(self) -> None:
+        if not self._reader.incomplete:
+            self._stale = None
+        elif self._stale is None:
+            self._stale = self._server.loop.time() + self._server.limits.incomplete
+
+    def close_if_stale(self, now: float) -> None:
+        """Close a connection whose packet does not come to its end."""
+        if self._stale is not None and now >= self._stale:
+            self._close("an incomplete packet")
+
+    def write(self, output: list[bytes]) -> None:
+        """Send what the core left for the peer."""
+        transport = self._transport
+        if transport.is_closing():
+            return
+        transport.write(b"".join(output))
+        if self._blocked and transport.get_write_buffer_size() > self._server.limits.output_hard:
+            logger.warning("Connection of %s closed: it does not take what it is sent", self.peer.address)
+            transport.abort()
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._go_on()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class GearmanServer:
+    """
+    A job server on an event loop.
+
+    Args:
+        core: With the lease's epoch, and with what the store replayed, if there is one.
+        store: Keeps the background jobs; None when nothing is kept.
+        limits: What a connection may ask for.
+    """
+
+    def __init__(
+        self, core: JobServer, store: JobStore | None = None, limits: TransportLimits | None = None
+    ) -> None:
+        self.core = core
+        self.limits = limits or TransportLimits()
+        self.connections: set[Connection] = set()
+        self.loop: asyncio.AbstractEventLoop
+        self._store = store
+        self._journal = Journal(core)
+        self._thread: JournalThread | None = None
+        self._turn_scheduled = False
+        self._ended: asyncio.Future[None]
+        self._emptied: asyncio.Event | None = None
+
+    async def serve(
+        self, sockets: list[socket.socket], stopped: asyncio.Event, *, ready: Callable[[], None] | None = None
+    ) -> None:
+        """
+        Serve bound sockets until ``stopped`` is set; then write what is left and return.
+
+        Args:
+            ready: Called once connections are taken.
+        Raises:
+            StoreError: The store is gone for good; nothing more can be promised.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._ended = self.loop.create_future()
+        if self._store is not None:
+            self._thread = JournalThread(
+                self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
+            )
+            self._thread.start()
+        servers = [
+            await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+            for sock in sockets
+        ]
+        if ready is not None:
+            ready()
+        ticker = self.loop.create_task(self._tick())
+        waiter = self.loop.create_task(stopped.wait())
+        try:
+            waited: list[asyncio.Future[Any]] = [self._ended, waiter, ticker]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ticker.cancel()
+            waiter.cancel()
+            for server in servers:
+                server.close()
+            await self._stop_journal()
+            await self._close_connections()
+        if self._ended.done():
+            self._ended.result()
+        if ticker.done() and not ticker.cancelled():
+            ticker.result()
+
+    async def _stop_journal(self) -> None:
+        self._turn()
+        if self._thread is not None and not await self._thread.stop(limit=10.0):
+            logger.error("The store did not take the last entries; these jobs will run again")
+        self._turn()
+
+    async def _close_connections(self) -> None:
+        """Send what is left to who takes it within a second, and close."""
+        for connection in list(self.connections):
+            connection.close()
+        if self.connections:
+            self._emptied = asyncio.Event()
+            try:
+                await asyncio.wait_for(self._emptied.wait(), 1.0)
+            except TimeoutError:
+                for connection in list(self.connections):
+                    connection.abort()
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        if self._emptied is not None and not self.connections:
+            self._emptied.set()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            now = self.loop.time()
+            self.core.now = time.time()
+            for connection in list(self.connections):
+                connection.close_if_stale(now)
+            self.core.tick()
+            self.schedule_turn()
+
+    def schedule_turn(self) -> None:
+        """Something happened in the core: send and write what it left, once this turn's input is read."""
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            self.loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._turn_scheduled = False
+        core = self.core
+        dirty = core.dirty
+        if dirty:
+            core.dirty = []
+            for peer in dirty:
+                output = peer.output
+                peer.output = []
+                cast(Connection, peer.shell).write(output)
+        if self._thread is None:
+            return
+        if core.entries:
+            self._journal.append(core.entries)
+            core.entries = []
+            self._thread.kick()
+        if core.claim_wanted:
+            core.claim_wanted = False
+            self._journal.claim_soon()
+            self._thread.kick()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """
+    Sockets bound to every address of a host, not yet listening.
+
+    Binding first finds a taken port before the lease and the jobs are touched.
+
+    Raises:
+        OSError: The address is not ours or the port is taken.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.setblocking(False)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
