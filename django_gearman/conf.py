@@ -1,0 +1,131 @@
+"""
+``settings.GEARMAN``, read once into frozen dataclasses.
+
+The one place that reads settings: everything below gets keyword arguments.
+``GEARMAN`` is a dict of aliases, as ``DATABASES`` and ``CACHES`` are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+from django.dispatch import receiver
+
+DEFAULT_ALIAS = "default"
+DEFAULT_PORT = 4730
+"""PROTOCOL: IANA gave Gearman this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GearmanSettings:
+    """One alias of ``settings.GEARMAN``; the keys are these names in upper case."""
+
+    servers: tuple[str, ...] = (f"127.0.0.1:{DEFAULT_PORT}",)
+    """``host:port`` of each job server; the first is also where ``gearman_server`` listens."""
+
+    database: str = "default"
+    """Alias of the database that keeps the jobs."""
+
+    connect_timeout: float = 1.0
+    """Seconds to wait for a connection."""
+
+    timeout: float = 30.0
+    """Seconds to wait for a server's answer; not for the end of a job."""
+
+    run_timeout: float = 60.0
+    """Seconds that ``run`` waits for the end of a foreground job."""
+
+    max_packet: int = 64 * 1024 * 1024
+    """Bytes of the largest packet body that is sent or taken."""
+
+    record_foreground: bool = True
+    """Whether foreground jobs leave records too."""
+
+    autodiscover: bool = True
+    """Whether the ``jobs.py`` of each installed app is imported at start."""
+
+
+@cache
+def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
+    """
+    The settings of one alias; everything has a default, so ``GEARMAN`` may be missing.
+
+    Raises:
+        ImproperlyConfigured: A key or value is wrong; the sentence names it.
+    """
+    configured = getattr(settings, "GEARMAN", {})
+    if not isinstance(configured, Mapping):
+        raise ImproperlyConfigured(f"GEARMAN must be a dict of aliases, not {configured!r}")
+    if alias not in configured:
+        if alias == DEFAULT_ALIAS:
+            return GearmanSettings()
+        known = ", ".join(map(repr, configured)) or "none"
+        raise ImproperlyConfigured(f"GEARMAN has no alias {alias!r} (it has {known})")
+    options = configured[alias]
+    if not isinstance(options, Mapping):
+        raise ImproperlyConfigured(f"GEARMAN[{alias!r}] must be a dict, not {options!r}")
+    return _checked(alias, options)
+
+
+def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
+    names = {field.name.upper(): field for field in fields(GearmanSettings)}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        field = names.get(key)
+        where = f"GEARMAN[{alias!r}][{key!r}]"
+        if field is None:
+            guess = get_close_matches(str(key).upper(), names, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"known are {', '.join(names)}"
+            raise ImproperlyConfigured(f"{where} is not a setting; {hint}")
+        if field.name == "servers":
+            value = _servers(where, value)
+        elif isinstance(field.default, bool):
+            if not isinstance(value, bool):
+                raise ImproperlyConfigured(f"{where} must be True or False, not {value!r}")
+        elif isinstance(field.default, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ImproperlyConfigured(f"{where} must be a number above 0, not {value!r}")
+        elif isinstance(field.default, str) and not isinstance(value, str):
+            raise ImproperlyConfigured(f"{where} must be a string, not {value!r}")
+        values[field.name] = value
+    return GearmanSettings(**values)
+
+
+def _servers(where: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, list | tuple) or not value:
+        raise ImproperlyConfigured(f'{where} must be a list such as ["127.0.0.1:4730"], not {value!r}')
+    for server in value:
+        try:
+            split_address(server)
+        except (AttributeError, ValueError) as error:
+            raise ImproperlyConfigured(f"{where}: {error}") from error
+    return tuple(value)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """
+    ``host:port``, ``host`` or ``[ipv6]:port`` as a pair.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or address.endswith("]"):
+        host, port = address, str(DEFAULT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"{address!r} is not an address such as 127.0.0.1:4730")
+    return host, int(port)
+
+
+@receiver(setting_changed)
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    if setting == "GEARMAN":
+        settings_for.cache_clear()

@@ -1,0 +1,422 @@
+"""
+Journal entries to rows, and rows to jobs: the durable queue in the ORM's tables.
+
+The one writer of outcomes. Statements are set operations written once per
+batch and prepared by the driver; the rows' meaning is in ``models.py``, the
+journal's in ``server/entries.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from time import monotonic
+from typing import Any, Final
+
+from django.conf import settings
+from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import CharField, F, QuerySet, Value
+from django.db.models.functions import Cast, Concat, Now
+from django.utils import timezone
+
+from .exceptions import LeaseLost, StoreError
+from .models import JobRecord, ServerLease
+from .server.entries import (
+    Entry,
+    JobFinished,
+    JobKept,
+    JobProgress,
+    JobQueued,
+    JobRequeued,
+    JobStarted,
+    Outcome,
+    StoredJob,
+)
+
+Status = JobRecord.Status
+Row = dict[str, Any]
+
+RENEW_INTERVAL: Final = 5.0
+"""Seconds after which a server with nothing to write says that it is alive."""
+
+_READY: Final = Status.READY.value
+_RUNNING: Final = Status.RUNNING.value
+_EXCEPTION_KEYS: Final = ("exception", "message", "traceback")
+_MAX_PROGRESS: Final = 2**63 - 1
+
+
+class DatabaseStore:
+    """
+    The ``JobStore`` that lives in the database.
+
+    Made where the command starts, used from the writer's thread alone, after
+    ``take_lease``.
+
+    Args:
+        using: Alias of the database.
+        name: The server's name, unique among the servers of the database.
+        queue_of: The queue name of a function; foreign clients do not tell one.
+    """
+
+    def __init__(self, using: str, name: str, *, queue_of: Callable[[str], str] | None = None) -> None:
+        self._using = using
+        self._name = name
+        self._queue_of = queue_of or (lambda function: "default")
+        self._lease_id = 0
+        self._renewed = 0.0
+        self.epoch = 0
+        self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
+        self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
+
+    def take_lease(self, address: str) -> int:
+        """
+        Become the server of this name; whoever held the lease can write nothing from now on.
+
+        Returns:
+            The epoch, for ``ServerOptions.epoch``.
+        Raises:
+            StoreError: The database is out of reach or not migrated.
+        """
+        with self._transaction():
+            leases = ServerLease.objects.using(self._using)
+            lease, _ = leases.get_or_create(name=self._name)
+            leases.filter(pk=lease.pk).update(
+                epoch=F("epoch") + 1, address=address, started_at=Now(), renewed_at=Now()
+            )
+            lease.refresh_from_db(using=self._using)
+        self._lease_id = lease.pk
+        self.epoch = lease.epoch
+        return lease.epoch
+
+    def replay(self) -> list[StoredJob]:
+        with self._transaction():
+            self._prove_lease()
+            owned = self._records().filter(server_id=self._lease_id, status__in=JobRecord.LIVE)
+            # The clients of foreground jobs left with the last run.
+            ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
+            owned.filter(background=False, status=Status.RUNNING).update(status=Status.DEAD, **ended)
+            owned.filter(background=False).update(status=Status.CANCELLED, **ended)
+            owned.filter(status=Status.RUNNING).update(
+                status=Status.READY, server_epoch=self.epoch, numerator=None, denominator=None
+            )
+            return _stored_jobs(owned.order_by("-priority", "id"))
+
+    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+        unclaimed = self._records().filter(server__isnull=True)
+        now = timezone.now()
+        due = unclaimed.filter(status__in=(Status.SCHEDULED, Status.RETRYING), run_after__lte=now)
+        ready = unclaimed.filter(status=Status.READY)
+        if full:
+            ready = ready.exclude(function__in=[name.decode() for name in full])
+        with self._reading():
+            # Mostly there is nothing, and finding that out need not write.
+            is_empty = not due.exists() and not ready.exists()
+            if is_empty and monotonic() - self._renewed < RENEW_INTERVAL:
+                return []
+        with self._transaction():
+            self._prove_lease()
+            if is_empty:
+                return []
+            due.update(status=Status.READY)
+            ready = ready.order_by("-priority", "id")
+            if self._connection.features.has_select_for_update_skip_locked:
+                ready = ready.select_for_update(skip_locked=True)
+            ids = list(ready.values_list("pk", flat=True)[:limit])
+            claimed = self._records().filter(pk__in=ids)
+            claimed.update(
+                server_id=self._lease_id,
+                server_epoch=self.epoch,
+                # Of a row's id, which is never used twice; handles of the wire door have an epoch there.
+                handle=Concat(Value(f"H:{self._name}:r"), Cast("id", CharField())),
+            )
+            return _stored_jobs(claimed.order_by("-priority", "id"))
+
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        batch = _Folded(entries, self._queue_of)
+        try:
+            with self._transaction():
+                self._prove_lease()
+                self._write(batch, again=again)
+        except _BadRow:
+            return self._write_one_by_one(entries, again=again)
+        return {}
+
+    def close(self) -> None:
+        connections[self._using].close()
+
+    # The statements.
+
+    def _write(self, batch: _Folded, *, again: bool) -> None:
+        queued = batch.queued
+        if again and queued:
+            kept = self._records().filter(handle__in=[text_of(handle) for handle in queued])
+            for handle in kept.values_list("handle", flat=True):
+                batch.is_there(str(handle).encode())
+        if queued:
+            common = {"server": self._lease_id, "server_epoch": self.epoch}
+            self._insert([row | common for row in queued.values()])
+        for columns, changes in batch.changes_by_columns():
+            self._update(columns, changes)
+
+    def _write_one_by_one(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        """A row of the batch is bad: find it, without refusing its neighbours."""
+        refused: dict[int, str] = {}
+        for index, entry in enumerate(entries):
+            try:
+                with self._transaction():
+                    self._prove_lease()
+                    self._write(_Folded([entry], self._queue_of), again=again)
+            except _BadRow as error:
+                refused[index] = str(error)
+        return refused
+
+    def _insert(self, rows: list[Row]) -> None:
+        quote = self._connection.ops.quote_name
+        names = ", ".join(quote(column) for column, _ in self._prepared_defaults.values())
+        marks = ", ".join(["%s"] * len(self._prepared_defaults))
+        prepare = self._prepare_value
+        values = [
+            [
+                prepare(name, row[name]) if name in row else default
+                for name, (_, default) in self._prepared_defaults.items()
+            ]
+            for row in rows
+        ]
+        self._execute_many(f"INSERT INTO {self._table} ({names}) VALUES ({marks})", values)  # noqa: S608
+
+    def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
+        quote = self._connection.ops.quote_name
+        prepare = self._prepare_value
+        assignments = ", ".join(f"{quote(self._prepared_defaults[name][0])} = %s" for name in names)
+        values = [
+            [*(prepare(name, change[name]) for name in names), text_of(handle), self._lease_id]
+            for handle, change in changes
+        ]
+        where = f"{quote('handle')} = %s AND {quote('server_id')} = %s"
+        self._execute_many(f"UPDATE {self._table} SET {assignments} WHERE {where}", values)  # noqa: S608
+
+    def _prepare_value(self, name: str, value: Any) -> Any:
+        # Text, numbers and booleans are what every driver takes as they are; asking
+        # each field for each value would cost more than the statement.
+        if isinstance(value, datetime | bytes):
+            return self._fields[name].get_db_prep_save(value, self._connection)
+        return value
+
+    @cached_property
+    def _prepared_defaults(self) -> dict[str, tuple[str, Any]]:
+        """{field: (column, the default as the driver takes it)} for all but the id."""
+        return {
+            name: (str(field.column), field.get_db_prep_save(field.get_default(), self._connection))
+            for name, field in self._fields.items()
+            if not field.primary_key
+        }
+
+    def _execute_many(self, sql: str, rows: list[list[Any]]) -> None:
+        # Table and column names are the model's own; every value is a parameter.
+        with self._connection.cursor() as cursor:
+            try:
+                cursor.executemany(sql, rows)
+            except (DataError, IntegrityError, ValueError, OverflowError) as error:
+                raise _BadRow(str(error)) from error
+
+    def _prove_lease(self) -> None:
+        """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
+        lease = ServerLease.objects.using(self._using).filter(pk=self._lease_id, epoch=self.epoch)
+        if not lease.update(renewed_at=Now()):
+            raise LeaseLost(self._name)
+        self._renewed = monotonic()
+
+    @property
+    def _connection(self) -> BaseDatabaseWrapper:
+        return connections[self._using]
+
+    def _records(self) -> QuerySet[JobRecord]:
+        return JobRecord.objects.using(self._using)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, and synced; every database error leaves as ``StoreError``."""
+        with self._reading(), transaction.atomic(using=self._using):
+            yield
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        connection = self._connection
+        try:
+            if connection.connection is None:
+                connection.connect()
+                self._prepare(connection)
+            yield
+        except (DatabaseError, InterfaceError) as error:
+            # Whatever state it is in: the next attempt gets a new one.
+            connection.close()
+            raise StoreError(str(error).strip() or type(error).__name__) from error
+
+    def _prepare(self, connection: BaseDatabaseWrapper) -> None:
+        if connection.vendor == "sqlite":
+            # A transaction that reads before it writes would otherwise fail where it could wait.
+            connection.transaction_mode = "IMMEDIATE"  # type: ignore[attr-defined]  # SQLite's own
+            with connection.cursor() as cursor:
+                # An acknowledged job survives power loss: WAL syncs each commit only when FULL.
+                cursor.execute("PRAGMA journal_mode=WAL")
+                cursor.execute("PRAGMA synchronous=FULL")
+
+
+class _BadRow(Exception):
+    """The database refuses a row for what is in it."""
+
+
+class _Folded:
+    """
+    A batch as one final state per job, so that each row is written once.
+
+    ``queued`` are rows to insert, ``changed`` the columns to set in rows that
+    are there: {handle: {column: value}}.
+    """
+
+    def __init__(self, entries: Sequence[Entry], queue_of: Callable[[str], str]) -> None:
+        self.queued: dict[bytes, Row] = {}
+        self.changed: dict[bytes, Row] = {}
+        self._queue_of = queue_of
+        for entry in entries:
+            if type(entry) is JobQueued:
+                self.queued[entry.handle] = self._new_row(entry)
+            else:
+                row = self.queued.get(entry.handle)
+                if row is None:
+                    row = self.changed.setdefault(entry.handle, {})
+                _change(row, entry)
+
+    def is_there(self, handle: bytes) -> None:
+        """The row was inserted by an earlier attempt; only what happened since is to be written."""
+        row = self.queued.pop(handle, None)
+        if row is not None:
+            self.changed.setdefault(handle, {}).update(row)
+
+    def changes_by_columns(self) -> Iterator[tuple[tuple[str, ...], list[tuple[bytes, Row]]]]:
+        """The changes, grouped by which columns they set: one statement each."""
+        groups: dict[tuple[str, ...], list[tuple[bytes, Row]]] = {}
+        for handle, change in self.changed.items():
+            groups.setdefault(tuple(sorted(change)), []).append((handle, change))
+        yield from groups.items()
+
+    def _new_row(self, entry: JobQueued) -> Row:
+        function = entry.function.decode()
+        return {
+            "handle": text_of(entry.handle),
+            "function": function,
+            "queue_name": self._queue_of(function),
+            "unique": text_of_unique(entry.unique),
+            "workload": entry.workload,
+            "priority": entry.priority,
+            "background": entry.background,
+            "client": text_of(entry.client)[:128],
+            "status": _READY,
+            "enqueued_at": _moment(entry.at),
+        }
+
+
+def _change(row: Row, entry: Entry) -> None:
+    """What one entry does to its job's row."""
+    match entry:
+        case JobStarted():
+            at = _moment(entry.at)
+            row.update(
+                status=_RUNNING,
+                worker=text_of(entry.worker)[:128],
+                attempts=entry.attempts,
+                last_attempted_at=at,
+            )
+            if entry.attempts == 1:
+                row["started_at"] = at
+        case JobProgress():
+            row.update(numerator=_progress(entry.numerator), denominator=_progress(entry.denominator))
+        case JobRequeued():
+            row.update(status=_READY, numerator=None, denominator=None)
+        case JobKept():
+            row["background"] = True
+        case JobFinished():
+            row.update(status=entry.outcome.value, finished_at=_moment(entry.at))
+            if entry.outcome is Outcome.SUCCESSFUL:
+                row["result"] = entry.data
+            else:
+                row.update(_failure(entry))
+
+
+def _failure(entry: JobFinished) -> Row:
+    """The three columns that say why a job failed, from what the worker or the server told."""
+    if not entry.data:
+        return {"exception": "", "message": entry.reason, "traceback": ""}
+    text = text_of(entry.data)
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in _EXCEPTION_KEYS):
+        # A worker of another language: whatever it sent is the message.
+        return {"exception": "", "message": text, "traceback": ""}
+    return {
+        "exception": told.get("exception", "").replace("\0", "")[:512],
+        "message": told.get("message", "").replace("\0", ""),
+        "traceback": told.get("traceback", "").replace("\0", ""),
+    }
+
+
+def _stored_jobs(records: QuerySet[JobRecord]) -> list[StoredJob]:
+    rows = records.values_list(
+        "handle", "function", "unique", "workload", "priority", "attempts", "max_attempts"
+    )
+    return [
+        StoredJob(
+            str(handle).encode(),
+            function.encode(),
+            bytes_of_unique(unique),
+            bytes(workload),
+            priority,
+            attempts,
+            max_attempts,
+        )
+        for handle, function, unique, workload, priority, attempts, max_attempts in rows
+    ]
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
+
+
+def _progress(number: bytes) -> int | None:
+    """A worker's number as a column can hold it; None when it is no number."""
+    try:
+        return max(-_MAX_PROGRESS, min(_MAX_PROGRESS, int(float(number[:40]))))
+    except (ValueError, OverflowError):
+        return None
+
+
+def text_of(data: bytes) -> str:
+    """Bytes from the wire as a text column takes them: what is no UTF-8 and NULs are shown, not kept."""
+    return data.decode(errors="backslashreplace").replace("\0", "\\0")
+
+
+def text_of_unique(unique: bytes) -> str:
+    """
+    A unique as its column keeps it: UTF-8 text, and any other bytes so that they come back whole.
+
+    The others are written as Latin-1 behind U+0001.
+    """
+    if not unique.startswith(b"\x01"):
+        try:
+            return unique.decode()
+        except UnicodeDecodeError:
+            pass
+    return "\x01" + unique.decode("latin-1")
+
+
+def bytes_of_unique(text: str) -> bytes:
+    """What ``text_of_unique`` was given."""
+    if text.startswith("\x01"):
+        return text[1:].encode("latin-1")
+    return text.encode()
