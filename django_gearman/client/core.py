@@ -1,0 +1,151 @@
+"""
+Which answer belongs to which request.
+
+No I/O: requests go out as bytes from here, packets come back in. A server
+answers in the order it was asked (PROTOCOL: "Client Responses"), and tells of
+a job by its handle from then on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ..exceptions import ProtocolError
+from ..protocol.packets import PacketType, encode_request
+from ..protocol.reader import Packet
+
+DataHandler = Callable[[bytes], None]
+StatusHandler = Callable[[bytes, bytes], None]
+
+_SUBMISSIONS: Final = {
+    ("high", False): PacketType.SUBMIT_JOB_HIGH,
+    ("normal", False): PacketType.SUBMIT_JOB,
+    ("low", False): PacketType.SUBMIT_JOB_LOW,
+    ("high", True): PacketType.SUBMIT_JOB_HIGH_BG,
+    ("normal", True): PacketType.SUBMIT_JOB_BG,
+    ("low", True): PacketType.SUBMIT_JOB_LOW_BG,
+}
+_FINAL: Final = (PacketType.WORK_COMPLETE, PacketType.WORK_FAIL, PacketType.WORK_EXCEPTION)
+
+
+@dataclass(eq=False, slots=True)
+class Question:
+    """Something asked of the server, and its one answer once it is there."""
+
+    answers: tuple[PacketType, ...]
+    """What may answer it, beside ERROR."""
+
+    answer: Packet | None = None
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class JobRequest:
+    """A job that was submitted, and what came back of it."""
+
+    function: bytes
+    workload: bytes = b""
+    unique: bytes = b""
+    priority: str = "normal"
+    """high, normal or low."""
+
+    background: bool = False
+    on_data: DataHandler | None = None
+    on_warning: DataHandler | None = None
+    on_status: StatusHandler | None = None
+
+    handle: bytes | None = None
+    """None until the server has acknowledged the job."""
+
+    error: tuple[bytes, bytes] | None = None
+    """Code and text of the ERROR that refused the job."""
+
+    outcome: PacketType | None = None
+    """WORK_COMPLETE, WORK_FAIL or WORK_EXCEPTION; None until the job ended."""
+
+    data: bytes = b""
+    """The result, or the exception's data."""
+
+    @property
+    def packet(self) -> bytes:
+        kind = _SUBMISSIONS[self.priority, self.background]
+        return encode_request(kind, self.function, self.unique, self.workload)
+
+
+class ClientProtocol:
+    """The client's end of one connection."""
+
+    def __init__(self) -> None:
+        self._unanswered: deque[Question | JobRequest] = deque()
+        self._jobs: dict[bytes, deque[JobRequest]] = {}
+        """{handle: the foreground requests that it stands for}; equal uniques share a handle."""
+
+    def submit(self, request: JobRequest) -> bytes:
+        """Bytes to send; the request fills as packets come back."""
+        self._unanswered.append(request)
+        return request.packet
+
+    def ask(self, kind: PacketType, *arguments: bytes, answers: PacketType) -> tuple[Question, bytes]:
+        """A question to wait for, or to leave alone, and the bytes to send."""
+        question = Question((answers,))
+        self._unanswered.append(question)
+        return question, encode_request(kind, *arguments)
+
+    def receive(self, packet: Packet) -> None:
+        """
+        A packet came: it is told to whom it is for.
+
+        Raises:
+            ProtocolError: Nobody asked for it; close the connection.
+        """
+        kind, arguments = packet
+        if kind in _FINAL or kind in (PacketType.WORK_DATA, PacketType.WORK_WARNING, PacketType.WORK_STATUS):
+            self._work(PacketType(kind), arguments)
+        elif kind == PacketType.NOOP:
+            pass
+        elif self._unanswered:
+            self._answer(kind, arguments)
+        else:
+            raise ProtocolError(b"UNEXPECTED_PACKET", b"The server answered what was not asked")
+
+    def _answer(self, kind: int, arguments: list[bytes]) -> None:
+        waiting = self._unanswered.popleft()
+        if isinstance(waiting, Question):
+            if kind != PacketType.ERROR and kind not in waiting.answers:
+                raise ProtocolError(
+                    b"UNEXPECTED_PACKET", b"The server gave another answer than was asked for"
+                )
+            waiting.answer = kind, arguments
+        elif kind == PacketType.JOB_CREATED:
+            waiting.handle = arguments[0]
+            if not waiting.background:
+                self._jobs.setdefault(arguments[0], deque()).append(waiting)
+        elif kind == PacketType.ERROR:
+            waiting.error = arguments[0], arguments[1]
+        else:
+            raise ProtocolError(b"UNEXPECTED_PACKET", b"The server gave another answer than JOB_CREATED")
+
+    def _work(self, kind: PacketType, arguments: list[bytes]) -> None:
+        # gearmand sends the WORK_FAIL that stands for an exception with a NUL.
+        handle = arguments[0].rstrip(b"\0")
+        requests = self._jobs.get(handle)
+        if requests is None:
+            return  # of a job that ended: a worker may have told more than once
+        # The server sends every packet once per submission: each request gets its own.
+        request = requests[0]
+        if kind in _FINAL:
+            request.outcome = kind
+            request.data = arguments[1] if len(arguments) > 1 else b""
+            requests.popleft()
+            if not requests:
+                del self._jobs[handle]
+            return
+        requests.rotate(-1)
+        if kind == PacketType.WORK_DATA and request.on_data is not None:
+            request.on_data(arguments[1])
+        elif kind == PacketType.WORK_WARNING and request.on_warning is not None:
+            request.on_warning(arguments[1])
+        elif kind == PacketType.WORK_STATUS and request.on_status is not None:
+            request.on_status(arguments[1], arguments[2])
