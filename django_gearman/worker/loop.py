@@ -1,0 +1,309 @@
+"""
+Grab, run, report: one worker, one job at a time.
+
+Speaks to every job server it was given and asks them in turn; it sleeps when
+all of them have nothing. What a function does, and how its workload is
+encoded, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import select
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+from typing import Final
+
+from ..client.connection import Connection
+from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
+from ..protocol.packets import PacketType, encode_request
+from ..protocol.reader import MAX_BODY, Packet
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 10.0
+"""Seconds between two attempts to reach a server; they double from the first to the longest."""
+
+ANSWER_LIMIT: Final = 10.0
+"""Seconds in which a server answers GRAB_JOB, or is given up as hung."""
+
+RECHECK: Final = 30.0
+"""Seconds after which a sleeping worker asks for a job all the same, in case a NOOP was lost."""
+
+_GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
+_PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
+
+
+class AssignedJob:
+    """A job as the function that runs it sees it."""
+
+    __slots__ = ("_link", "function", "handle", "unique", "workload")
+
+    def __init__(self, link: _Link, handle: bytes, function: bytes, unique: bytes, workload: bytes) -> None:
+        self._link = link
+        self.handle = handle
+        self.function = function
+        self.unique = unique
+        self.workload = workload
+
+    def send_status(self, numerator: int, denominator: int) -> None:
+        """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
+        self._link.report(PacketType.WORK_STATUS, self.handle, b"%d" % numerator, b"%d" % denominator)
+
+    def send_data(self, data: bytes) -> None:
+        """Send a part of the result. PROTOCOL: WORK_DATA."""
+        self._link.report(PacketType.WORK_DATA, self.handle, data)
+
+    def send_warning(self, data: bytes) -> None:
+        """Send a warning. PROTOCOL: WORK_WARNING."""
+        self._link.report(PacketType.WORK_WARNING, self.handle, data)
+
+
+class JobRefused(Exception):
+    """Raised by a function to report plain WORK_FAIL, without a word on why."""
+
+
+WorkerFunction = Callable[[AssignedJob], bytes]
+
+
+class _Link:
+    """One job server: the connection while there is one, and when to try again while there is none."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+        self.connection: Connection | None = None
+        self.asleep_since: float | None = None
+        """When it last had no job for us; None when it is worth asking."""
+        self.retry_at = 0.0
+        self._pause = FIRST_PAUSE
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def connected(self, connection: Connection) -> None:
+        self.connection = connection
+        self.asleep_since = None
+        self._pause = FIRST_PAUSE
+
+    def lost(self, error: Exception) -> None:
+        """Try again later; the pauses grow, and differ so that workers do not return all at once."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+            logger.warning("%s; connecting again", error)
+        elif self._pause == FIRST_PAUSE:
+            logger.warning("%s Trying until one does.", error)
+        self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)  # noqa: S311
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+    def report(self, kind: PacketType, *arguments: bytes) -> None:
+        """Tell the server something of the job in hand; a broken connection is noticed after the job."""
+        if self.connection is not None:
+            try:
+                self.connection.send(encode_request(kind, *arguments))
+            except ConnectionLost as error:
+                self.lost(error)
+
+
+class Worker:
+    """
+    Runs jobs of some functions for some job servers, until it is told to stop.
+
+    Args:
+        functions: {name on the wire: what runs it}.
+        servers: Host and port of each job server.
+        client_id: What the servers' ``workers`` listing calls this worker.
+        describe: An exception as the data of WORK_EXCEPTION.
+        connect_timeout: Seconds to wait for a connection.
+        max_packet: Bytes of the largest packet body taken.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, WorkerFunction],
+        servers: Sequence[tuple[str, int]],
+        *,
+        client_id: str,
+        describe: Callable[[BaseException], bytes],
+        connect_timeout: float = 1.0,
+        max_packet: int = MAX_BODY,
+    ) -> None:
+        self._functions = {name.encode(): function for name, function in functions.items()}
+        self._links = [_Link(host, port) for host, port in servers]
+        self._client_id = client_id.encode()
+        self._describe = describe
+        self._connect_timeout = connect_timeout
+        self._max_packet = max_packet
+        self._stopping = False
+        self._control: int | None = None
+        self.jobs_done = 0
+
+    def stop(self) -> None:
+        """Take no further job; from within a function, or with a readable ``control``."""
+        self._stopping = True
+
+    def run(self, control: int | None = None) -> None:
+        """
+        Work until ``stop``, or until the descriptor ``control`` can be read; the job in hand is finished.
+
+        Returns with every connection closed.
+        """
+        self._control = control
+        try:
+            while not self._is_stopping():
+                self._connect()
+                link = self._next_link()
+                if link is None:
+                    self._wait()
+                else:
+                    self._grab_from(link)
+        finally:
+            for link in self._links:
+                if link.connection is not None:
+                    link.connection.close()
+                    link.connection = None
+
+    def _is_stopping(self) -> bool:
+        if not self._stopping and self._control is not None:
+            self._stopping = bool(select.select([self._control], [], [], 0)[0])
+        return self._stopping
+
+    def _connect(self) -> None:
+        now = monotonic()
+        for link in self._links:
+            if link.connection is None and now >= link.retry_at:
+                try:
+                    connection = Connection(
+                        link.host,
+                        link.port,
+                        connect_timeout=self._connect_timeout,
+                        max_packet=self._max_packet,
+                    )
+                    connection.send(self._introduction())
+                except (ConnectionFailed, ConnectionLost) as error:
+                    link.lost(error)
+                    continue
+                link.connected(connection)
+                logger.info("Connected to the job server at %s", link)
+
+    def _introduction(self) -> bytes:
+        """What a server must know of a worker, again after each reconnect."""
+        return encode_request(PacketType.SET_CLIENT_ID, self._client_id) + b"".join(
+            encode_request(PacketType.CAN_DO, name) for name in self._functions
+        )
+
+    def _next_link(self) -> _Link | None:
+        """The next server to ask: each in turn, those not that said they would wake us."""
+        for index, link in enumerate(self._links):
+            if link.connection is not None and link.asleep_since is None:
+                self._links.append(self._links.pop(index))
+                return link
+        return None
+
+    def _grab_from(self, link: _Link) -> None:
+        connection = link.connection
+        assert connection is not None, "only connected links are asked"
+        try:
+            connection.send(_GRAB)
+            while (job := self._assignment(link, connection)) is not None:
+                report = self._perform(job)
+                if link.connection is None:
+                    logger.warning(
+                        "Job %s is done but its server is gone; it will run again", job.handle.decode()
+                    )
+                    return
+                # With one server the next grab travels with the report.
+                again = len(self._links) == 1 and not self._is_stopping()
+                connection.send(report + _GRAB if again else report)
+                if not again:
+                    return
+        except (ConnectionLost, ResponseTimeout) as error:
+            link.lost(error)
+
+    def _assignment(self, link: _Link, connection: Connection) -> AssignedJob | None:
+        """The job that the server gives; None when it has none, after telling it that we sleep."""
+        deadline = monotonic() + ANSWER_LIMIT
+        while True:
+            kind, arguments = connection.receive(deadline)
+            if kind == PacketType.JOB_ASSIGN_UNIQ:
+                return AssignedJob(link, *arguments)
+            if kind == PacketType.NO_JOB:
+                connection.send(_PRE_SLEEP)
+                link.asleep_since = monotonic()
+                return None
+            self._note((kind, arguments))
+
+    def _note(self, packet: Packet) -> None:
+        kind, arguments = packet
+        if kind == PacketType.ERROR:
+            logger.warning("The job server answered %s", b": ".join(arguments).decode(errors="replace"))
+
+    def _wait(self) -> None:
+        """Sleep until a server has something, one can be tried again, or we are to stop."""
+        now = monotonic()
+        until = min(
+            link.asleep_since + RECHECK
+            if link.asleep_since is not None and link.connection
+            else link.retry_at
+            for link in self._links
+        )
+        watched: list[Connection | int] = [link.connection for link in self._links if link.connection]
+        if self._control is not None:
+            watched.append(self._control)
+        select.select(watched, [], [], max(0.0, until - now))
+        now = monotonic()
+        for link in self._links:
+            if link.connection is None:
+                continue
+            try:
+                link.connection.fill()
+                while (packet := link.connection.take()) is not None:
+                    if packet[0] == PacketType.NOOP:
+                        link.asleep_since = None
+                    else:
+                        self._note(packet)
+            except ConnectionLost as error:
+                link.lost(error)
+                continue
+            if link.asleep_since is not None and now - link.asleep_since >= RECHECK:
+                link.asleep_since = None
+
+    def _perform(self, job: AssignedJob) -> bytes:
+        """Run the function; the packet that reports its end."""
+        function = self._functions.get(job.function)
+        name = job.function.decode(errors="replace")
+        handle = job.handle.decode(errors="replace")
+        started = monotonic()
+        try:
+            if function is None:
+                raise LookupError(f"this worker does not offer {name}")
+            result = function(job)
+        except JobRefused:
+            report = encode_request(PacketType.WORK_FAIL, job.handle)
+            logger.error("Job %s (%s) failed after %.2f s", handle, name, monotonic() - started)
+        except (Exception, SystemExit) as error:
+            report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(error))
+            logger.error(
+                "Job %s (%s) failed after %.2f s: %s: %s",
+                handle,
+                name,
+                monotonic() - started,
+                type(error).__name__,
+                error,
+            )
+        else:
+            if len(result) + len(job.handle) + 1 > self._max_packet:
+                problem = ValueError(
+                    f"the result of {name} has {len(result)} bytes, more than max_packet={self._max_packet}; "
+                    "store it, and return a reference"
+                )
+                report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
+                logger.error("Job %s (%s) failed: %s", handle, name, problem)
+            else:
+                report = encode_request(PacketType.WORK_COMPLETE, job.handle, result)
+                logger.info("Job %s (%s) succeeded in %.2f s", handle, name, monotonic() - started)
+        self.jobs_done += 1
+        return report
