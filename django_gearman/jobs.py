@@ -1,0 +1,768 @@
+"""
+``@job``: a function that can be run elsewhere.
+
+The decorator registers a function under a name and gives it ``enqueue`` (the
+database door: a row in the caller's transaction), ``run`` (a foreground job:
+wait for the value) and ``call`` (here and now). Arguments and results travel
+as JSON, ``{"args": [...], "kwargs": {...}}``, or as plain bytes for ``raw``
+jobs, so that programs in any language can submit and serve them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import os
+import socket
+import traceback
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache, partial, update_wrapper
+from time import monotonic, sleep
+from typing import (
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
+
+from django.core.signals import setting_changed
+from django.db import close_old_connections, models, reset_queries, transaction
+from django.dispatch import receiver
+from django.utils import timezone
+
+from . import conf
+from .client.sync import Client
+from .exceptions import (
+    InvalidJob,
+    JobFailed,
+    JobNotFinished,
+    JobResultDoesNotExist,
+    JobResultMismatch,
+    ResponseTimeout,
+    WaitInTransaction,
+)
+from .models import JobRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MIN_PRIORITY: Final = -100
+MAX_PRIORITY: Final = 100
+
+PROGRESS_INTERVAL: Final = 0.1
+"""Seconds between two progress reports of one job; the last one is always sent."""
+
+_MAX_MESSAGE: Final = 8 * 1024
+_MAX_TRACEBACK: Final = 64 * 1024
+
+
+class Reports(Protocol):
+    """What a running job can tell; the worker's ``AssignedJob``, or nobody when it is called in-process."""
+
+    def send_status(self, numerator: int, denominator: int) -> None: ...
+    def send_data(self, data: bytes) -> None: ...
+    def send_warning(self, data: bytes) -> None: ...
+
+
+class JobContext:
+    """
+    The first argument of a job with ``takes_context=True``: its line to whoever waits.
+
+    Attributes:
+        handle: The Gearman handle; empty when the function was called in-process.
+        unique: The submitter's key, empty when it gave none.
+    """
+
+    def __init__(self, handle: str = "", unique: str = "", reports: Reports | None = None) -> None:
+        self.handle = handle
+        self.unique = unique
+        self._reports = reports
+        self._reported_at = -math.inf
+        self._unreported: tuple[int, int] | None = None
+
+    def set_progress(self, numerator: int, denominator: int) -> None:
+        """
+        Say that ``numerator`` of ``denominator`` parts are done.
+
+        Waiting clients and the admin see it. Cheap enough for an inner loop:
+        no more than ten a second leave, and the last one always does.
+        """
+        self._unreported = (numerator, denominator)
+        if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
+            self.flush()
+
+    def send_data(self, data: bytes | str) -> None:
+        """Send a part of the result to the clients that wait; it is not kept."""
+        if self._reports is not None:
+            self._reports.send_data(_as_bytes("send_data", data))
+
+    def warn(self, data: bytes | str) -> None:
+        """Send a warning to the clients that wait; it is not kept."""
+        if self._reports is not None:
+            self._reports.send_warning(_as_bytes("warn", data))
+
+    def flush(self) -> None:
+        """Send progress that was held back."""
+        if self._unreported is not None and self._reports is not None:
+            self._reports.send_status(*self._unreported)
+            self._reported_at = monotonic()
+        self._unreported = None
+
+
+def _as_bytes(method: str, data: bytes | str) -> bytes:
+    if isinstance(data, str):
+        return data.encode()
+    if not isinstance(data, bytes):
+        raise TypeError(f"context.{method}() takes bytes or str, not {type(data).__name__}; encode it first")
+    return data
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed."""
+
+    exception_class_path: str
+    """Import path of the exception's class; empty when the worker told none."""
+
+    message: str
+    traceback: str
+
+
+class JobResult(Generic[R]):
+    """
+    A job as its record shows it; ``refresh`` looks again.
+
+    A superset of Django's ``TaskResult``.
+    """
+
+    def __init__(self, record: JobRecord) -> None:
+        self._record = record
+
+    def __repr__(self) -> str:
+        return f"<JobResult {self.id} {self._record.function} {self.status}>"
+
+    @property
+    def id(self) -> str:
+        return str(self._record.pk)
+
+    @property
+    def function(self) -> str:
+        """The job's name on the wire."""
+        return self._record.function
+
+    @property
+    def handle(self) -> str:
+        """The Gearman handle; empty until a job server has the job."""
+        return self._record.handle or ""
+
+    @property
+    def status(self) -> str:
+        """One of ``JobRecord.Status``."""
+        return str(self._record.status)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._record.is_finished
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Numerator and denominator as the job last told them; None when it told none."""
+        if self._record.numerator is None or self._record.denominator is None:
+            return None
+        return self._record.numerator, self._record.denominator
+
+    @property
+    def return_value(self) -> R:
+        """
+        What the function returned.
+
+        Raises:
+            JobNotFinished: It has not ended; ``get`` waits for it.
+            JobFailed: It ended without a value.
+        """
+        record = self._record
+        if record.status == JobRecord.Status.SUCCESSFUL:
+            return cast(R, _decode_result(record.function, bytes(record.result or b"")))
+        if not record.is_finished:
+            raise JobNotFinished(self._name, self.status)
+        raise JobFailed(
+            self._name,
+            exception=record.exception,
+            message=record.message or record.get_status_display(),
+            traceback=record.traceback,
+        )
+
+    @property
+    def errors(self) -> list[JobError]:
+        """Why it failed; empty unless it did."""
+        record = self._record
+        if record.status not in (JobRecord.Status.FAILED, JobRecord.Status.DEAD, JobRecord.Status.CANCELLED):
+            return []
+        return [JobError(record.exception, record.message, record.traceback)]
+
+    @property
+    def attempts(self) -> int:
+        """How often it was handed to a worker."""
+        return self._record.attempts
+
+    @property
+    def enqueued_at(self) -> datetime:
+        return self._record.enqueued_at
+
+    @property
+    def started_at(self) -> datetime | None:
+        return self._record.started_at
+
+    @property
+    def last_attempted_at(self) -> datetime | None:
+        return self._record.last_attempted_at
+
+    @property
+    def finished_at(self) -> datetime | None:
+        return self._record.finished_at
+
+    def refresh(self) -> None:
+        """
+        Look at the record again.
+
+        Raises:
+            JobResultDoesNotExist: It is gone.
+        """
+        try:
+            self._record.refresh_from_db(fields=_STANDING)
+        except JobRecord.DoesNotExist:
+            raise JobResultDoesNotExist(self.id) from None
+
+    def get(self, timeout: float | None = None) -> R:
+        """
+        Wait for the end, and return what the function returned.
+
+        Args:
+            timeout: Seconds to wait; None to wait for ever.
+        Raises:
+            JobFailed: It ended without a value; the attributes say why.
+            ResponseTimeout: The time was up; the job goes on.
+            WaitInTransaction: A transaction is open that hides the job.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        pause = 0.002
+        self.refresh()
+        while not self.is_finished:
+            if transaction.get_connection(self._record._state.db).in_atomic_block:
+                raise WaitInTransaction(self._name)
+            left = math.inf if deadline is None else deadline - monotonic()
+            if left <= 0:
+                raise ResponseTimeout(f"job {self._name}", timeout or 0.0)
+            sleep(min(pause, left))
+            pause = min(pause * 1.5, 0.25)
+            self.refresh()
+        return self.return_value
+
+    @property
+    def _name(self) -> str:
+        return f"{self.id} ({self._record.function})"
+
+
+_STANDING: Final = (
+    "status",
+    "handle",
+    "attempts",
+    "numerator",
+    "denominator",
+    "result",
+    "exception",
+    "message",
+    "traceback",
+    "started_at",
+    "last_attempted_at",
+    "finished_at",
+)
+"""Fields of a record that change after it was made."""
+
+
+class JobOptions(TypedDict, total=False):
+    """What ``@job`` may be told beside ``takes_context``."""
+
+    name: str
+    raw: bool
+    queue_name: str
+    priority: int
+
+
+class Job(Generic[P, R]):
+    """
+    A function that can be run elsewhere; made by ``@job``.
+
+    Calling it runs it here, as before it was decorated.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        raw: bool = False,
+        queue_name: str = "default",
+        priority: int = 0,
+        takes_context: bool = False,
+    ) -> None:
+        self.function = function
+        self.name = name or f"{function.__module__}.{function.__qualname__}"
+        self.raw = raw
+        self.queue_name = queue_name
+        self.priority = priority
+        self.takes_context = takes_context
+        self.run_after: datetime | timedelta | None = None
+        self._signature = self._inspect()
+        self._validate()
+        update_wrapper(self, function)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.name}>"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function in this process, as ``call`` does."""
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function in this process and return its value."""
+        return cast(R, self._invoke(JobContext(), args, kwargs))
+
+    def using(
+        self, *, priority: int | None = None, run_after: datetime | timedelta | None = None
+    ) -> Job[P, R]:
+        """
+        The same job with other options for the submissions made through it.
+
+        Args:
+            priority: -100 to 100, higher first.
+            run_after: Not before this moment, or this long after the submission; a naive
+                datetime is refused when ``USE_TZ`` is on.
+        """
+        other = Job.__new__(Job)
+        other.__dict__.update(self.__dict__)
+        if priority is not None:
+            other.priority = priority
+        other.run_after = run_after
+        other._validate()
+        return other
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobResult[R]:
+        """
+        Have the function run by a worker.
+
+        The job is a row of the database, inserted here: it exists exactly if
+        the current transaction commits. No job server needs to be up.
+
+        Raises:
+            TypeError: The arguments do not fit the function, or JSON cannot carry one.
+        """
+        options = conf.settings_for()
+        now = timezone.now()
+        run_after = now + self.run_after if isinstance(self.run_after, timedelta) else self.run_after
+        is_later = run_after is not None and run_after > now
+        record = JobRecord(
+            function=self.name,
+            queue_name=self.queue_name,
+            workload=self._encode(args, kwargs, options.max_packet),
+            priority=self.priority,
+            client=_identity(os.getpid()),
+            run_after=run_after,
+            status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
+            enqueued_at=now,
+        )
+        record.save(using=options.database, force_insert=True)
+        _nudge_after_commit(options.database)
+        return JobResult(record)
+
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """
+        Have the function run by a worker at once, and wait for its value.
+
+        A foreground job: nothing is kept of it when this process or the job
+        server ends. Waits for ``RUN_TIMEOUT`` seconds at the most.
+
+        Raises:
+            JobFailed: The function raised; the attributes say what and where.
+            ResponseTimeout: It took too long; a worker may still be at it.
+            ConnectionFailed: No job server answers.
+        """
+        options = conf.settings_for()
+        workload = self._encode(args, kwargs, options.max_packet)
+        client = client_for()
+        if self.priority > 0:
+            do = client.do_high
+        elif self.priority < 0:
+            do = client.do_low
+        else:
+            do = client.do
+        try:
+            result = do(self.name, workload, timeout=options.run_timeout)
+        except JobFailed as error:
+            told = _exception_of(error.data)
+            raise JobFailed(self.name, data=error.data, **told) from None
+        return cast(R, result if self.raw else _decode_result(self.name, result))
+
+    def get_result(self, id: str) -> JobResult[R]:
+        """
+        The job with that id.
+
+        Raises:
+            JobResultDoesNotExist: There is none.
+            JobResultMismatch: It is of another function.
+        """
+        records = JobRecord.objects.using(conf.settings_for().database)
+        try:
+            record = records.get(pk=int(id))
+        except (ValueError, OverflowError, JobRecord.DoesNotExist):
+            raise JobResultDoesNotExist(str(id)) from None
+        if record.function != self.name:
+            raise JobResultMismatch(str(id), record.function, self.name)
+        return JobResult(record)
+
+    def perform(self, workload: bytes, context: JobContext) -> bytes:
+        """
+        Run the function for a workload from the wire; what a worker does.
+
+        Raises whatever the function raises, and ``TypeError`` for a workload or
+        a return value that is not what it should be.
+        """
+        if self.raw:
+            result = self._invoke(context, (workload,), {})
+            if not isinstance(result, bytes):
+                raise TypeError(f"raw job {self.name} must return bytes, not {type(result).__name__}")
+        else:
+            args, kwargs = self._decode(workload)
+            value = self._invoke(context, args, kwargs)
+            _refuse_unless_json(value, f"the return value of {self.name}")
+            result = _dumps(value)
+        context.flush()
+        return result
+
+    def _invoke(self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.takes_context:
+            args = (context, *args)
+        value = self.function(*args, **kwargs)
+        if inspect.iscoroutine(value):
+            return asyncio.run(value)
+        return value
+
+    def _encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> bytes:
+        if self.raw:
+            if kwargs or len(args) != 1 or not isinstance(args[0], bytes):
+                raise TypeError(f"raw job {self.name} takes one bytes object, its workload")
+            workload = args[0]
+        else:
+            bound = self._bind(args, kwargs)
+            for name, value in bound.items():
+                _refuse_unless_json(value, f"argument {name!r} of {self.name}")
+            workload = _dumps({"args": args, "kwargs": kwargs})
+        if len(workload) > limit:
+            raise ValueError(
+                f"the arguments of {self.name} take {len(workload)} bytes, more than MAX_PACKET={limit}; "
+                "pass a reference, such as a key or a path"
+            )
+        return workload
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return self._signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{self.name}() {error}") from None
+
+    def _decode(self, workload: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            envelope = json.loads(workload)
+            args, kwargs = envelope["args"], envelope["kwargs"]
+            is_envelope = isinstance(args, list) and isinstance(kwargs, dict)
+        except (ValueError, TypeError, KeyError):
+            is_envelope = False
+        if not is_envelope:
+            raise TypeError(
+                f"the workload of {self.name} must be JSON of the form "
+                '{"args": [...], "kwargs": {...}}; declare the job with raw=True to take any bytes'
+            )
+        return tuple(args), kwargs
+
+    def _inspect(self) -> inspect.Signature:
+        signature = inspect.signature(self.function)
+        if not self.takes_context:
+            return signature
+        names = list(signature.parameters)
+        if not names or names[0] != "context":
+            raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
+        return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])
+
+    def _validate(self) -> None:
+        if "<" in self.function.__qualname__:
+            raise InvalidJob(f"{self.name} must be defined at the module's level, where a worker can find it")
+        if not self.name.isprintable() or len(self.name.encode()) > 512:
+            raise InvalidJob(
+                f"{self.name!r} is no name for a job: at most 512 bytes, without control characters"
+            )
+        priority: object = self.priority
+        if not isinstance(priority, int) or not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+            raise InvalidJob(
+                f"priority of {self.name} must be a whole number from {MIN_PRIORITY} to {MAX_PRIORITY}, "
+                f"not {self.priority!r}"
+            )
+        queue_name: object = self.queue_name
+        if not isinstance(queue_name, str) or not 0 < len(queue_name) <= 100:
+            raise InvalidJob(
+                f"queue_name of {self.name} must be 1 to 100 characters, not {self.queue_name!r}"
+            )
+        if isinstance(self.run_after, datetime):
+            _refuse_wrong_zone(self.name, self.run_after)
+
+
+def _refuse_wrong_zone(name: str, moment: datetime) -> None:
+    from django.conf import settings
+
+    if settings.USE_TZ and timezone.is_naive(moment):
+        raise InvalidJob(
+            f"run_after of {name} must be an aware datetime, such as timezone.now() + timedelta(hours=1)"
+        )
+
+
+# The decorator. The callable classes make the overloads tell `async def` from `def`.
+
+
+class _TakesContext(Protocol):
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[JobContext, P], Coroutine[Any, Any, R]], /
+    ) -> Job[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[JobContext, P], R], /) -> Job[P, R]: ...
+
+
+class _TakesNone(Protocol):
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Job[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Job[P, R]: ...
+
+
+@overload
+def job(function: Callable[P, Coroutine[Any, Any, R]], /) -> Job[P, R]: ...
+@overload
+def job(function: Callable[P, R], /) -> Job[P, R]: ...
+@overload
+def job(*, takes_context: Literal[True], **options: Unpack[JobOptions]) -> _TakesContext: ...
+@overload
+def job(*, takes_context: Literal[False] = ..., **options: Unpack[JobOptions]) -> _TakesNone: ...
+def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """
+    Make a function a job: ``@job``, or ``@job(queue_name="video", ...)``.
+
+    Args:
+        name: The function's name on the wire; its import path by default.
+        raw: The function takes and returns bytes, for programs in other languages.
+        queue_name: Workers can be told which queues to serve.
+        priority: -100 to 100, higher first; on the wire below, at or above 0 is low, normal or high.
+        takes_context: The function's first argument is a ``JobContext`` named ``context``.
+    Raises:
+        InvalidJob: The function cannot be that, or the name is taken.
+    """
+    if function is None:
+        return partial(_register, **options)
+    return _register(function)
+
+
+def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
+    try:
+        made: Job[Any, Any] = Job(function, **options)
+    except TypeError as error:
+        if isinstance(error, InvalidJob):
+            raise
+        raise InvalidJob(f"@job of {function.__qualname__}: {error}") from error
+    known = registry.get(made.name)
+    if known is not None and _origin(known) != _origin(made):
+        raise InvalidJob(
+            f"two jobs are named {made.name!r}: {_origin(known)} and {_origin(made)}; give one another name="
+        )
+    registry[made.name] = made
+    return made
+
+
+def _origin(made: Job[Any, Any]) -> str:
+    return f"{made.function.__module__}.{made.function.__qualname__}"
+
+
+registry: dict[str, Job[Any, Any]] = {}
+"""Every job of the process, by its name on the wire."""
+
+
+def queue_of(function: str) -> str:
+    """The queue of a function; "default" for those that are not ours."""
+    known = registry.get(function)
+    return known.queue_name if known is not None else "default"
+
+
+# JSON, strictly.
+
+_REMEDIES: Final = {
+    "datetime": "its isoformat()",
+    "date": "its isoformat()",
+    "time": "its isoformat()",
+    "timedelta": "its total_seconds()",
+    "UUID": "str() of it",
+    "Decimal": "str() of it",
+    "set": "a list of it",
+    "frozenset": "a list of it",
+    "bytes": "text, base64 for example",
+    "bytearray": "text, base64 for example",
+    "PosixPath": "str() of it",
+    "QuerySet": "a list of primary keys",
+}
+
+
+def _refuse_unless_json(value: object, what: str) -> None:
+    """Raise the ``TypeError`` that says which part of a value cannot travel, and what can instead."""
+    if value is None or isinstance(value, str | bool | int):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{what} is {value!r}, which JSON cannot carry; pass None or a string")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _refuse_unless_json(item, f"{what}, item {index}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{what} has the key {key!r}, "
+                    "which JSON would make a string; use str keys or a list of pairs"
+                )
+            _refuse_unless_json(item, f"{what}, key {key!r}")
+    else:
+        kind = type(value).__name__
+        if isinstance(value, models.Model):
+            remedy = "its primary key (.pk), and fetch it in the job"
+        else:
+            remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
+        raise TypeError(f"{what} is a {kind}, which JSON cannot carry; pass {remedy}")
+
+
+def _dumps(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _decode_result(name: str, data: bytes) -> object:
+    """A result of a ``@job``; the bytes themselves for a raw one, known or not."""
+    known = registry.get(name)
+    if known is not None and known.raw:
+        return data
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data
+
+
+# Exceptions on the wire: WORK_EXCEPTION carries JSON that the store and other clients understand.
+
+
+def describe_exception(error: BaseException) -> bytes:
+    """An exception as the data of WORK_EXCEPTION: ``{"exception", "message", "traceback"}`` in JSON."""
+    kind = type(error)
+    # From the function on: the worker's own frames tell its author nothing.
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(_OWN_FRAMES):
+        trace = trace.tb_next
+    lines = traceback.format_exception(kind, error, trace or error.__traceback__)
+    return _dumps(
+        {
+            "exception": f"{kind.__module__}.{kind.__qualname__}",
+            "message": str(error)[:_MAX_MESSAGE],
+            # The end says most.
+            "traceback": "".join(lines)[-_MAX_TRACEBACK:],
+        }
+    )
+
+
+_OWN_FRAMES: Final = (f"{__package__}.",)
+
+
+def _exception_of(data: bytes) -> dict[str, str]:
+    try:
+        told = json.loads(data)
+        return {key: str(told[key]) for key in ("exception", "message", "traceback")}
+    except (ValueError, TypeError, KeyError):
+        return {"message": data.decode(errors="replace")}
+
+
+# What a worker runs.
+
+
+class Assigned(Reports, Protocol):
+    """A job as the worker's loop hands it over."""
+
+    @property
+    def handle(self) -> bytes: ...
+    @property
+    def unique(self) -> bytes: ...
+    @property
+    def workload(self) -> bytes: ...
+
+
+def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned job, with the database connections tended as around a request."""
+    reset_queries()
+    close_old_connections()
+    try:
+        context = JobContext(
+            assigned.handle.decode(errors="replace"), assigned.unique.decode(errors="replace"), assigned
+        )
+        return job.perform(assigned.workload, context)
+    finally:
+        close_old_connections()
+
+
+# The nudge: rows wait at the database door.
+
+
+@cache
+def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
+    """The process's client for an alias of ``settings.GEARMAN``."""
+    options = conf.settings_for(alias)
+    return Client(
+        options.servers,
+        connect_timeout=options.connect_timeout,
+        timeout=options.timeout,
+        max_packet=options.max_packet,
+    )
+
+
+def _nudge() -> None:
+    client_for().claim()
+
+
+def _nudge_after_commit(using: str) -> None:
+    waiting = transaction.get_connection(using).run_on_commit
+    # One nudge is enough for all rows of a transaction. The last entry is of this
+    # savepoint or of one around it: when this row survives, so does its nudge.
+    if not waiting or waiting[-1][1] is not _nudge:
+        transaction.on_commit(_nudge, using=using, robust=True)
+
+
+@cache
+def _identity(pid: int) -> str:
+    return f"{socket.gethostname()[:100]}:{pid}"
+
+
+@receiver(setting_changed)
+def _forget_clients(*, setting: str, **kwargs: Any) -> None:
+    if setting == "GEARMAN":
+        client_for.cache_clear()
