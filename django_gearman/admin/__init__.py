@@ -1,0 +1,11 @@
+"""
+What operators see: the jobs and the job servers, to read and not to change.
+
+Django's admin imports this package when it discovers the admins of all apps;
+importing it registers ours. Nothing else of ``django_gearman`` imports it.
+"""
+
+from .job_record import JobRecordAdmin
+from .server_lease import ServerLeaseAdmin
+
+__all__ = ["JobRecordAdmin", "ServerLeaseAdmin"]

@@ -1,0 +1,262 @@
+"""The jobs: a list that stays quick with millions of rows, and a page for each."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+from urllib.parse import urlencode
+
+from django.contrib import admin
+from django.contrib.admin.utils import flatten_fieldsets
+from django.core.exceptions import ValidationError
+from django.db.models import Q, QuerySet
+from django.forms.widgets import Script
+from django.http import HttpRequest, HttpResponse
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
+
+from django_gearman.models import JobRecord
+
+from . import filters, format, payload
+from .change_list import JobChangeList
+from .paginator import JobPaginator
+from .read_only import JobRecordModelAdmin, ReadOnly
+
+MATCHES = 1000
+"""Jobs of one unique to find at most, newest first."""
+
+BIGGEST_ID = 2**63 - 1
+
+
+@admin.register(JobRecord)
+class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
+    list_display = (
+        "id",
+        "status_badge",
+        "function_name",
+        "queue",
+        "progress",
+        "enqueued",
+        "started",
+        "finished",
+        "duration",
+        "attempts_made",
+        "worker_name",
+    )
+    list_display_links = ("id", "function_name")
+    list_filter = (
+        filters.StatusFilter,
+        filters.FunctionFilter,
+        filters.QueueFilter,
+        filters.KindFilter,
+        filters.PriorityFilter,
+        filters.FinishedFilter,
+    )
+    list_per_page = 50
+    list_max_show_all = 200
+    ordering = ("-id",)
+    sortable_by = ("id",)
+    search_fields = ("=id",)  # shows the box; get_search_results decides
+    search_help_text = gettext_lazy("Exactly an id, a handle (H:…) or a unique.")
+    paginator = JobPaginator
+    show_full_result_count = False
+    view_on_site = False
+    show_facets = admin.ShowFacets.NEVER
+
+    class Media:
+        css = {"all": ["django_gearman/admin.css"]}
+        js = [Script("django_gearman/live.js", type="module")]
+
+    # The list.
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[JobChangeList]:
+        return JobChangeList
+
+    def lookup_allowed(self, lookup: str, value: str, request: HttpRequest) -> bool:
+        # Any other lookup, such as ?message__contains=, would read the whole table.
+        return lookup in {job_filter.parameter_name for job_filter in self.list_filter}
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[JobRecord], search_term: str
+    ) -> tuple[QuerySet[JobRecord], bool]:
+        """Find jobs by what names them exactly, one index look-up for each meaning of the term."""
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        jobs = self.get_queryset(request).values_list("pk", flat=True)
+        # ~Q(unique="") lets the partial index serve it.
+        found = set(jobs.filter(~Q(unique=""), unique=term).order_by("-pk")[:MATCHES])
+        if term.startswith("H:"):
+            found.update(jobs.filter(handle=term))
+        if term.isascii() and term.isdigit() and len(term) < 20 and int(term) <= BIGGEST_ID:
+            found.add(int(term))
+        return queryset.filter(pk__in=found), False
+
+    # The page of one job.
+
+    def get_object(
+        self, request: HttpRequest, object_id: str, from_field: str | None = None
+    ) -> JobRecord | None:
+        """Read one row; of the columns that may be huge, only the beginning."""
+        jobs = self.get_queryset(request).select_related("server").defer(*payload.COLUMNS)
+        try:
+            return jobs.annotate(**payload.heads()).get(pk=object_id)
+        except (JobRecord.DoesNotExist, ValidationError, ValueError):
+            return None
+
+    def get_fieldsets(self, request: HttpRequest, obj: JobRecord | None = None) -> Any:
+        ended: tuple[str, ...] = ("result_value",)
+        if obj is not None and obj.exception:
+            ended = ("exception_path", "message_text", "traceback_text")
+        return (
+            (
+                gettext_lazy("Where it stands"),
+                {
+                    "fields": (
+                        ("status_badge", "progress", "attempts_made"),
+                        ("worker_name", "server_name", "handle_text"),
+                    )
+                },
+            ),
+            (gettext_lazy("How it ended"), {"fields": ended}),
+            (
+                gettext_lazy("What was asked"),
+                {
+                    "fields": (
+                        "function_path",
+                        "arguments",
+                        ("queue", "priority", "kind"),
+                        ("unique_text", "reducer_text", "client_text"),
+                        ("not_before", "time_limit"),
+                    )
+                },
+            ),
+            (
+                gettext_lazy("Times"),
+                {"fields": (("enqueued", "started", "last_attempted"), ("finished", "duration"))},
+            ),
+        )
+
+    def get_readonly_fields(self, request: HttpRequest, obj: JobRecord | None = None) -> Any:
+        return flatten_fieldsets(self.get_fieldsets(request, obj))
+
+    def render_change_form(
+        self,
+        request: HttpRequest,
+        context: dict[str, Any],
+        add: bool = False,
+        change: bool = False,
+        form_url: str = "",
+        obj: JobRecord | None = None,
+    ) -> HttpResponse:
+        if obj is not None:
+            context["title"] = _("Job %(id)d") % {"id": obj.pk}
+            context["subtitle"] = format.visible(obj.function, 200)
+            context["same_function"] = urlencode({filters.FunctionFilter.parameter_name: obj.function})
+        return super().render_change_form(request, context, add, change, form_url, obj)
+
+    # What both show.
+
+    @admin.display(description=gettext_lazy("status"))
+    def status_badge(self, job: JobRecord) -> str:
+        return format.status(job)
+
+    @admin.display(description=gettext_lazy("function"))
+    def function_name(self, job: JobRecord) -> str:
+        return format.name(job.function)
+
+    @admin.display(description=gettext_lazy("function"))
+    def function_path(self, job: JobRecord) -> str:
+        return format.text(job.function)
+
+    @admin.display(description=gettext_lazy("queue"))
+    def queue(self, job: JobRecord) -> str:
+        return format.text(job.queue_name)
+
+    @admin.display(description=gettext_lazy("progress"))
+    def progress(self, job: JobRecord) -> str:
+        return format.progress(job)
+
+    @admin.display(description=gettext_lazy("attempts"))
+    def attempts_made(self, job: JobRecord) -> str:
+        return format.attempts(job)
+
+    @admin.display(description=gettext_lazy("worker"))
+    def worker_name(self, job: JobRecord) -> str:
+        return format.text(job.worker)
+
+    @admin.display(description=gettext_lazy("enqueued"))
+    def enqueued(self, job: JobRecord) -> str:
+        return format.moment(job.enqueued_at)
+
+    @admin.display(description=gettext_lazy("started"))
+    def started(self, job: JobRecord) -> str:
+        return format.moment(job.started_at)
+
+    @admin.display(description=gettext_lazy("last attempted"))
+    def last_attempted(self, job: JobRecord) -> str:
+        return format.moment(job.last_attempted_at)
+
+    @admin.display(description=gettext_lazy("finished"))
+    def finished(self, job: JobRecord) -> str:
+        return format.moment(job.finished_at)
+
+    @admin.display(description=gettext_lazy("duration"))
+    def duration(self, job: JobRecord) -> str:
+        return format.job_duration(job)
+
+    # What the page of one job shows besides.
+
+    @admin.display(description=gettext_lazy("arguments"))
+    def arguments(self, job: JobRecord) -> str:
+        return payload.arguments(payload.payload_of(job, "workload"))
+
+    @admin.display(description=gettext_lazy("result"))
+    def result_value(self, job: JobRecord) -> str:
+        return payload.value(payload.payload_of(job, "result"))
+
+    @admin.display(description=gettext_lazy("exception"))
+    def exception_path(self, job: JobRecord) -> str:
+        return format.text(job.exception)
+
+    @admin.display(description=gettext_lazy("message"))
+    def message_text(self, job: JobRecord) -> str:
+        return payload.prose(job, "message", _("Message"))
+
+    @admin.display(description=gettext_lazy("traceback"))
+    def traceback_text(self, job: JobRecord) -> str:
+        return payload.prose(job, "traceback", _("Traceback"))
+
+    @admin.display(description=gettext_lazy("kind"))
+    def kind(self, job: JobRecord) -> str:
+        return _("Background") if job.background else _("Foreground")
+
+    @admin.display(description=gettext_lazy("unique"))
+    def unique_text(self, job: JobRecord) -> str:
+        return format.text(job.unique)
+
+    @admin.display(description=gettext_lazy("reducer"))
+    def reducer_text(self, job: JobRecord) -> str:
+        return format.text(job.reducer)
+
+    @admin.display(description=gettext_lazy("client"))
+    def client_text(self, job: JobRecord) -> str:
+        return format.text(job.client)
+
+    @admin.display(description=gettext_lazy("not before"))
+    def not_before(self, job: JobRecord) -> str:
+        return format.moment(job.run_after)
+
+    @admin.display(description=gettext_lazy("time limit"))
+    def time_limit(self, job: JobRecord) -> str:
+        if job.timeout is None:
+            return _("The server's")
+        return format.duration(datetime.timedelta(seconds=job.timeout))
+
+    @admin.display(description=gettext_lazy("job server"))
+    def server_name(self, job: JobRecord) -> str:
+        return format.text(job.server.name if job.server else "")
+
+    @admin.display(description=gettext_lazy("handle"))
+    def handle_text(self, job: JobRecord) -> str:
+        return format.text(job.handle or "")

@@ -1,0 +1,171 @@
+/*
+ * Keeps a page of the admin up to date while it shows unfinished jobs.
+ *
+ * Fetches the page's own address again and copies over what differs, cell by
+ * cell, so that check boxes, focus, selected text and scroll positions stay.
+ * Everything works without it: the page is then as old as its last reload.
+ */
+
+const PERIOD = 2000; // milliseconds between two looks, at least
+const LONGEST = 60000; // milliseconds between two looks at a server that does not answer
+const PATIENCE = 10000; // milliseconds to wait for an answer
+
+const button = document.querySelector(".gearman-live");
+let timer = null;
+let period = PERIOD;
+let busy = false;
+let stopped = false;
+
+const unfinished = () => document.querySelector("[data-gearman-unfinished]") !== null;
+const paused = () => button.getAttribute("aria-pressed") === "true";
+
+/** Says whether the page is live, paused or cut off; hides when there is nothing to follow. */
+function tell(state) {
+    button.hidden = stopped || !unfinished();
+    if (button.dataset.state !== state) {
+        button.dataset.state = state;
+        button.textContent = button.dataset[state];
+    }
+}
+
+function schedule() {
+    clearTimeout(timer);
+    if (!stopped && !paused() && !document.hidden && unfinished()) {
+        timer = setTimeout(refresh, period);
+    }
+}
+
+async function refresh() {
+    if (busy) {
+        return;
+    }
+    busy = true;
+    const began = performance.now();
+    try {
+        const response = await fetch(location.href, {
+            credentials: "same-origin",
+            headers: {"X-Requested-With": "XMLHttpRequest"},
+            signal: AbortSignal.timeout(PATIENCE),
+        });
+        if (response.redirected || (response.status >= 400 && response.status < 500)) {
+            stopped = true; // logged out, or the job is gone
+        } else if (!response.ok) {
+            throw new Error(`status ${response.status}`);
+        } else {
+            const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+            if (!paused()) {
+                update(fresh);
+            }
+        }
+        // A slow page is asked for less often.
+        period = Math.max(PERIOD, 4 * (performance.now() - began));
+        tell(paused() ? "paused" : "live");
+    } catch {
+        period = Math.min(2 * period, LONGEST);
+        tell("lost");
+    } finally {
+        busy = false;
+        schedule();
+    }
+}
+
+function update(fresh) {
+    if (document.body.classList.contains("change-list")) {
+        updateList(fresh);
+    } else {
+        updateJob(fresh);
+    }
+}
+
+/** Makes the contents alike; leaves the very nodes alone when they are. */
+function copy(from, to) {
+    if (from.innerHTML !== to.innerHTML) {
+        to.replaceChildren(...document.adoptNode(from).childNodes);
+    }
+}
+
+const keyOf = (row) => row.querySelector("th a, td a")?.getAttribute("href");
+
+function updateList(fresh) {
+    const body = document.querySelector("#result_list > tbody");
+    if (!body) {
+        return;
+    }
+    const rows = new Map(Array.from(body.rows, (row) => [keyOf(row), row]));
+    const freshRows = Array.from(fresh.querySelectorAll("#result_list > tbody > tr"));
+    for (const row of freshRows) {
+        const old = rows.get(keyOf(row));
+        if (old && old.cells.length === row.cells.length) {
+            Array.from(row.cells).forEach((cell, i) => {
+                if (!old.cells[i].classList.contains("action-checkbox")) {
+                    copy(cell, old.cells[i]);
+                }
+            });
+        }
+    }
+    // Rows do not move under a selection or under somebody's keyboard.
+    if (body.querySelector("input:checked") || body.contains(document.activeElement)) {
+        return;
+    }
+    const wanted = freshRows.map((row) => rows.get(keyOf(row)) ?? document.adoptNode(row));
+    const kept = new Set(wanted);
+    for (const row of rows.values()) {
+        if (!kept.has(row)) {
+            row.remove();
+        }
+    }
+    wanted.forEach((row, i) => {
+        if (body.rows[i] !== row) {
+            body.insertBefore(row, body.rows[i] ?? null);
+        }
+    });
+    for (const selector of [".paginator", "[data-gearman-part=note]"]) {
+        const [from, to] = [fresh.querySelector(selector), document.querySelector(selector)];
+        if (from && to && !to.contains(document.activeElement)) {
+            copy(from, to);
+        }
+    }
+}
+
+function updateJob(fresh) {
+    const sections = (page) => Array.from(page.querySelectorAll("form[id$=_form] fieldset.module"));
+    const fields = (section) => Array.from(section.querySelectorAll(".form-row .readonly"));
+    const shape = (section) =>
+        Array.from(section.querySelectorAll(".form-row"), (row) => row.className).join();
+    const [now, then] = [sections(fresh), sections(document)];
+    then.forEach((section, i) => {
+        if (!now[i]) {
+            return;
+        }
+        if (shape(now[i]) === shape(section)) {
+            const values = fields(now[i]);
+            fields(section).forEach((field, j) => copy(values[j], field));
+        } else {
+            copy(now[i], section); // a result has become a traceback
+        }
+    });
+}
+
+if (button) {
+    // A screen reader hears of the job's status, not of every figure.
+    document.querySelector("body.change-form .field-status_badge .readonly")?.setAttribute("aria-live", "polite");
+    button.addEventListener("click", () => {
+        button.setAttribute("aria-pressed", String(!paused()));
+        tell(paused() ? "paused" : "live");
+        period = PERIOD;
+        if (paused()) {
+            clearTimeout(timer);
+        } else {
+            refresh();
+        }
+    });
+    document.addEventListener("visibilitychange", () => {
+        if (document.hidden) {
+            clearTimeout(timer);
+        } else if (!stopped && !paused() && unfinished()) {
+            refresh();
+        }
+    });
+    tell("live");
+    schedule();
+}

@@ -1,0 +1,221 @@
+"""The list and the page of one job, as HTML."""
+
+import html
+import json
+import re
+
+import pytest
+from django.contrib.auth.models import Permission, User
+
+from django_gearman.models import JobRecord, ServerLease
+
+from .conftest import LIST
+
+HOSTILE = "<script>alert(1)</script>\"'&\u202e\x01"
+
+
+def text_of(response):
+    return response.content.decode()
+
+
+@pytest.mark.parametrize("status", JobRecord.Status)
+class TestEveryStatus:
+    def test_list_shows_it(self, admin_page, make_job, status):
+        job = make_job(status)
+        page = text_of(admin_page())
+        assert f"gearman-status-{status.lower()}" in page
+        assert f'title="{job.function}">thumbnail<' in page
+        assert ("data-gearman-unfinished" in page) is (status in JobRecord.LIVE)
+
+    def test_page_shows_it(self, admin_page, make_job, status):
+        job = make_job(status)
+        response = admin_page(f"{job.pk}/change/")
+        assert response.status_code == 200
+        page = text_of(response)
+        assert f"gearman-status-{status.lower()}" in page
+        assert job.handle in page
+        assert "live.js" in page
+
+
+class TestProgress:
+    def test_fraction_is_a_bar_with_figures(self, admin_page, make_job):
+        make_job("RUNNING", numerator=3, denominator=6)
+        page = text_of(admin_page())
+        assert re.search(r'<progress max="6" value="3" aria-label="[^"]+"></progress>', page)
+        assert ">3/6<" in page
+
+    @pytest.mark.parametrize(("numerator", "denominator"), [(3, 0), (3, -1), (0, 0)])
+    def test_no_fraction_is_figures(self, admin_page, make_job, numerator, denominator):
+        make_job("RUNNING", numerator=numerator, denominator=denominator)
+        page = text_of(admin_page())
+        assert "<progress" not in page
+        assert f"{numerator}/{denominator}" in page
+
+    def test_bar_stays_within_its_ends(self, admin_page, make_job):
+        make_job("RUNNING", numerator=9, denominator=6)
+        make_job("RUNNING", numerator=-2, denominator=6)
+        page = text_of(admin_page())
+        assert '<progress max="6" value="6"' in page
+        assert '<progress max="6" value="0"' in page
+
+
+class TestPageOfOneJob:
+    def test_arguments_stand_in_a_table(self, admin_page, make_job):
+        job = make_job(call=((1, "two"), {"size": [200]}))
+        page = html.unescape(text_of(admin_page(f"{job.pk}/change/")))
+        assert '<th scope="row"><bdi>2</bdi></th><td><pre>"two"</pre></td>' in page
+        assert '<th scope="row"><bdi>size=</bdi></th><td><pre>[200]</pre></td>' in page
+
+    def test_raw_text_is_shown_as_it_is(self, admin_page, make_job):
+        job = make_job(workload=b"hello gearman")
+        assert ">hello gearman</pre>" in text_of(admin_page(f"{job.pk}/change/"))
+
+    def test_bytes_are_dumped(self, admin_page, make_job):
+        job = make_job(result=b"%PDF\x00\xff\xfe")
+        assert "00000000  25 50 44 46 00 ff fe" in text_of(admin_page(f"{job.pk}/change/"))
+
+    def test_null_and_empty_payloads(self, admin_page, make_job):
+        job = make_job(result=None, workload=b"")
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        assert "Empty" in page
+
+    def test_huge_payloads_are_cut(self, admin_page, make_job):
+        job = make_job(
+            "FAILED",
+            workload=json.dumps({"args": ["x" * 50_000], "kwargs": {}}).encode(),
+            traceback="line\n" * 100_000,
+            message="m" * 100_000,
+        )
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        assert len(page) < 250_000
+        assert "500000" in page  # characters of the traceback
+
+    def test_megabytes_are_not_read(self, admin_page, make_job):
+        job = make_job(workload=b"z" * 3_000_000, result=b"\x00" * 3_000_000)
+        response = admin_page(f"{job.pk}/change/")
+        assert len(response.content) < 60_000
+        assert "2.9\xa0MB" in text_of(response)
+
+    @pytest.mark.parametrize(
+        "payload", [b"[" * 60_000, b"[" * 900 + b"]" * 900, b"9" * 6_000, b'"\\ud800"', b"1e999"]
+    )
+    def test_awkward_json_does_no_harm(self, admin_page, make_job, payload):
+        job = make_job(workload=payload, result=payload)
+        response = admin_page(f"{job.pk}/change/")
+        assert response.status_code == 200
+        assert len(response.content) < 100_000
+
+    def test_failure_shows_traceback_in_place_of_result(self, admin_page, make_job):
+        job = make_job("FAILED", message="no <b>", traceback="Traceback …\n  File <stdin>")
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        assert "builtins.ValueError" in page
+        assert "no &lt;b&gt;" in page
+        assert "File &lt;stdin&gt;</pre>" in page
+        assert "field-result_value" not in page
+
+    @pytest.mark.parametrize("key", ["999", "abc", "-1", "9" * 30, "1_00"])
+    def test_missing_job_leads_away(self, admin_page, db, key):
+        assert admin_page(f"{key}/change/").status_code == 302
+
+
+class TestHostileTexts:
+    @pytest.fixture
+    def job(self, make_job):
+        return make_job(
+            "FAILED",
+            call=((HOSTILE,), {HOSTILE: HOSTILE}),
+            function=HOSTILE,
+            queue_name=HOSTILE,
+            unique=HOSTILE,
+            reducer=HOSTILE,
+            client=HOSTILE,
+            worker=HOSTILE,
+            exception=HOSTILE,
+            message=HOSTILE,
+            traceback=HOSTILE,
+        )
+
+    def assert_harmless(self, response):
+        page = text_of(response)
+        assert "<script>alert" not in page
+        assert "\x01" not in page
+        assert "\\u202e" in page
+
+    def test_list(self, admin_page, job):
+        response = admin_page()
+        self.assert_harmless(response)
+        assert "\u202e" not in html.unescape(text_of(response)).replace("%E2%80%AE", "")
+
+    def test_page(self, admin_page, job):
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        # The breadcrumb above it is the model's __str__, escaped by Django and nothing else.
+        body = page[page.index('<div id="content-main">') :]
+        assert "<script>alert" not in page
+        assert "\x01" not in body
+        assert "\u202e" not in body
+
+    @pytest.mark.parametrize(
+        "payload", [b"\xff\xfe<script>", b"<script>\x00", b"<script>\xe2\x80\xae</script>"]
+    )
+    def test_bytes(self, admin_page, make_job, payload):
+        job = make_job(workload=payload, result=payload)
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        body = page[page.index('<div id="content-main">') :]
+        assert "<script>" not in body[: body.index("submit-row")]
+        assert "\u202e" not in body
+
+
+class TestContentSecurityPolicy:
+    """No page of ours needs 'unsafe-inline'."""
+
+    @pytest.mark.parametrize("address", ["", "{}/change/"])
+    def test_nothing_inline(self, admin_page, make_job, address):
+        job = make_job("RUNNING", numerator=1, denominator=2)
+        make_job("FAILED", traceback="boom")
+        page = text_of(admin_page(address.format(job.pk)))
+        assert not re.search(r"<script(?![^>]*\bsrc=)", page)
+        assert "<style" not in page
+        assert not re.search(r"<[a-z][^>]*\s(style|on[a-z]+)=", page)
+        assert "javascript:" not in page
+        assert re.search(r'<script src="[^"]*django_gearman/live[^"]*\.js" type="module"', page)
+
+
+class TestReadOnly:
+    @pytest.mark.parametrize("method", ["get", "post"])
+    def test_add_change_delete_are_refused(self, admin_page, admin_client, make_job, server, method):
+        job = make_job()
+        request = getattr(admin_client, method)
+        refused = [LIST + "add/", f"{LIST}{job.pk}/delete/"]
+        leases = LIST.replace("jobrecord", "serverlease")
+        refused += [leases + "add/", f"{leases}{server.pk}/delete/"]
+        if method == "post":
+            refused += [f"{LIST}{job.pk}/change/", f"{leases}{server.pk}/change/"]
+        for address in refused:
+            assert request(address, {"status": "READY"}).status_code == 403, address
+        job.refresh_from_db()
+        assert job.status == "SUCCESSFUL"
+
+    def test_delete_action_is_not_offered(self, admin_page, admin_client, make_job):
+        job = make_job()
+        assert "delete_selected" not in text_of(admin_page())
+        admin_client.post(LIST, {"action": "delete_selected", "_selected_action": [job.pk], "post": "yes"})
+        assert JobRecord.objects.filter(pk=job.pk).exists()
+
+    def test_looking_takes_the_view_permission(self, client, settings, make_job):
+        settings.ROOT_URLCONF = "tests.admin.urls"
+        user = User.objects.create_user("op", password="x", is_staff=True)
+        client.force_login(user)
+        job = make_job()
+        assert client.get(LIST).status_code == 403
+        assert client.get(f"{LIST}{job.pk}/change/").status_code == 403
+        user.user_permissions.add(Permission.objects.get(codename="view_jobrecord"))
+        assert client.get(LIST).status_code == 200
+        assert client.get(f"{LIST}{job.pk}/change/").status_code == 200
+
+
+class TestServers:
+    def test_list_and_page(self, admin_page, admin_client, server):
+        leases = LIST.replace("jobrecord", "serverlease")
+        assert "one:4730" in text_of(admin_client.get(leases))
+        ServerLease.objects.update(renewed_at="2026-01-01T00:00:00Z")
+        assert " ago" in text_of(admin_client.get(f"{leases}{server.pk}/change/"))
