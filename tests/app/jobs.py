@@ -1,0 +1,66 @@
+"""Jobs that the tests enqueue and workers of the acceptance tests run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from django_gearman import JobContext, job
+
+
+@job
+def add(left: int, right: int = 1) -> int:
+    return left + right
+
+
+@job(priority=10)
+async def add_later(left: int, right: int) -> int:
+    return left + right
+
+
+@job(name="shout", raw=True)
+def shout(workload: bytes) -> bytes:
+    return workload.upper()
+
+
+@job
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+@job
+def return_a_set() -> object:
+    return {1}
+
+
+@job(queue_name="slow", takes_context=True)
+def report(context: JobContext, steps: int) -> list[str]:
+    for step in range(steps):
+        context.set_progress(step + 1, steps)
+        context.send_data(f"step {step + 1}")
+    context.warn("almost done")
+    return [context.handle]
+
+
+@job
+def append_line(path: str, line: str) -> None:
+    """Leave a trace that counts how often a job ran, whole lines at a time."""
+    with open(path, "a") as file:
+        file.write(line + "\n")
+
+
+@job
+def wait_for_file(path: str) -> int:
+    """Run until somebody makes the file; say in ``path.pid`` who runs it."""
+    Path(path + ".pid").write_text(str(os.getpid()))
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise TimeoutError(path)
+        time.sleep(0.01)
+    return os.getpid()
+
+
+@job
+def kill_worker() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

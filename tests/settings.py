@@ -1,0 +1,69 @@
+"""Settings of the test suite; ``DATABASE_URL`` chooses another database than SQLite."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import dj_database_url
+
+# One folder per process: parallel test processes and the servers they start share nothing.
+SCRATCH = Path(os.environ.get("GEARMAN_TEST_SCRATCH") or tempfile.mkdtemp(prefix="gearman-tests-"))
+SECRET_KEY = "only for tests"
+DEBUG = False
+USE_TZ = True
+TIME_ZONE = "UTC"
+ALLOWED_HOSTS = ["*"]
+ROOT_URLCONF = "project.urls"
+STATIC_URL = "static/"
+MEDIA_URL = "media/"
+MEDIA_ROOT = SCRATCH / "media"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+DATABASES = {
+    "default": dj_database_url.parse(os.environ.get("DATABASE_URL") or f"sqlite:///{SCRATCH / 'db.sqlite3'}")
+}
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    DATABASES["default"]["OPTIONS"] = {
+        "init_command": "PRAGMA journal_mode=WAL",
+        "transaction_mode": "IMMEDIATE",
+        "timeout": 20,
+    }
+    # A file, since servers and workers of the acceptance tests are processes of their own.
+    DATABASES["default"]["TEST"] = {"NAME": str(SCRATCH / "test.sqlite3")}
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "django_gearman",
+    "project.gallery",
+    "tests.app",
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+]
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+# Nobody listens on port 9 (discard): a test that wants a server starts its own.
+GEARMAN = {"default": {"SERVERS": [os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9")]}}
