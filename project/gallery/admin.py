@@ -1,0 +1,36 @@
+"""Photos in the admin, each with the way to its job."""
+
+from __future__ import annotations
+
+from django.contrib import admin
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils.html import format_html
+
+from .models import Photo
+
+
+@admin.register(Photo)
+class PhotoAdmin(admin.ModelAdmin):
+    list_display = ["title", "thumbnail", "job", "uploaded_at"]
+    search_fields = ["title"]
+    list_per_page = 50
+    readonly_fields = ["thumbnail", "job", "width", "height", "uploaded_at"]
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        # Only an upload in the gallery stores a file and enqueues its job.
+        return False
+
+    @admin.display(empty_value="-")
+    def thumbnail(self, photo: Photo) -> str | None:
+        if photo.width is None:
+            return None
+        small = photo.thumbnail_url(Photo.SIZES[0], "jpg")
+        return format_html('<a href="{}"><img src="{}" alt="" height="80"></a>', photo.large_url, small)
+
+    @admin.display(description="job record", ordering="job_id", empty_value="-")
+    def job(self, photo: Photo) -> str | None:
+        if photo.job_id is None:
+            return None
+        url = reverse("admin:django_gearman_jobrecord_change", args=[photo.job_id])
+        return format_html('<a href="{}">Job {}</a>', url, photo.job_id)

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+class TestWebProcess:
+    def test_pages_need_no_pillow(self, tmp_path: Path):
+        code = "import project.wsgi, project.urls, sys; sys.exit('PIL' in sys.modules)"
+        environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "project.settings",
+            "PROJECT_VAR": str(tmp_path),
+        }
+
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
