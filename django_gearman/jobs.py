@@ -257,7 +257,7 @@ class JobResult(Generic[R]):
             WaitInTransaction: A transaction is open that hides the job.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        pause = 0.002
+        pause = 0.001
         self.refresh()
         while not self.is_finished:
             if transaction.get_connection(self._record._state.db).in_atomic_block:

@@ -19,8 +19,8 @@ from typing import Any, Final
 from django.conf import settings
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import CharField, F, QuerySet, Value
-from django.db.models.functions import Cast, Concat, Now
+from django.db.models import F, QuerySet
+from django.db.models.functions import Now
 from django.utils import timezone
 
 from .exceptions import LeaseLost, StoreError
@@ -67,6 +67,7 @@ class DatabaseStore:
         self._name = name
         self._queue_of = queue_of or (lambda function: "default")
         self._lease_id = 0
+        self._row_prefix = f"H:{name}:r"
         self._renewed = 0.0
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
@@ -93,47 +94,53 @@ class DatabaseStore:
         return lease.epoch
 
     def replay(self) -> list[StoredJob]:
+        sql = self._sql
         with self._transaction():
             self._prove_lease()
             owned = self._records().filter(server_id=self._lease_id, status__in=JobRecord.LIVE)
             # The clients of foreground jobs left with the last run.
             ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
-            owned.filter(background=False, status=Status.RUNNING).update(status=Status.DEAD, **ended)
+            owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
             owned.filter(background=False).update(status=Status.CANCELLED, **ended)
-            owned.filter(status=Status.RUNNING).update(
-                status=Status.READY, server_epoch=self.epoch, numerator=None, denominator=None
+            owned.filter(status=_RUNNING).update(
+                status=_READY, server_epoch=self.epoch, numerator=None, denominator=None
             )
-            return _stored_jobs(owned.order_by("-priority", "id"))
+            rows = self._execute(sql.owned, [self._lease_id])
+        return [_stored_job(str(row[1]), row) for row in rows]
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
-        unclaimed = self._records().filter(server__isnull=True)
-        now = timezone.now()
-        due = unclaimed.filter(status__in=(Status.SCHEDULED, Status.RETRYING), run_after__lte=now)
-        ready = unclaimed.filter(status=Status.READY)
-        if full:
-            ready = ready.exclude(function__in=[name.decode() for name in full])
-        with self._reading():
+        sql = self._sql
+        with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
-            is_empty = not due.exists() and not ready.exists()
-            if is_empty and monotonic() - self._renewed < RENEW_INTERVAL:
-                return []
+            now = self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
+            is_due = bool(self._execute(sql.due, [now]))
+            rows = [] if is_due else self._unclaimed(limit, full)
+        if not rows and not is_due and monotonic() - self._renewed < RENEW_INTERVAL:
+            return []
         with self._transaction():
             self._prove_lease()
-            if is_empty:
-                return []
-            due.update(status=Status.READY)
-            ready = ready.order_by("-priority", "id")
-            if self._connection.features.has_select_for_update_skip_locked:
-                ready = ready.select_for_update(skip_locked=True)
-            ids = list(ready.values_list("pk", flat=True)[:limit])
-            claimed = self._records().filter(pk__in=ids)
-            claimed.update(
-                server_id=self._lease_id,
-                server_epoch=self.epoch,
-                # Of a row's id, which is never used twice; handles of the wire door have an epoch there.
-                handle=Concat(Value(f"H:{self._name}:r"), Cast("id", CharField())),
-            )
-            return _stored_jobs(claimed.order_by("-priority", "id"))
+            if is_due:
+                self._execute(sql.make_ready, [now])
+                rows = self._unclaimed(limit, full)
+            return self._take(rows)
+
+    def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Any]:
+        names = [name.decode() for name in full]
+        return self._execute(self._sql.unclaimed(len(names)), [*names, limit])
+
+    def _take(self, rows: list[Any]) -> list[StoredJob]:
+        """Make rows ours; those that somebody else was quicker to take stay his."""
+        if not rows:
+            return []
+        jobs = {row[0]: _stored_job(f"{self._row_prefix}{row[0]}", row) for row in rows}
+        # Of a row's id, which is never used twice; handles of the wire door have an epoch there.
+        handles = [[text_of(job.handle), self._lease_id, self.epoch, id] for id, job in jobs.items()]
+        taken = self._execute_many(self._sql.take, handles)
+        if taken == len(rows):
+            return list(jobs.values())
+        ours = self._records().filter(pk__in=jobs, server_id=self._lease_id, server_epoch=self.epoch)
+        still_ours = set(ours.values_list("pk", flat=True))
+        return [job for id, job in jobs.items() if id in still_ours]
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
         batch = _Folded(entries, self._queue_of)
@@ -215,20 +222,31 @@ class DatabaseStore:
             if not field.primary_key
         }
 
-    def _execute_many(self, sql: str, rows: list[list[Any]]) -> None:
-        # Table and column names are the model's own; every value is a parameter.
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
+        with self._connection.cursor() as cursor:
+            cursor.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def _execute_many(self, sql: str, rows: list[list[Any]]) -> int:
+        """How many rows were written."""
         with self._connection.cursor() as cursor:
             try:
                 cursor.executemany(sql, rows)
             except (DataError, IntegrityError, ValueError, OverflowError) as error:
                 raise _BadRow(str(error)) from error
+            return int(cursor.rowcount)
 
     def _prove_lease(self) -> None:
         """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
-        lease = ServerLease.objects.using(self._using).filter(pk=self._lease_id, epoch=self.epoch)
-        if not lease.update(renewed_at=Now()):
-            raise LeaseLost(self._name)
+        with self._connection.cursor() as cursor:
+            cursor.execute(self._sql.renew, [self._lease_id, self.epoch])
+            if not cursor.rowcount:
+                raise LeaseLost(self._name)
         self._renewed = monotonic()
+
+    @cached_property
+    def _sql(self) -> _Statements:
+        return _Statements(self._connection)
 
     @property
     def _connection(self) -> BaseDatabaseWrapper:
@@ -240,11 +258,11 @@ class DatabaseStore:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, and synced; every database error leaves as ``StoreError``."""
-        with self._reading(), transaction.atomic(using=self._using):
+        with self._database_errors(), transaction.atomic(using=self._using):
             yield
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _database_errors(self) -> Iterator[None]:
         connection = self._connection
         try:
             if connection.connection is None:
@@ -264,6 +282,71 @@ class DatabaseStore:
                 # An acknowledged job survives power loss: WAL syncs each commit only when FULL.
                 cursor.execute("PRAGMA journal_mode=WAL")
                 cursor.execute("PRAGMA synchronous=FULL")
+
+
+class _Statements:
+    """
+    The statements of claim and replay, written once.
+
+    By hand, because statuses must stand in the text: SQLite does not use a
+    partial index for a parameter. Table and column names are the model's own,
+    every value is a parameter.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        quote = connection.ops.quote_name
+        table = quote(JobRecord._meta.db_table)
+
+        def by(index: str) -> str:
+            # Without statistics SQLite would rather scan every live row for its status and sort.
+            return f"{table} INDEXED BY {quote(index)}" if connection.vendor == "sqlite" else table
+
+        columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
+        server, status, due = columns["server"], columns["status"], columns["run_after"]
+        job = ", ".join(columns[name] for name in ("id", *_JOB_FIELDS))
+        order = f"ORDER BY {columns['priority']} DESC, {columns['id']}"
+        live = ", ".join(f"'{each.value}'" for each in JobRecord.LIVE)
+        unclaimed = f"{server} IS NULL AND {status} = '{_READY}'"
+        later = (
+            f"{server} IS NULL AND {status} IN ('{Status.SCHEDULED}', '{Status.RETRYING}') AND {due} <= %s"
+        )
+
+        self.due = f"SELECT 1 FROM {by('job_due')} WHERE {later} LIMIT 1"  # noqa: S608
+        self.make_ready = f"UPDATE {by('job_due')} SET {status} = '{_READY}' WHERE {later}"  # noqa: S608
+        self.owned = (
+            f"SELECT {job} FROM {by('job_owned')} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
+        )
+        self.take = (
+            f"UPDATE {table} SET {columns['handle']} = %s, {server} = %s, {columns['server_epoch']} = %s "  # noqa: S608
+            f"WHERE {columns['id']} = %s AND {unclaimed}"
+        )
+        self._unclaimed = f"SELECT {job} FROM {by('job_claim')} WHERE {unclaimed}"  # noqa: S608
+        self._not_in = f" AND {columns['function']} NOT IN "
+        self._first = f" {order} LIMIT %s"
+
+        leases = ServerLease.objects.using(connection.alias)
+        now, _ = leases.all().query.get_compiler(connection.alias).compile(Now())
+        lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
+        self.renew = (
+            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
+            f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
+        )
+
+    def unclaimed(self, excluded: int) -> str:
+        """Claimable rows, most urgent first, of all but so many functions; then the limit."""
+        but = f"{self._not_in}({', '.join(['%s'] * excluded)})" if excluded else ""
+        return self._unclaimed + but + self._first
+
+
+_JOB_FIELDS: Final = (
+    "handle",
+    "function",
+    "unique",
+    "workload",
+    "priority",
+    "attempts",
+    "max_attempts",
+)
 
 
 class _BadRow(Exception):
@@ -366,22 +449,17 @@ def _failure(entry: JobFinished) -> Row:
     }
 
 
-def _stored_jobs(records: QuerySet[JobRecord]) -> list[StoredJob]:
-    rows = records.values_list(
-        "handle", "function", "unique", "workload", "priority", "attempts", "max_attempts"
+def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
+    _, _, function, unique, workload, priority, attempts, max_attempts = row
+    return StoredJob(
+        handle.encode(),
+        function.encode(),
+        bytes_of_unique(unique),
+        bytes(workload),
+        priority,
+        attempts,
+        max_attempts,
     )
-    return [
-        StoredJob(
-            str(handle).encode(),
-            function.encode(),
-            bytes_of_unique(unique),
-            bytes(workload),
-            priority,
-            attempts,
-            max_attempts,
-        )
-        for handle, function, unique, workload, priority, attempts, max_attempts in rows
-    ]
 
 
 def _moment(seconds: float) -> datetime:

@@ -169,6 +169,8 @@ class JobServer:
         """Functions with jobs to hand out."""
         self.dirty: list[Peer] = []
         self.entries: list[Entry] = []
+        self.urgent = False
+        """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
         self.claim_wanted = False
         """Whether somebody said that rows wait at the database door."""
         self._handle_prefix = f"H:{self.options.name}:{self.options.epoch}.".encode()
@@ -497,6 +499,7 @@ class JobServer:
         if recorded:
             self._record(job, peer)
         if background and recorded:
+            self.urgent = True
             job.state = PENDING
             self._answer_later(peer, job)
             return
@@ -511,6 +514,7 @@ class JobServer:
             # gearmand lets the job die with its foreground clients all the same.
             job.background = True
             if self._durable:
+                self.urgent = True
                 if job.recorded:
                     self.entries.append(JobKept(job.handle))
                 else:
@@ -642,6 +646,7 @@ class JobServer:
             job.listeners = None
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
+            self.urgent = self.urgent or job.background
         self._remove(job)
 
     def _remove(self, job: Job) -> None:

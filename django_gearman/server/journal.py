@@ -3,7 +3,9 @@ Group commit in front of any job store.
 
 While one batch is being written by the one writer thread, the next gathers;
 when the write returns the next starts at once. There is no timer to tune: the
-batch grows as the database slows down.
+batch grows as the database slows down. Only what nobody waits for (that a job
+started, how far it is, anything of a foreground job) lets a moment pass, since
+the job's end often follows and both are then one change of the row.
 
 ``Journal`` decides (no threads, no clock, tested as it is); ``JournalThread``
 carries it out. The store is the only part that may wait.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections import deque
@@ -31,6 +34,9 @@ MAX_BATCH: Final = 2_000
 
 CLAIM_LIMIT: Final = 1_000
 """Rows claimed from the database door at once."""
+
+LINGER: Final = 0.1
+"""Seconds that an entry which nobody waits for may wait for company."""
 
 WINDOW: Final = 10_000
 """Jobs of one function that wait in memory before its rows are left in the database."""
@@ -171,18 +177,26 @@ class Journal:
         self._failed: Batch | None = None
         self._in_flight = False
         self._next_claim = 0.0
+        self._write_at = math.inf
+        """When what has gathered is to be written."""
         self._retry_at = 0.0
         self._pause = 0.0
         self.lease_lost: LeaseLost | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the writer is at work."""
+        return self._in_flight
 
     @property
     def idle(self) -> bool:
         """Whether everything is written."""
         return not (self._gathering or self._in_flight or self._failed)
 
-    def append(self, entries: Sequence[Entry]) -> None:
-        """Take entries over from the core, in order."""
+    def append(self, entries: Sequence[Entry], now: float, *, urgent: bool = True) -> None:
+        """Take entries over from the core, in order; ``urgent`` when they must not wait for company."""
         self._gathering.extend(entries)
+        self._write_at = min(self._write_at, now if urgent else now + LINGER)
 
     def claim_soon(self) -> None:
         """Somebody says that rows wait at the database door."""
@@ -190,7 +204,11 @@ class Journal:
 
     def next_deadline(self) -> float:
         """The monotonic time at which ``next_batch`` may have something by itself."""
-        return self._retry_at if self._failed else self._next_claim
+        return self._retry_at if self._failed else min(self._next_claim, self._write_at)
+
+    def hurry(self) -> None:
+        """Let nothing wait any longer: the server is about to stop."""
+        self._write_at = 0.0
 
     def next_batch(self, now: float) -> Batch | None:
         """
@@ -207,9 +225,11 @@ class Journal:
             batch.error = None
         else:
             claim = now >= self._next_claim
-            if not claim and not self._gathering:
+            if not claim and (not self._gathering or now < self._write_at):
                 return None
             batch = Batch(self._gather())
+            if not self._gathering:
+                self._write_at = math.inf
             if claim:
                 self._next_claim = now + self._claim_interval
                 batch.claim = True
@@ -326,10 +346,13 @@ class JournalThread:
             self._work.put(batch)
         elif self._drained is not None and (self._journal.idle or self._journal.lease_lost):
             self._drained.set()
+        elif not self._journal.busy:
+            self._set_timer()
 
     async def stop(self, limit: float) -> bool:
         """Write what is left, for at most ``limit`` seconds; say whether everything was written."""
         self._drained = asyncio.Event()
+        self._journal.hurry()
         self.kick()
         try:
             await asyncio.wait_for(self._drained.wait(), limit)
@@ -368,9 +391,12 @@ class JournalThread:
             self._failed(journal.lease_lost)
         self._changed()
         self.kick()
-        self._set_timer()
 
     def _set_timer(self) -> None:
+        """Be back when the journal has something by itself; the timer that is set may do."""
+        deadline = self._journal.next_deadline()
         if self._timer is not None:
+            if self._loop.time() < self._timer.when() <= deadline:
+                return
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._journal.next_deadline(), self.kick)
+        self._timer = self._loop.call_at(deadline, self.kick)

@@ -309,8 +309,9 @@ class GearmanServer:
         if self._thread is None:
             return
         if core.entries:
-            self._journal.append(core.entries)
+            self._journal.append(core.entries, self.loop.time(), urgent=core.urgent)
             core.entries = []
+            core.urgent = False
             self._thread.kick()
         if core.claim_wanted:
             core.claim_wanted = False

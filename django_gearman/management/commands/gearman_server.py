@@ -58,7 +58,8 @@ class Command(BaseCommand):
             type=_count,
             default=ServerOptions.job_retries,
             metavar="N",
-            help="How many workers a job may lose before it is given up; 0 for no limit (default: %(default)s).",
+            help="How many workers a job may lose before it is given up; 0 for no limit "
+            "(default: %(default)s).",
         )
         parser.add_argument(
             "--exceptions",

@@ -52,7 +52,7 @@ class Command(BaseCommand):
             type=_seconds,
             default=30.0,
             metavar="SECONDS",
-            help="How long a job may go on after TERM or Ctrl-C before it is put back (default: %(default)g).",
+            help="How long a job may go on after TERM or Ctrl-C (default: %(default)g).",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
