@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from time import monotonic
 from typing import Any, Final
 
@@ -185,33 +185,39 @@ class DatabaseStore:
         quote = self._connection.ops.quote_name
         names = ", ".join(quote(column) for column, _ in self._prepared_defaults.values())
         marks = ", ".join(["%s"] * len(self._prepared_defaults))
-        prepare = self._prepare_value
-        values = [
-            [
-                prepare(name, row[name]) if name in row else default
-                for name, (_, default) in self._prepared_defaults.items()
-            ]
-            for row in rows
-        ]
+        prepare = self._preparer()
+        defaults = {name: default for name, (_, default) in self._prepared_defaults.items()}
+        values = [[prepare(value) for value in {**defaults, **row}.values()] for row in rows]
         self._execute_many(f"INSERT INTO {self._table} ({names}) VALUES ({marks})", values)  # noqa: S608
 
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
         quote = self._connection.ops.quote_name
-        prepare = self._prepare_value
+        prepare = self._preparer()
         assignments = ", ".join(f"{quote(self._prepared_defaults[name][0])} = %s" for name in names)
         values = [
-            [*(prepare(name, change[name]) for name in names), text_of(handle), self._lease_id]
+            [*(prepare(change[name]) for name in names), text_of(handle), self._lease_id]
             for handle, change in changes
         ]
         where = f"{quote('handle')} = %s AND {quote('server_id')} = %s"
         self._execute_many(f"UPDATE {self._table} SET {assignments} WHERE {where}", values)  # noqa: S608
 
-    def _prepare_value(self, name: str, value: Any) -> Any:
-        # Text, numbers and booleans are what every driver takes as they are; asking
-        # each field for each value would cost more than the statement.
-        if isinstance(value, datetime | bytes):
-            return self._fields[name].get_db_prep_save(value, self._connection)
-        return value
+    def _preparer(self) -> Callable[[Any], Any]:
+        """
+        A function that makes of a row's value what the driver takes.
+
+        Text, numbers and booleans go as they are: asking each field for each
+        value would cost more than the statement. Many entries share a moment.
+        """
+        binary = self._connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
+        adapt = cache(self._connection.ops.adapt_datetimefield_value)
+
+        def prepare(value: Any) -> Any:
+            kind = type(value)
+            if kind is bytes:
+                return binary(value)
+            return adapt(value) if kind is datetime else value
+
+        return prepare
 
     @cached_property
     def _prepared_defaults(self) -> dict[str, tuple[str, Any]]:
