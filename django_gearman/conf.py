@@ -18,9 +18,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
+from .addresses import DEFAULT_PORT, split_address
+
 DEFAULT_ALIAS = "default"
-DEFAULT_PORT = 4730
-"""PROTOCOL: IANA gave Gearman this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +107,6 @@ def _servers(where: str, value: object) -> tuple[str, ...]:
         except (AttributeError, ValueError) as error:
             raise ImproperlyConfigured(f"{where}: {error}") from error
     return tuple(value)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """
-    ``host:port``, ``host`` or ``[ipv6]:port`` as a pair.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    host, separator, port = address.rpartition(":")
-    if not separator or address.endswith("]"):
-        host, port = address, str(DEFAULT_PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
-        raise ValueError(f"{address!r} is not an address such as 127.0.0.1:4730")
-    return host, int(port)
 
 
 @receiver(setting_changed)

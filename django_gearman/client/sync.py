@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
+from ..addresses import DEFAULT_PORT, split_address
 from ..exceptions import ConnectionFailed, ConnectionLost, JobFailed, ProtocolError, ServerError
 from ..protocol.packets import CLAIM, PacketType
 from ..protocol.reader import MAX_BODY
 from .connection import Connection
 from .core import ClientProtocol, DataHandler, JobRequest, Question, StatusHandler
 
-DEFAULT_SERVERS: Final = ("127.0.0.1:4730",)
+DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
 CIRCUIT: Final = 5.0
 """Seconds during which a server that could not be reached is not tried when there is a choice."""
@@ -98,6 +99,8 @@ class Client:
     ) -> None:
         if isinstance(servers, str) or not servers:
             raise ValueError(f'servers must be a sequence such as ["127.0.0.1:4730"], not {servers!r}')
+        for server in servers:
+            split_address(server)  # raises what is wrong with it, now rather than at the first use
         self._servers = tuple(servers)
         self._connect_timeout = connect_timeout
         self._timeout = timeout
@@ -340,11 +343,11 @@ class Client:
         for server in servers:
             if nudge and avoid.get(server, 0.0) > now:
                 continue
-            host, _, port = server.rpartition(":")
+            host, port = split_address(server)
             try:
                 connection = Connection(
-                    host.strip("[]"),
-                    int(port),
+                    host,
+                    port,
                     connect_timeout=min(self._connect_timeout, NUDGE_TIMEOUT)
                     if nudge
                     else self._connect_timeout,

@@ -176,6 +176,7 @@ class Journal:
         self._gathering: deque[Entry] = deque()
         self._failed: Batch | None = None
         self._in_flight = False
+        self._closing = False
         self._next_claim = 0.0
         self._write_at = math.inf
         """When what has gathered is to be written."""
@@ -207,8 +208,9 @@ class Journal:
         return self._retry_at if self._failed else min(self._next_claim, self._write_at)
 
     def hurry(self) -> None:
-        """Let nothing wait any longer: the server is about to stop."""
+        """Let nothing wait any longer, and claim nothing more: the server is about to stop."""
         self._write_at = 0.0
+        self._closing = True
 
     def next_batch(self, now: float) -> Batch | None:
         """
@@ -224,7 +226,7 @@ class Journal:
             batch, self._failed = self._failed, None
             batch.error = None
         else:
-            claim = now >= self._next_claim
+            claim = now >= self._next_claim and not self._closing
             if not claim and (not self._gathering or now < self._write_at):
                 return None
             batch = Batch(self._gather())

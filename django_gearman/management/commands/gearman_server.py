@@ -16,6 +16,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from ... import conf
+from ...addresses import split_address
 from ...exceptions import StoreError
 from ...jobs import queue_of
 from ...server.core import JobServer, ServerOptions
@@ -29,7 +30,7 @@ class Command(BaseCommand):
     requires_system_checks = "__all__"
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        host, port = conf.split_address(conf.settings_for().servers[0])
+        host, port = split_address(conf.settings_for().servers[0])
         parser.add_argument(
             "--listen", "-L", default=host, metavar="ADDRESS", help=f"Address to listen on (default: {host})."
         )

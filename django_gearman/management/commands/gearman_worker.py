@@ -12,6 +12,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from ... import conf
+from ...addresses import split_address
 from ...jobs import Job, describe_exception, perform_assigned, registry
 from ...worker.loop import Worker, WorkerFunction
 from ...worker.supervisor import Supervisor
@@ -138,6 +139,6 @@ def _seconds(text: str) -> float:
 
 def _servers(text: str) -> list[tuple[str, int]]:
     try:
-        return [conf.split_address(server.strip()) for server in text.split(",")]
+        return [split_address(server.strip()) for server in text.split(",")]
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
