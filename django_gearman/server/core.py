@@ -416,9 +416,15 @@ class JobServer:
         job.numerator = numerator
         job.denominator = denominator
         self._tell(job, PacketType.WORK_STATUS, arguments)
-        if job.recorded and self.now - job.progress_at >= self.options.progress_interval:
-            job.progress_at = self.now
-            self.entries.append(JobProgress(handle, numerator, denominator))
+        job.progress_unsaved = True
+        if self.now - job.progress_at >= self.options.progress_interval:
+            self._save_progress(job)
+
+    def _save_progress(self, job: Job) -> None:
+        job.progress_at = self.now
+        job.progress_unsaved = False
+        if job.recorded:
+            self.entries.append(JobProgress(job.handle, job.numerator, job.denominator))
 
     def _work_data(self, peer: Peer, arguments: list[bytes]) -> None:
         self._pass_on(peer, PacketType.WORK_DATA, arguments)
@@ -618,6 +624,7 @@ class JobServer:
             self._fail(job, Outcome.DEAD, f"The worker was lost at each of {job.attempts} attempts")
         else:
             job.numerator = job.denominator = b"0"
+            job.progress_unsaved = False
             job.state = READY
             function = job.function
             function.put_back(job)
@@ -644,6 +651,8 @@ class JobServer:
             for listener in job.listeners:
                 listener.listens.discard(job)
             job.listeners = None
+        if job.progress_unsaved:
+            self._save_progress(job)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             self.urgent = self.urgent or job.background

@@ -45,6 +45,7 @@ class Job:
         "numerator",
         "priority",
         "progress_at",
+        "progress_unsaved",
         "recorded",
         "state",
         "unique",
@@ -87,6 +88,8 @@ class Job:
         self.denominator = b"0"
         self.progress_at = 0.0
         """When progress was last recorded."""
+        self.progress_unsaved = False
+        """Whether there was some since."""
 
 
 class Function:
