@@ -208,7 +208,7 @@ class JobResult(Generic[R]):
     def errors(self) -> list[JobError]:
         """Why it failed; empty unless it did."""
         record = self._record
-        if record.status not in (JobRecord.Status.FAILED, JobRecord.Status.DEAD, JobRecord.Status.CANCELLED):
+        if record.status not in JobRecord.FAILURES:
             return []
         return [JobError(record.exception, record.message, record.traceback)]
 

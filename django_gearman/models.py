@@ -67,6 +67,9 @@ class JobRecord(models.Model):
     LIVE: ClassVar[tuple[Status, ...]] = (Status.SCHEDULED, Status.READY, Status.RUNNING, Status.RETRYING)
     """Statuses of a job that is still to do; every other status is final."""
 
+    FAILURES: ClassVar[tuple[Status, ...]] = (Status.FAILED, Status.DEAD, Status.CANCELLED)
+    """Statuses of a job that ended without a value."""
+
     id = models.BigAutoField(_("id"), primary_key=True)
 
     # What was asked.

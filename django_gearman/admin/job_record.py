@@ -106,7 +106,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
 
     def get_fieldsets(self, request: HttpRequest, obj: JobRecord | None = None) -> Any:
         ended: tuple[str, ...] = ("result_value",)
-        if obj is not None and (obj.exception or obj.message):
+        if obj is not None and obj.status in JobRecord.FAILURES:
             ended = ("exception_path", "message_text", "traceback_text")
         return (
             (
