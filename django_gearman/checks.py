@@ -7,7 +7,7 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 
 from . import conf
@@ -37,10 +37,8 @@ def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) ->
     return messages
 
 
-@register("gearman", Tags.database)
-def check_databases(
-    *, app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
-) -> list[CheckMessage]:
+@register("gearman")
+def check_databases(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """SQLite is set up so that views and the job server can write side by side."""
     messages: list[CheckMessage] = []
     try:

@@ -7,6 +7,7 @@ The one place that reads settings: everything below gets keyword arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -90,7 +91,7 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f"{where} must be True or False, not {value!r}")
         elif isinstance(field.default, int | float):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ImproperlyConfigured(f"{where} must be a number above 0, not {value!r}")
         elif isinstance(field.default, str) and not isinstance(value, str):
             raise ImproperlyConfigured(f"{where} must be a string, not {value!r}")

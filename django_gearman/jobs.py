@@ -318,6 +318,9 @@ class Job(Generic[P, R]):
         priority: int = 0,
         takes_context: bool = False,
     ) -> None:
+        thing: object = function
+        if isinstance(thing, type | Job) or not callable(thing) or not hasattr(thing, "__qualname__"):
+            raise InvalidJob(f"@job is for functions, not for {function!r}")
         self.function = function
         self.name = name or f"{function.__module__}.{function.__qualname__}"
         self.raw = raw
@@ -348,14 +351,15 @@ class Job(Generic[P, R]):
 
         Args:
             priority: -100 to 100, higher first.
-            run_after: Not before this moment, or this long after the submission; a naive
-                datetime is refused when ``USE_TZ`` is on.
+            run_after: Not before this moment, or this long after the submission; datetimes
+                are aware when ``USE_TZ`` is on, and naive when it is off.
         """
         other = Job.__new__(Job)
         other.__dict__.update(self.__dict__)
         if priority is not None:
             other.priority = priority
-        other.run_after = run_after
+        if run_after is not None:
+            other.run_after = run_after
         other._validate()
         return other
 
@@ -487,7 +491,7 @@ class Job(Generic[P, R]):
             envelope = json.loads(workload)
             args, kwargs = envelope["args"], envelope["kwargs"]
             is_envelope = isinstance(args, list) and isinstance(kwargs, dict)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             is_envelope = False
         if not is_envelope:
             raise TypeError(
@@ -508,7 +512,8 @@ class Job(Generic[P, R]):
     def _validate(self) -> None:
         if "<" in self.function.__qualname__:
             raise InvalidJob(f"{self.name} must be defined at the module's level, where a worker can find it")
-        if not self.name.isprintable() or len(self.name.encode()) > 512:
+        name: object = self.name
+        if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 512:
             raise InvalidJob(
                 f"{self.name!r} is no name for a job: at most 512 bytes, without control characters"
             )
@@ -523,8 +528,11 @@ class Job(Generic[P, R]):
             raise InvalidJob(
                 f"queue_name of {self.name} must be 1 to 100 characters, not {self.queue_name!r}"
             )
-        if isinstance(self.run_after, datetime):
-            _refuse_wrong_zone(self.name, self.run_after)
+        run_after: object = self.run_after
+        if isinstance(run_after, datetime):
+            _refuse_wrong_zone(self.name, run_after)
+        elif run_after is not None and not isinstance(run_after, timedelta):
+            raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
 
 
 def _refuse_wrong_zone(name: str, moment: datetime) -> None:
@@ -534,6 +542,8 @@ def _refuse_wrong_zone(name: str, moment: datetime) -> None:
         raise InvalidJob(
             f"run_after of {name} must be an aware datetime, such as timezone.now() + timedelta(hours=1)"
         )
+    if not settings.USE_TZ and timezone.is_aware(moment):
+        raise InvalidJob(f"run_after of {name} must be a naive datetime, since USE_TZ is off")
 
 
 # The decorator. The callable classes make the overloads tell `async def` from `def`.
@@ -584,7 +594,7 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
     try:
         made: Job[Any, Any] = Job(function, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         if isinstance(error, InvalidJob):
             raise
         raise InvalidJob(f"@job of {function.__qualname__}: {error}") from error
@@ -624,7 +634,6 @@ _REMEDIES: Final = {
     "frozenset": "a list of it",
     "bytes": "text, base64 for example",
     "bytearray": "text, base64 for example",
-    "PosixPath": "str() of it",
     "QuerySet": "a list of primary keys",
 }
 
@@ -651,6 +660,8 @@ def _refuse_unless_json(value: object, what: str) -> None:
         kind = type(value).__name__
         if isinstance(value, models.Model):
             remedy = "its primary key (.pk), and fetch it in the job"
+        elif isinstance(value, os.PathLike):
+            remedy = "str() of it"
         else:
             remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
         raise TypeError(f"{what} is a {kind}, which JSON cannot carry; pass {remedy}")
@@ -667,7 +678,7 @@ def _decode_result(name: str, data: bytes) -> object:
         return data
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return data
 
 
@@ -685,21 +696,28 @@ def describe_exception(error: BaseException) -> bytes:
     return _dumps(
         {
             "exception": f"{kind.__module__}.{kind.__qualname__}",
-            "message": str(error)[:_MAX_MESSAGE],
+            "message": _message_of(error)[:_MAX_MESSAGE],
             # The end says most.
             "traceback": "".join(lines)[-_MAX_TRACEBACK:],
         }
     )
 
 
-_OWN_FRAMES: Final = (f"{__package__}.",)
+_OWN_FRAMES: Final = (f"{__package__}.", "asyncio.")
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return ""  # the traceback says that it cannot be told
 
 
 def _exception_of(data: bytes) -> dict[str, str]:
     try:
         told = json.loads(data)
         return {key: str(told[key]) for key in ("exception", "message", "traceback")}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return {"message": data.decode(errors="replace")}
 
 
@@ -765,4 +783,7 @@ def _identity(pid: int) -> str:
 @receiver(setting_changed)
 def _forget_clients(*, setting: str, **kwargs: Any) -> None:
     if setting == "GEARMAN":
+        if client_for.cache_info().currsize:
+            # A connection that is left to the garbage collector makes a ResourceWarning.
+            client_for().close()
         client_for.cache_clear()

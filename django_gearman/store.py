@@ -86,7 +86,7 @@ class DatabaseStore:
             leases = ServerLease.objects.using(self._using)
             lease, _ = leases.get_or_create(name=self._name)
             leases.filter(pk=lease.pk).update(
-                epoch=F("epoch") + 1, address=address, started_at=Now(), renewed_at=Now()
+                epoch=F("epoch") + 1, address=address, started_at=_Now(), renewed_at=_Now()
             )
             lease.refresh_from_db(using=self._using)
         self._lease_id = lease.pk
@@ -278,7 +278,7 @@ class DatabaseStore:
         except (DatabaseError, InterfaceError) as error:
             # Whatever state it is in: the next attempt gets a new one.
             connection.close()
-            raise StoreError(str(error).strip() or type(error).__name__) from error
+            raise StoreError(" ".join(str(error).split()) or type(error).__name__) from error
 
     def _prepare(self, connection: BaseDatabaseWrapper) -> None:
         if connection.vendor == "sqlite":
@@ -331,7 +331,7 @@ class _Statements:
         self._first = f" {order} LIMIT %s"
 
         leases = ServerLease.objects.using(connection.alias)
-        now, _ = leases.all().query.get_compiler(connection.alias).compile(Now())
+        now, _ = leases.all().query.get_compiler(connection.alias).compile(_Now())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
         self.renew = (
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
@@ -353,6 +353,15 @@ _JOB_FIELDS: Final = (
     "attempts",
     "max_attempts",
 )
+
+
+class _Now(Now):
+    """The database's clock. Django's own is UTC on SQLite, even when ``USE_TZ`` is off."""
+
+    def as_sqlite(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        local = "" if settings.USE_TZ else ", 'localtime'"
+        template = f"STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f', 'NOW'{local})"
+        return self.as_sql(compiler, connection, template=template, **context)
 
 
 class _BadRow(Exception):
@@ -443,16 +452,21 @@ def _failure(entry: JobFinished) -> Row:
     text = text_of(entry.data)
     try:
         told = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in _EXCEPTION_KEYS):
         # A worker of another language: whatever it sent is the message.
         return {"exception": "", "message": text, "traceback": ""}
     return {
-        "exception": told.get("exception", "").replace("\0", "")[:512],
-        "message": told.get("message", "").replace("\0", ""),
-        "traceback": told.get("traceback", "").replace("\0", ""),
+        "exception": _storable(told.get("exception", ""))[:512],
+        "message": _storable(told.get("message", "")),
+        "traceback": _storable(told.get("traceback", "")),
     }
+
+
+def _storable(text: str) -> str:
+    """Text from JSON as a column takes it: JSON can write NULs, and halves of characters."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "")
 
 
 def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:

@@ -57,15 +57,17 @@ class Connection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, timeout: float | None = None) -> None:
         """
         Send whole packets.
 
+        Args:
+            timeout: Seconds that it may take; None for ``send_timeout``.
         Raises:
             ConnectionLost: The connection broke; the server may have read them or not.
         """
         try:
-            self._socket.settimeout(self._send_timeout)
+            self._socket.settimeout(self._send_timeout if timeout is None else timeout)
             self._socket.sendall(data)
         except OSError as error:
             raise ConnectionLost(self.server, _reason(error)) from error

@@ -217,7 +217,7 @@ class Client:
                 _, data = session.protocol.ask(
                     PacketType.SUBMIT_JOB_BG, CLAIM, b"", b"", answers=PacketType.JOB_CREATED
                 )
-                session.connection.send(data)
+                session.connection.send(data, NUDGE_TIMEOUT)
         except (ConnectionFailed, ConnectionLost):
             return False
         return True
@@ -278,7 +278,7 @@ class Client:
                 session.protocol.receive(session.connection.receive(deadline, what))
         if request.outcome is PacketType.WORK_COMPLETE:
             return request.data
-        raise JobFailed(what, data=request.data)
+        raise JobFailed(request.function.decode(), data=request.data)
 
     def _submit(self, request: JobRequest) -> str:
         with self._session() as session:
@@ -351,7 +351,7 @@ class Client:
                     connect_timeout=min(self._connect_timeout, NUDGE_TIMEOUT)
                     if nudge
                     else self._connect_timeout,
-                    send_timeout=NUDGE_TIMEOUT if nudge else self._timeout,
+                    send_timeout=self._timeout,
                     max_packet=self._max_packet,
                 )
             except ConnectionFailed as error:

@@ -32,6 +32,9 @@ ANSWER_LIMIT: Final = 10.0
 RECHECK: Final = 30.0
 """Seconds after which a sleeping worker asks for a job all the same, in case a NOOP was lost."""
 
+_HEADROOM: Final = 1024
+"""Bytes that a server may put beside the largest workload: its handle, the function and the unique."""
+
 _GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 
@@ -86,6 +89,9 @@ class _Link:
     def connected(self, connection: Connection) -> None:
         self.connection = connection
         self.asleep_since = None
+
+    def answered(self) -> None:
+        """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
         self._pause = FIRST_PAUSE
 
     def lost(self, error: Exception) -> None:
@@ -180,13 +186,13 @@ class Worker:
                         link.host,
                         link.port,
                         connect_timeout=self._connect_timeout,
-                        max_packet=self._max_packet,
+                        max_packet=self._max_packet + _HEADROOM,
                     )
+                    link.connected(connection)
                     connection.send(self._introduction())
                 except (ConnectionFailed, ConnectionLost) as error:
                     link.lost(error)
                     continue
-                link.connected(connection)
                 logger.info("Connected to the job server at %s", link)
 
     def _introduction(self) -> bytes:
@@ -228,6 +234,7 @@ class Worker:
         deadline = monotonic() + ANSWER_LIMIT
         while True:
             kind, arguments = connection.receive(deadline)
+            link.answered()
             if kind == PacketType.JOB_ASSIGN_UNIQ:
                 return AssignedJob(link, *arguments)
             if kind == PacketType.NO_JOB:
@@ -281,18 +288,17 @@ class Worker:
             if function is None:
                 raise LookupError(f"this worker does not offer {name}")
             result = function(job)
+            if not isinstance(result, bytes):
+                raise TypeError(f"{name} must return bytes, not {type(result).__name__}")
         except JobRefused:
             report = encode_request(PacketType.WORK_FAIL, job.handle)
             logger.error("Job %s (%s) failed after %.2f s", handle, name, monotonic() - started)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a job raises ends the job, not the worker
             report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(error))
             logger.error(
-                "Job %s (%s) failed after %.2f s: %s: %s",
-                handle,
-                name,
-                monotonic() - started,
-                type(error).__name__,
-                error,
+                "Job %s (%s) failed after %.2f s: %s", handle, name, monotonic() - started, _told(error)
             )
         else:
             if len(result) + len(job.handle) + 1 > self._max_packet:
@@ -307,3 +313,10 @@ class Worker:
                 logger.info("Job %s (%s) succeeded in %.2f s", handle, name, monotonic() - started)
         self.jobs_done += 1
         return report
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__  # one that cannot tell more

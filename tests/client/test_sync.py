@@ -1,0 +1,505 @@
+"""``Client`` with a real job server, and with one that fails as it is told."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from django_gearman.client.sync import Client, JobStatus
+from django_gearman.exceptions import (
+    ConnectionFailed,
+    ConnectionLost,
+    GearmanError,
+    JobFailed,
+    ResponseTimeout,
+    ServerError,
+)
+from django_gearman.protocol.packets import CLAIM, PacketType
+from django_gearman.worker.loop import AssignedJob, JobRefused
+from tests import harness
+
+from .fake_server import Peer, fake_server, play
+
+P = PacketType
+TAKEN = (P.JOB_CREATED, b"H:1")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[harness.GearmanServerProcess]:
+    with harness.server(store="memory") as process:
+        yield process
+
+
+@pytest.fixture
+def client(server: harness.GearmanServerProcess) -> Iterator[Client]:
+    with Client([server.address], timeout=10) as made:
+        yield made
+
+
+def reverse(job: AssignedJob) -> bytes:
+    return job.workload[::-1]
+
+
+def tell(job: AssignedJob) -> bytes:
+    job.send_data(b"part")
+    job.send_warning(b"careful")
+    job.send_status(1, 3)
+    return b"end"
+
+
+def fail(job: AssignedJob) -> bytes:
+    if job.workload:
+        raise ValueError(job.workload.decode())
+    raise JobRefused
+
+
+FUNCTIONS = {"reverse": reverse, "tell": tell, "fail": fail, "name \u00fc": reverse}
+
+
+@pytest.fixture(scope="module")
+def worker(server: harness.GearmanServerProcess) -> Iterator[None]:
+    with harness.worker_thread(FUNCTIONS, server):
+        yield
+
+
+@pytest.mark.usefixtures("worker")
+class TestForeground:
+    @pytest.mark.parametrize("method", ["do", "do_high", "do_low"])
+    @pytest.mark.parametrize("workload", [b"", b"abc", b"\0\xff\0", bytes(range(256)) * 8192])
+    def test_result(self, client: Client, method: str, workload: bytes) -> None:
+        assert getattr(client, method)("reverse", workload, timeout=10) == workload[::-1]
+
+    def test_names_are_text(self, client: Client) -> None:
+        assert client.do("name \u00fc", b"ab", unique="\u00fc", timeout=10) == b"ba"
+
+    def test_parts(self, client: Client) -> None:
+        told: list[Any] = []
+        result = client.do(
+            "tell",
+            timeout=10,
+            on_data=lambda data: told.append(("data", data)),
+            on_warning=lambda data: told.append(("warning", data)),
+            on_status=lambda *numbers: told.append(("status", *numbers)),
+        )
+        assert result == b"end"
+        assert told == [("data", b"part"), ("warning", b"careful"), ("status", b"1", b"3")]
+
+    def test_failure_without_a_word(self, client: Client) -> None:
+        with pytest.raises(JobFailed, match=r"^job fail failed$") as caught:
+            client.do("fail", timeout=10)
+        assert caught.value.data == b""
+
+    def test_exception(self, client: Client) -> None:
+        with pytest.raises(JobFailed) as caught:
+            client.do("fail", b"no", timeout=10)
+        assert caught.value.data == b"ValueError('no')"
+        assert client.do("reverse", b"ab", timeout=10) == b"ba"
+
+    def test_a_callback_that_fails_leaves_a_usable_client(self, client: Client) -> None:
+        with pytest.raises(ZeroDivisionError):
+            client.do("tell", timeout=10, on_data=lambda data: 1 / 0)
+        assert client.do("reverse", b"ab", timeout=10) == b"ba"
+
+    def test_a_callback_may_use_the_client(self, client: Client) -> None:
+        told: list[bytes] = []
+        client.do("tell", timeout=10, on_data=lambda data: told.append(client.echo(data)))
+        assert told == [b"part"]
+
+
+class TestBackground:
+    @pytest.mark.parametrize("method", ["do_background", "do_high_background", "do_low_background"])
+    def test_handle(self, client: Client, method: str) -> None:
+        handle = getattr(client, method)("nobody serves this", b"x")
+        assert handle.startswith("H:")
+        assert client.job_status(handle) == JobStatus(known=True, running=False, numerator=0, denominator=0)
+
+    def test_unique(self, client: Client) -> None:
+        handles = {client.do_background("nobody serves this", unique="one") for _ in range(3)}
+        assert len(handles) == 1
+        assert client.do_background("nobody serves this") not in handles
+
+
+class TestQuestions:
+    @pytest.mark.parametrize("data", [b"", b"abc", b"a\0b", bytes(1_000_000)])
+    def test_echo(self, client: Client, data: bytes) -> None:
+        assert client.echo(data) == data
+
+    def test_status_of_the_unknown(self, client: Client) -> None:
+        assert client.job_status("H:nothing:1") == JobStatus(False, False, 0, 0)
+
+    def test_status_while_it_runs(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            job.send_status(2, 5)
+            go_on.wait(20)
+            return b""
+
+        with harness.worker_thread({"wait": work}, server):
+            handle = client.do_background("wait")
+            try:
+                status = JobStatus(known=True, running=True, numerator=2, denominator=5)
+                harness.wait_until(lambda: client.job_status(handle) == status)
+            finally:
+                go_on.set()
+            harness.wait_until(lambda: not client.job_status(handle).known)
+
+
+class TestRefusals:
+    """What is wrong is told before anything is sent."""
+
+    @pytest.mark.parametrize("submit", ["do", "do_background"])
+    def test_workloads_are_bytes(self, submit: str) -> None:
+        with pytest.raises(TypeError, match="the workload of f must be bytes, not str; encode it first"):
+            getattr(Client(), submit)("f", "text")
+
+    def test_nuls(self) -> None:
+        with pytest.raises(ValueError, match=r"function 'a.x00b' has a NUL"):
+            Client().do_background("a\0b")
+        with pytest.raises(ValueError, match=r"unique 'a.x00b' has a NUL"):
+            Client().do_background("a", unique="a\0b")
+
+    def test_size(self) -> None:
+        with pytest.raises(ValueError, match="has 1000 bytes, more than max_packet=1000; pass a reference"):
+            Client(max_packet=1000).do_background("f", bytes(1000))
+
+    @pytest.mark.parametrize("servers", ["127.0.0.1:4730", [], ["host:port"]])
+    def test_servers(self, servers: Any) -> None:
+        with pytest.raises(ValueError, match=r"servers must be a sequence|not an address"):
+            Client(servers)
+
+    def test_the_server_refuses(self, client: Client) -> None:
+        with pytest.raises(ServerError, match="answered INVALID_FUNCTION_NAME") as caught:
+            client.do_background("a\nb")
+        assert caught.value.code == "INVALID_FUNCTION_NAME"
+        assert client.echo(b"x") == b"x"
+
+
+class TestTimeouts:
+    def test_a_job_that_takes_too_long(self, client: Client) -> None:
+        with pytest.raises(ResponseTimeout, match="job nobody took longer than"):
+            client.do("nobody", timeout=0.05)
+        assert client.echo(b"x") == b"x"
+
+    def test_an_abandoned_job_is_dropped(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with pytest.raises(TimeoutError):
+            client.do("abandoned", timeout=0.05)
+        harness.wait_until(lambda: server.status()["abandoned"] == (0, 0, 0))
+
+    def test_a_silent_server(self) -> None:
+        with fake_server(play(None), play(None)) as port:
+            client = Client([f"127.0.0.1:{port}"], timeout=0.1)
+            with pytest.raises(ResponseTimeout):
+                client.do_background("f")
+            with pytest.raises(ResponseTimeout):
+                client.echo(b"x")
+
+    def test_a_late_answer_is_not_taken_for_the_next(self) -> None:
+        late = threading.Event()
+
+        def too_late(peer: Peer) -> None:
+            peer.expect(P.ECHO_REQ)
+            late.wait(10)
+            peer.send(P.ECHO_RES, b"late")
+
+        with (
+            fake_server(too_late, play(P.ECHO_REQ, (P.ECHO_RES, b"in time"), None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=0.1) as client,
+        ):
+            with pytest.raises(ResponseTimeout):
+                client.echo(b"x")
+            late.set()
+            assert client.echo(b"x") == b"in time"
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        ("script", "error", "message"),
+        [
+            pytest.param(play(P.SUBMIT_JOB), ConnectionLost, "closed it", id="closes after the submission"),
+            pytest.param(play(P.SUBMIT_JOB, TAKEN), ConnectionLost, "broke", id="closes after the answer"),
+            pytest.param(play(), ConnectionLost, "broke", id="closes at once"),
+            pytest.param(
+                play(b"HTTP/1.1 400 Bad Request\r\n", None), ConnectionLost, "speaks no Gearman", id="HTTP"
+            ),
+            pytest.param(
+                play(b"\0RES\0\0\0\xff\0\0\0\0", None), ConnectionLost, "speaks no Gearman", id="no type"
+            ),
+            pytest.param(
+                play(b"\0RES\0\0\0\x08\xff\xff\xff\xff", None), ConnectionLost, "no Gearman", id="4 GiB"
+            ),
+            pytest.param(
+                play(b"\0REQ\0\0\0\x08\0\0\0\x03H:1", None), ConnectionLost, "no Gearman", id="a request"
+            ),
+            pytest.param(
+                play(b"\0RES\0\0\0\x13\0\0\0\0", None), ConnectionLost, "no Gearman", id="too short"
+            ),
+            pytest.param(play((P.NO_JOB,), None), ConnectionLost, "another answer", id="another answer"),
+            pytest.param(
+                play(P.SUBMIT_JOB, (P.ERROR, b"FULL", b"come back later"), None),
+                ServerError,
+                "FULL: come back",
+                id="ERROR",
+            ),
+            pytest.param(
+                play(P.SUBMIT_JOB, TAKEN, (P.WORK_FAIL, b"H:1\0"), None), JobFailed, "failed", id="fails"
+            ),
+        ],
+    )
+    def test_do(self, script: Any, error: type[GearmanError], message: str) -> None:
+        with (
+            fake_server(script) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            pytest.raises(error, match=message),
+        ):
+            client.do("f", b"w", timeout=5)
+
+    @pytest.mark.parametrize("first", [play(P.SUBMIT_JOB_BG), play(b"nonsense\n", None), play()])
+    def test_the_next_call_gets_a_new_connection(self, first: Any) -> None:
+        with (
+            fake_server(first, play(P.SUBMIT_JOB_BG, TAKEN, None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+        ):
+            with pytest.raises(ConnectionLost):
+                client.do_background("f")
+            assert client.do_background("f") == "H:1"
+
+    def test_a_job_is_not_submitted_twice_by_itself(self) -> None:
+        seen: list[bytes] = []
+
+        def script(peer: Peer) -> None:
+            seen.append(peer.expect(P.SUBMIT_JOB_BG)[2])
+
+        with (
+            fake_server(script, script) as port,
+            Client([f"127.0.0.1:{port}"]) as client,
+            pytest.raises(ConnectionLost),
+        ):
+            client.do_background("f", b"once")
+        assert seen == [b"once"]
+
+    def test_a_server_that_knows_no_exceptions(self) -> None:
+        """An old gearmand refuses the option; nobody minds."""
+
+        def script(peer: Peer) -> None:
+            peer.expect(P.OPTION_REQ)
+            peer.send(P.ERROR, b"UNKNOWN_OPTION", b"")
+            peer.expect(P.ECHO_REQ)
+            peer.send(P.ECHO_RES, b"x")
+            peer.wait_for_end()
+
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"]) as client:
+            assert client.echo(b"x") == b"x"
+
+    def test_nobody_listens(self) -> None:
+        address = f"127.0.0.1:{harness.free_port()}"
+        with pytest.raises(
+            ConnectionFailed, match=f"no job server answers at {address} .*refused.*gearman_server"
+        ):
+            Client([address]).do_background("f")
+
+    def test_the_second_server_helps(self, server: harness.GearmanServerProcess) -> None:
+        down = f"127.0.0.1:{harness.free_port()}"
+        with Client([down, server.address]) as client:
+            assert client.echo(b"x") == b"x"
+        with pytest.raises(ConnectionFailed, match=down):
+            Client([down]).echo(b"x")
+
+
+class TestConnections:
+    def test_reopened_after_a_restart(self) -> None:
+        with harness.server(store="memory") as process, Client([process.address], timeout=10) as client:
+            assert client.echo(b"1") == b"1"
+            process.kill()
+            with pytest.raises(GearmanError):
+                client.echo(b"2")
+            process.start()
+            assert client.echo(b"3") == b"3"
+            process.restart()
+            assert client.echo(b"4") == b"4"
+
+    def test_one_for_each_thread(self, server: harness.GearmanServerProcess) -> None:
+        client = Client([server.address], timeout=10)
+        together = threading.Barrier(4)
+
+        def call(number: int) -> bool:
+            together.wait(10)
+            try:
+                return all(
+                    client.echo(b"%d.%d" % (number, each)) == b"%d.%d" % (number, each) for each in range(200)
+                )
+            finally:
+                client.close()
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(call, range(4)))
+
+    @pytest.mark.usefixtures("worker")
+    def test_a_unique_is_shared_by_threads(self, server: harness.GearmanServerProcess) -> None:
+        runs: list[bytes] = []
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            runs.append(job.workload)
+            go_on.wait(20)
+            return b"for all"
+
+        client = Client([server.address], timeout=10)
+
+        def call(number: int) -> bytes:
+            with closing(client):
+                return client.do("shared", b"%d" % number, unique="one", timeout=20)
+
+        with harness.worker_thread({"shared": work}, server), ThreadPoolExecutor(3) as pool:
+            results = [pool.submit(call, number) for number in range(3)]
+            try:
+                # All three wait, whichever of them was first.
+                harness.wait_until(lambda: server.ask("status").count("shared\t1\t1\t1"))
+                harness.wait_until(lambda: count_clients(server) >= 3)
+            finally:
+                go_on.set()
+            assert {result.result(20) for result in results} == {b"for all"}
+        assert len(runs) == 1
+
+    def test_a_thread_that_ended_leaves_no_connection(self, server: harness.GearmanServerProcess) -> None:
+        client = Client([server.address], timeout=10)
+        before = count_clients(server)
+        thread = threading.Thread(target=client.echo, args=(b"x",))
+        thread.start()
+        thread.join()
+        harness.wait_until(lambda: count_clients(server) == before)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
+    def test_forked_children_have_their_own(self, client: Client) -> None:
+        """As under a preloading web server: no answer goes to another process."""
+        assert client.echo(b"parent") == b"parent"
+        children = []
+        for child in range(4):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    if all(
+                        client.echo(b"%d.%d" % (child, call)) == b"%d.%d" % (child, call)
+                        for call in range(200)
+                    ):
+                        status = 0
+                finally:
+                    os._exit(status)
+            children.append(pid)
+        assert all(client.echo(b"parent %d" % call) == b"parent %d" % call for call in range(200))
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
+        assert client.echo(b"parent") == b"parent"
+
+    def test_close_and_use_again(self, client: Client) -> None:
+        client.echo(b"x")
+        client.close()
+        client.close()
+        assert client.echo(b"x") == b"x"
+
+
+def count_clients(server: harness.GearmanServerProcess) -> int:
+    """Connections that offer no function, but for the one that asks."""
+    return sum(line.rstrip().endswith(":") for line in server.ask("workers").splitlines()) - 1
+
+
+class TestClaim:
+    """Telling a server of new rows never fails and never takes long."""
+
+    def test_told(self) -> None:
+        seen: list[list[bytes]] = []
+        with (
+            fake_server(lambda peer: seen.append(peer.expect(P.SUBMIT_JOB_BG))) as port,
+            Client([f"127.0.0.1:{port}"]) as client,
+        ):
+            assert client.claim() is True
+            harness.wait_until(lambda: seen)
+        assert seen == [[CLAIM, b"", b""]]
+
+    def test_other_calls_follow(self, client: Client) -> None:
+        for _ in range(10):
+            assert client.claim() is True
+        assert client.echo(b"x") == b"x"
+        assert client.do_background("nobody serves this").startswith("H:")
+
+    def test_many(self, client: Client) -> None:
+        """Nobody reads the answers meanwhile, and they do not stop anything."""
+        assert all(client.claim() for _ in range(20_000))
+        assert client.echo(b"x") == b"x"
+
+    def test_nobody_listens(self) -> None:
+        client = Client([f"127.0.0.1:{harness.free_port()}"])
+        started = time.monotonic()
+        assert [client.claim() for _ in range(1000)] == [False] * 1000
+        assert time.monotonic() - started < 1
+
+    def test_a_server_that_takes_no_connection(self) -> None:
+        """Its queue of connections is full, as when it hangs: packets are dropped."""
+        with socket.socket() as listener, socket.socket() as one, socket.socket() as two:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for sock in (one, two):
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            client = Client([f"127.0.0.1:{listener.getsockname()[1]}"])
+            started = time.monotonic()
+            answers = [client.claim() for _ in range(100)]
+            assert time.monotonic() - started < 2
+            assert answers[-1] is False
+
+    @pytest.mark.parametrize(
+        "script", [play(), play(b"HTTP/1.1 400\r\n"), play(None), play((P.NO_JOB,), None)]
+    )
+    def test_a_server_that_speaks_nonsense(self, script: Any) -> None:
+        with fake_server(*[script] * 20) as port, Client([f"127.0.0.1:{port}"], timeout=0.1) as client:
+            for _ in range(10):
+                assert client.claim() in (True, False)
+
+    def test_a_server_that_does_not_read(self) -> None:
+        """Even on the connection that a foreground job opened before."""
+        stop = threading.Event()
+
+        def script(peer: Peer) -> None:
+            peer.expect(P.ECHO_REQ)
+            peer.send(P.ECHO_RES, b"x")
+            stop.wait(60)
+
+        with fake_server(script, script) as port:
+            client = Client([f"127.0.0.1:{port}"], timeout=30)
+            try:
+                client.echo(b"x")
+                connection = client._local.session.connection
+                # Fill what the kernels take.
+                connection._socket.setblocking(False)
+                while select.select([], [connection], [], 0.3)[1]:
+                    connection._socket.send(bytes(65536))
+                started = time.monotonic()
+                assert client.claim() is False
+                assert time.monotonic() - started < 5
+            finally:
+                stop.set()
+                client.close()
+
+    def test_what_follows_has_its_usual_time(self) -> None:
+        """The haste of a nudge is not that of a large job after it on the same connection."""
+
+        def script(peer: Peer) -> None:
+            assert peer.expect(P.SUBMIT_JOB_BG)[0] == CLAIM
+            peer.send(*TAKEN)
+            time.sleep(0.5)  # slow, not dead
+            peer.expect(P.SUBMIT_JOB_BG)
+            peer.send(P.JOB_CREATED, b"H:2")
+            peer.wait_for_end()
+
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=20) as client:
+            assert client.claim() is True
+            assert client.do_background("f", bytes(20_000_000)) == "H:2"

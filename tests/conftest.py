@@ -1,0 +1,42 @@
+"""Fixtures of the whole suite: real servers, and a client that records instead of calling."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.conf import settings as django_settings
+
+from . import harness
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder that the settings made for this process."""
+    if "GEARMAN_TEST_SCRATCH" not in os.environ:
+        shutil.rmtree(django_settings.SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture
+def memory_server() -> Iterator[harness.GearmanServerProcess]:
+    """A job server that keeps nothing and needs no database."""
+    with harness.server(store="memory") as process:
+        yield process
+
+
+@pytest.fixture
+def database_server(transactional_db: None, settings: Any) -> Iterator[harness.GearmanServerProcess]:
+    """A job server on the test's database, which ``settings.GEARMAN`` leads to."""
+    with harness.server() as process:
+        settings.GEARMAN = process.setting
+        yield process
+
+
+@pytest.fixture
+def nudges(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each time that a job server would have been told of new rows."""
+    told: list[None] = []
+    monkeypatch.setattr("django_gearman.client.sync.Client.claim", lambda client: told.append(None) or True)
+    return told

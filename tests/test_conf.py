@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+from django_gearman.conf import GearmanSettings, settings_for
+
+
+class TestDefaults:
+    @pytest.mark.parametrize("value", [{}, {"default": {}}, {"other": {}}])
+    def test_everything_has_one(self, settings: Any, value: Any) -> None:
+        settings.GEARMAN = value
+        assert settings_for() == GearmanSettings()
+
+    def test_the_setting_may_be_missing(self, settings: Any) -> None:
+        del settings.GEARMAN
+        assert settings_for().servers == ("127.0.0.1:4730",)
+
+    def test_aliases(self, settings: Any) -> None:
+        settings.GEARMAN = {"other": {"SERVERS": ["a:1"]}}
+        assert settings_for("other").servers == ("a:1",)
+        with pytest.raises(ImproperlyConfigured, match=r"no alias 'third' \(it has 'other'\)"):
+            settings_for("third")
+
+    def test_a_changed_setting_is_read_again(self, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"TIMEOUT": 1}}
+        assert settings_for().timeout == 1
+        settings.GEARMAN = {"default": {"TIMEOUT": 2}}
+        assert settings_for().timeout == 2
+
+
+class TestValues:
+    def test_all_that_there_are(self, settings: Any) -> None:
+        settings.GEARMAN = {
+            "default": {
+                "SERVERS": ("one:1", "two", "[::1]:3"),
+                "DATABASE": "jobs",
+                "CONNECT_TIMEOUT": 0.5,
+                "TIMEOUT": 1,
+                "RUN_TIMEOUT": 2,
+                "MAX_PACKET": 1000,
+                "RECORD_FOREGROUND": False,
+                "AUTODISCOVER": False,
+            }
+        }
+        assert settings_for() == GearmanSettings(
+            servers=("one:1", "two", "[::1]:3"),
+            database="jobs",
+            connect_timeout=0.5,
+            timeout=1,
+            run_timeout=2,
+            max_packet=1000,
+            record_foreground=False,
+            autodiscover=False,
+        )
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ([], r"GEARMAN must be a dict of aliases, not \[\]"),
+            ({"default": []}, r"GEARMAN\['default'\] must be a dict, not \[\]"),
+            ({"default": {"SERVER": []}}, r"\['SERVER'\] is not a setting; did you mean 'SERVERS'\?"),
+            ({"default": {"timeout": 1}}, "did you mean 'TIMEOUT'?"),
+            ({"default": {"QQQ": 1}}, "known are SERVERS, DATABASE"),
+            ({"default": {3: 1}}, r"\[3\] is not a setting"),
+            ({"default": {"SERVERS": "127.0.0.1:4730"}}, r"\['SERVERS'\] must be a list such as"),
+            ({"default": {"SERVERS": []}}, "must be a list"),
+            ({"default": {"SERVERS": [4730]}}, r"\['SERVERS'\]: "),
+            ({"default": {"SERVERS": ["host:port"]}}, "'host:port' is not an address such as 127.0.0.1:4730"),
+            ({"default": {"SERVERS": [":4730"]}}, "is not an address"),
+            ({"default": {"SERVERS": ["a:65536"]}}, "is not an address"),
+            ({"default": {"SERVERS": ["::1"]}}, "is not an address"),
+            ({"default": {"TIMEOUT": 0}}, r"\['TIMEOUT'\] must be a number above 0, not 0"),
+            ({"default": {"TIMEOUT": "30"}}, "must be a number above 0, not '30'"),
+            ({"default": {"TIMEOUT": True}}, "must be a number above 0, not True"),
+            ({"default": {"TIMEOUT": float("nan")}}, "must be a number above 0, not nan"),
+            ({"default": {"TIMEOUT": float("inf")}}, "must be a number above 0, not inf"),
+            ({"default": {"AUTODISCOVER": 1}}, "must be True or False, not 1"),
+            ({"default": {"DATABASE": None}}, "must be a string, not None"),
+        ],
+    )
+    def test_mistakes_are_named(self, settings: Any, value: Any, message: str) -> None:
+        settings.GEARMAN = value
+        with pytest.raises(ImproperlyConfigured, match=message):
+            settings_for()

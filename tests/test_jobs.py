@@ -1,0 +1,861 @@
+"""``@job``: what may be declared, what ``enqueue`` leaves in the database, and how values travel."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import decimal
+import functools
+import json
+import pathlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.db import connection, transaction
+from django.utils import timezone
+
+from django_gearman import JobContext, job
+from django_gearman import jobs as machinery
+from django_gearman.exceptions import (
+    InvalidJob,
+    JobFailed,
+    JobNotFinished,
+    JobResultDoesNotExist,
+    JobResultMismatch,
+    ResponseTimeout,
+    WaitInTransaction,
+)
+from django_gearman.jobs import Job, describe_exception, perform_assigned, queue_of
+from django_gearman.models import JobRecord
+from django_gearman.protocol.packets import CLAIM, PacketType
+
+from .app import jobs
+from .client.fake_server import Peer, fake_server
+
+Status = JobRecord.Status
+HOUR = datetime.timedelta(hours=1)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job[Any, Any]]:
+    """A registry for this test alone, in which functions of the test may be declared."""
+    own: dict[str, Job[Any, Any]] = {}
+    monkeypatch.setattr(machinery, "registry", own)
+    return own
+
+
+def plain(left: int, right: int = 1) -> int:
+    return left + right
+
+
+def with_context(context: JobContext, left: int) -> int:
+    return left
+
+
+def without_context(left: int, context: JobContext) -> int:
+    return left
+
+
+def anything(*args: Any, **kwargs: Any) -> Any:
+    return [list(args), kwargs]
+
+
+def as_text(workload: bytes) -> Any:
+    return workload.decode()
+
+
+class Reports:
+    """Stands for an assigned job: remembers what it was told."""
+
+    handle = b"H:one:1.1"
+    unique = b"key"
+    workload = b'{"args": [1], "kwargs": {}}'
+
+    def __init__(self, workload: bytes = workload) -> None:
+        self.workload = workload
+        self.told: list[tuple[Any, ...]] = []
+
+    def send_status(self, numerator: int, denominator: int) -> None:
+        self.told.append(("status", numerator, denominator))
+
+    def send_data(self, data: bytes) -> None:
+        self.told.append(("data", data))
+
+    def send_warning(self, data: bytes) -> None:
+        self.told.append(("warning", data))
+
+
+class TestDeclaration:
+    def test_bare(self, registry: dict[str, Any]) -> None:
+        made = job(plain)
+        assert registry == {"tests.test_jobs.plain": made}
+        assert (made.queue_name, made.priority, made.raw, made.takes_context) == ("default", 0, False, False)
+        assert made.__name__ == "plain"  # type: ignore[attr-defined]
+        assert repr(made) == "<Job tests.test_jobs.plain>"
+
+    def test_with_options(self, registry: dict[str, Any]) -> None:
+        made = job(name="add", queue_name="sums", priority=-5)(plain)
+        assert registry == {"add": made}
+        assert (made.queue_name, made.priority) == ("sums", -5)
+        assert queue_of("add") == "sums"
+
+    def test_the_queue_of_a_stranger(self) -> None:
+        assert queue_of("unheard of") == "default"
+
+    def test_declared_twice_by_a_reload(self, registry: dict[str, Any]) -> None:
+        job(plain)
+        again = job(plain)
+        assert registry == {again.name: again}
+
+    def test_two_functions_of_one_name(self, registry: dict[str, Any]) -> None:
+        job(name="add")(plain)
+        with pytest.raises(
+            InvalidJob, match=r"'add': tests\.test_jobs\.plain and tests\.test_jobs\.anything; give"
+        ):
+            job(name="add")(anything)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"priority": 101}, "priority of .*plain must be a whole number from -100 to 100, not 101"),
+            ({"priority": -101}, "not -101"),
+            ({"priority": 3.5}, "not 3.5"),
+            ({"queue_name": ""}, "must be 1 to 100 characters, not ''"),
+            ({"queue_name": "q" * 101}, "1 to 100 characters"),
+            ({"queue_name": None}, "not None"),
+            ({"name": "a\tb"}, "is no name for a job"),
+            ({"name": "a\0b"}, "is no name for a job"),
+            ({"name": "\ud800"}, "is no name for a job"),
+            ({"name": "\u00fc" * 257}, "at most 512 bytes"),
+            ({"name": 5}, "is no name for a job"),
+            ({"takes_context": True}, "its first argument must be `context`"),
+            ({"retries": 3}, "unexpected keyword argument 'retries'"),
+        ],
+    )
+    def test_refused_options(self, registry: dict[str, Any], options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidJob, match=message):
+            job(**options)(plain)
+        assert registry == {}
+
+    def test_context_must_come_first(self, registry: dict[str, Any]) -> None:
+        with pytest.raises(InvalidJob, match="first argument must be `context`"):
+            job(takes_context=True)(without_context)
+        with pytest.raises(InvalidJob, match="first argument must be `context`"):
+            job(takes_context=True)(pathlib.Path.cwd)
+
+    @pytest.mark.parametrize(
+        "thing",
+        [
+            pytest.param(lambda: 1, id="lambda"),
+            pytest.param(functools.partial(plain, 1), id="partial"),
+            pytest.param("name", id="string"),
+            pytest.param(Reports, id="class"),
+            pytest.param(None, id="None"),
+        ],
+    )
+    def test_refused_things(self, registry: dict[str, Any], thing: Any) -> None:
+        with pytest.raises(InvalidJob):
+            job()(thing)
+        assert registry == {}
+
+    def test_refused_inside_of_a_function(self, registry: dict[str, Any]) -> None:
+        def inner() -> None: ...
+
+        with pytest.raises(InvalidJob, match="must be defined at the module's level"):
+            job(inner)
+
+    def test_a_job_cannot_be_made_a_job(self, registry: dict[str, Any]) -> None:
+        with pytest.raises(InvalidJob):
+            job(job(plain))
+
+
+class TestCall:
+    """In this process, as before it was decorated."""
+
+    def test_plain(self) -> None:
+        assert jobs.add(1, right=2) == jobs.add.call(1, 2) == 3
+
+    def test_async(self) -> None:
+        assert jobs.add_later(1, 2) == 3
+
+    def test_raw(self) -> None:
+        assert jobs.shout(b"a") == b"A"
+
+    def test_context(self) -> None:
+        assert jobs.report(2) == [""]
+
+    def test_exceptions_pass(self) -> None:
+        with pytest.raises(ValueError, match=r"^no$"):
+            jobs.fail("no")
+
+
+class TestUsing:
+    def test_the_job_itself_stays_as_it_was(self) -> None:
+        other = jobs.add.using(priority=5)
+        assert (jobs.add.priority, other.priority, other.name) == (0, 5, jobs.add.name)
+        assert other(1) == 2
+
+    def test_one_after_the_other(self) -> None:
+        moment = timezone.now() + HOUR
+        other = jobs.add.using(run_after=moment).using(priority=5)
+        assert (other.run_after, other.priority) == (moment, 5)
+        other = jobs.add.using(priority=5).using(run_after=HOUR)
+        assert (other.run_after, other.priority) == (HOUR, 5)
+
+    def test_zero_is_a_priority(self) -> None:
+        assert jobs.add_later.using(priority=0).priority == 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"priority": 101}, "priority"),
+            ({"run_after": datetime.datetime(2030, 1, 1)}, "aware datetime"),
+            ({"run_after": 60}, "run_after of .* must be a datetime or a timedelta, not 60"),
+            ({"run_after": datetime.date(2030, 1, 1)}, "must be a datetime or a timedelta"),
+        ],
+    )
+    def test_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidJob, match=message):
+            jobs.add.using(**options)
+
+    def test_without_time_zones(self, settings: Any) -> None:
+        settings.USE_TZ = False
+        jobs.add.using(run_after=datetime.datetime(2030, 1, 1))
+        with pytest.raises(InvalidJob, match="naive"):
+            jobs.add.using(run_after=datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC))
+
+
+class Point:
+    pass
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (datetime.datetime(2030, 1, 1), "is a datetime, which JSON cannot carry; pass its isoformat()"),
+    (datetime.date(2030, 1, 1), "is a date, .*isoformat"),
+    (datetime.time(1), "is a time, .*isoformat"),
+    (HOUR, r"is a timedelta, .*total_seconds\(\)"),
+    (uuid.UUID(int=1), r"is a UUID, .*str\(\)"),
+    (decimal.Decimal(1), r"is a Decimal, .*str\(\)"),
+    ({1}, "is a set, .*a list of it"),
+    (frozenset({1}), "is a frozenset, .*a list of it"),
+    (b"x", "is a bytes, .*base64"),
+    (bytearray(b"x"), "is a bytearray, .*base64"),
+    (pathlib.PurePosixPath("/"), r"is a PurePosixPath, .*str\(\)"),
+    (pathlib.Path("/"), r"is a PosixPath, .*str\(\)"),
+    (User(pk=1), r"is a User, .*primary key \(\.pk\), and fetch it in the job"),
+    (Point(), "is a Point, .*what JSON has: None, bool, int, float, str, list, dict"),
+    (float("nan"), "is nan, which JSON cannot carry; pass None or a string"),
+    (float("inf"), "is inf"),
+    (1j, "is a complex"),
+    ({1: 2}, "has the key 1, which JSON would make a string"),
+    ({None: 2}, "has the key None"),
+    ([1, [2, {3}]], "item 1, item 1 is a set"),
+    ((1, HOUR), "item 1 is a timedelta"),
+    ({"a": {"b": b"x"}}, "key 'a', key 'b' is a bytes"),
+]
+
+
+class TestArguments:
+    @pytest.mark.parametrize(("value", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+    def test_what_json_cannot_carry_is_named(self, value: Any, message: str) -> None:
+        with pytest.raises(TypeError, match=rf"argument 'left' of tests\.app\.jobs\.add.* {message}"):
+            jobs.add.enqueue(value)
+        with pytest.raises(TypeError, match=f"argument 'right' of .* {message}"):
+            jobs.add.enqueue(1, right=value)
+
+    def test_query_sets(self) -> None:
+        with pytest.raises(TypeError, match=r"is a QuerySet, .*a list of primary keys"):
+            jobs.add.enqueue(User.objects.all())  # type: ignore[arg-type]
+
+    def test_any_arguments_are_named_too(self, registry: dict[str, Any]) -> None:
+        made = job(anything)
+        with pytest.raises(TypeError, match=r"argument 'args' of .*anything, item 1 is a set"):
+            made.enqueue(1, {2})
+        with pytest.raises(TypeError, match=r"argument 'kwargs' of .*anything, key 'x' is a set"):
+            made.enqueue(x={2})
+
+    def test_a_list_inside_of_itself(self) -> None:
+        endless: list[Any] = []
+        endless.append(endless)
+        with pytest.raises((TypeError, ValueError, RecursionError)):
+            jobs.add.enqueue(endless)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "message"),
+        [
+            ((), {}, r"tests\.app\.jobs\.add\(\) missing a required argument: 'left'"),
+            ((1, 2, 3), {}, "too many positional arguments"),
+            ((1,), {"x": 1}, "got an unexpected keyword argument 'x'"),
+        ],
+    )
+    def test_what_does_not_fit_the_function(self, args: Any, kwargs: Any, message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            jobs.add.enqueue(*args, **kwargs)
+
+    def test_the_context_is_not_an_argument(self) -> None:
+        with pytest.raises(TypeError, match="missing a required argument: 'steps'"):
+            jobs.report.enqueue()  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="unexpected keyword argument 'context'"):
+            jobs.report.enqueue(1, context=None)  # type: ignore[call-arg]
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"), [((), {}), (("text",), {}), ((b"a", b"b"), {}), ((), {"workload": b""})]
+    )
+    def test_raw_jobs_take_one_bytes_object(self, args: Any, kwargs: Any) -> None:
+        with pytest.raises(TypeError, match="raw job shout takes one bytes object, its workload"):
+            jobs.shout.enqueue(*args, **kwargs)
+
+    def test_too_large(self, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}
+        for submit in (jobs.shout.enqueue, jobs.shout.run):
+            with pytest.raises(
+                ValueError, match="shout take 1001 bytes, more than MAX_PACKET=1000; pass a reference"
+            ):
+                submit(bytes(1001))
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("nudges")
+class TestEnqueue:
+    def test_the_row(self) -> None:
+        before = timezone.now()
+        result = jobs.report.enqueue(steps=3)
+        record = JobRecord.objects.get()
+        assert record.function == "tests.app.jobs.report"
+        assert json.loads(bytes(record.workload)) == {"args": [], "kwargs": {"steps": 3}}
+        assert (record.queue_name, record.priority, record.status) == ("slow", 0, Status.READY)
+        assert (record.background, record.unique, record.run_after) == (True, "", None)
+        assert (record.handle, record.server, record.attempts) == (None, None, 0)
+        assert before <= record.enqueued_at <= timezone.now()
+        assert ":" in record.client
+        assert (result.id, result.status, result.handle) == (str(record.pk), "READY", "")
+        assert result.enqueued_at == record.enqueued_at
+        assert repr(result) == f"<JobResult {record.pk} tests.app.jobs.report READY>"
+
+    def test_the_envelope_keeps_what_was_given(self) -> None:
+        jobs.add.enqueue(1, right=2)
+        assert bytes(JobRecord.objects.get().workload) == b'{"args":[1],"kwargs":{"right":2}}'
+
+    @pytest.mark.parametrize("text", ["\u00fc\U0001f600", "\0", "\ud800", "a" * 100_000])
+    def test_any_text_travels(self, registry: dict[str, Any], text: str) -> None:
+        made = job(anything)
+        made.enqueue(text)
+        assert json.loads(made.perform(bytes(JobRecord.objects.get().workload), JobContext())) == [[text], {}]
+
+    def test_raw(self) -> None:
+        jobs.shout.enqueue(b"\0\xff")
+        assert bytes(JobRecord.objects.get().workload) == b"\0\xff"
+
+    def test_options(self) -> None:
+        moment = timezone.now() + HOUR
+        jobs.add.using(priority=-7, run_after=moment).enqueue(1)
+        record = JobRecord.objects.get()
+        assert (record.priority, record.run_after, record.status) == (-7, moment, Status.SCHEDULED)
+
+    def test_a_while_from_now(self) -> None:
+        jobs.add.using(run_after=HOUR).enqueue(1)
+        record = JobRecord.objects.get()
+        assert record.run_after == record.enqueued_at + HOUR
+
+    @pytest.mark.parametrize(
+        "run_after", [datetime.timedelta(0), -HOUR, datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)]
+    )
+    def test_what_is_due_is_ready(self, run_after: Any) -> None:
+        jobs.add.using(run_after=run_after).enqueue(1)
+        assert JobRecord.objects.get().status == Status.READY
+
+    def test_a_moment_in_another_zone(self) -> None:
+        zone = datetime.timezone(datetime.timedelta(hours=9))
+        jobs.add.using(run_after=timezone.now().astimezone(zone) + HOUR).enqueue(1)
+        record = JobRecord.objects.get()
+        assert record.status == Status.SCHEDULED
+        assert record.run_after is not None
+        assert HOUR - datetime.timedelta(minutes=1) < record.run_after - timezone.now() <= HOUR
+
+
+@pytest.mark.django_db(transaction=True)
+class TestTransactions:
+    """The job exists exactly if the transaction commits, and one nudge tells of it."""
+
+    def test_commit(self, nudges: list[None]) -> None:
+        with transaction.atomic():
+            jobs.add.enqueue(1)
+            assert nudges == []
+        assert JobRecord.objects.count() == 1
+        assert len(nudges) == 1
+
+    def test_no_transaction(self, nudges: list[None]) -> None:
+        jobs.add.enqueue(1)
+        assert len(nudges) == 1
+
+    def test_rollback(self, nudges: list[None]) -> None:
+        with transaction.atomic():
+            jobs.add.enqueue(1)
+            transaction.set_rollback(True)
+        assert not JobRecord.objects.exists()
+        assert nudges == []
+
+    def test_one_for_many_rows(self, nudges: list[None]) -> None:
+        with transaction.atomic():
+            for number in range(100):
+                jobs.add.enqueue(number)
+        assert JobRecord.objects.count() == 100
+        assert len(nudges) == 1
+
+    def test_each_transaction_has_its_own(self, nudges: list[None]) -> None:
+        for _ in range(2):
+            with transaction.atomic():
+                jobs.add.enqueue(1)
+        assert len(nudges) == 2
+
+    def savepoint(self, *, fails: bool) -> None:
+        try:
+            with transaction.atomic():
+                jobs.add.enqueue(1)
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+
+    @pytest.mark.parametrize("before", [False, True])
+    @pytest.mark.parametrize("inside", ["nothing", "commits", "fails"])
+    @pytest.mark.parametrize("after", [False, True])
+    def test_savepoints(self, nudges: list[None], before: bool, inside: str, after: bool) -> None:
+        with transaction.atomic():
+            if before:
+                jobs.add.enqueue(1)
+            if inside != "nothing":
+                self.savepoint(fails=inside == "fails")
+            if after:
+                jobs.add.enqueue(1)
+        rows = before + (inside == "commits") + after
+        assert JobRecord.objects.count() == rows
+        assert len(nudges) == bool(rows)
+
+    def test_savepoints_in_savepoints(self, nudges: list[None]) -> None:
+        with transaction.atomic():
+            with transaction.atomic():
+                self.savepoint(fails=True)
+                self.savepoint(fails=False)
+                self.savepoint(fails=True)
+            self.savepoint(fails=True)
+        assert JobRecord.objects.count() == 1
+        assert len(nudges) == 1
+
+    def test_the_outer_savepoint_fails(self, nudges: list[None]) -> None:
+        with transaction.atomic():
+            try:
+                with transaction.atomic():
+                    self.savepoint(fails=False)
+                    jobs.add.enqueue(1)
+                    raise ZeroDivisionError
+            except ZeroDivisionError:
+                pass
+            self.savepoint(fails=False)
+        assert JobRecord.objects.count() == 1
+        assert len(nudges) == 1
+
+    def test_what_a_server_hears(self, settings: Any) -> None:
+        heard: list[bytes] = []
+
+        def listen(peer: Peer) -> None:
+            while True:
+                function, _, _ = peer.expect(PacketType.SUBMIT_JOB_BG)
+                heard.append(function)
+                peer.send(PacketType.JOB_CREATED, b"H:1")
+
+        with fake_server(listen) as port:
+            settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{port}"]}}
+            with transaction.atomic():
+                for number in range(10):
+                    jobs.add.enqueue(number)
+                self.savepoint(fails=True)
+                self.savepoint(fails=False)
+                assert heard == []
+            machinery.client_for().do_background("marker")
+            machinery.client_for().close()
+        assert heard == [CLAIM, b"marker"]
+
+    def test_other_hooks_between_do_no_harm(self, nudges: list[None]) -> None:
+        told: list[int] = []
+        with transaction.atomic():
+            jobs.add.enqueue(1)
+            transaction.on_commit(lambda: told.append(1))
+            jobs.add.enqueue(1)
+        assert told == [1]
+        assert 1 <= len(nudges) <= 2
+
+    def test_nobody_listens(self) -> None:
+        jobs.add.enqueue(1)
+        assert JobRecord.objects.get().status == Status.READY
+
+    def test_a_broken_client_does_not_reach_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machinery, "client_for", lambda: 1 / 0)
+        with transaction.atomic():
+            jobs.add.enqueue(1)
+        assert JobRecord.objects.count() == 1
+
+
+def end(record_id: str, status: Status = Status.SUCCESSFUL, **columns: Any) -> None:
+    JobRecord.objects.filter(pk=record_id).update(status=status, finished_at=timezone.now(), **columns)
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("nudges")
+class TestResult:
+    def test_not_finished(self) -> None:
+        result = jobs.add.enqueue(1)
+        assert not result.is_finished
+        assert (result.errors, result.attempts, result.progress) == ([], 0, None)
+        assert (result.started_at, result.last_attempted_at, result.finished_at) == (None, None, None)
+        with pytest.raises(JobNotFinished, match=r"has not finished yet \(it is READY\)"):
+            _ = result.return_value
+
+    def test_refresh(self) -> None:
+        result = jobs.add.enqueue(1)
+        now = timezone.now()
+        JobRecord.objects.update(
+            status=Status.RUNNING, handle="H:1", attempts=2, numerator=1, denominator=3, started_at=now
+        )
+        assert result.status == "READY"
+        result.refresh()
+        assert (result.status, result.handle, result.attempts) == ("RUNNING", "H:1", 2)
+        assert (result.progress, result.started_at) == ((1, 3), now)
+
+    def test_refresh_of_nothing(self) -> None:
+        result = jobs.add.enqueue(1)
+        JobRecord.objects.all().delete()
+        with pytest.raises(JobResultDoesNotExist, match="pruned, or its transaction was rolled back"):
+            result.refresh()
+
+    @pytest.mark.parametrize(("data", "value"), [(b"3", 3), (b"null", None), (b'{"a":[1]}', {"a": [1]})])
+    def test_value(self, data: bytes, value: Any) -> None:
+        result = jobs.add.enqueue(1)
+        end(result.id, result=data)
+        assert result.get() == result.return_value == value
+
+    @pytest.mark.parametrize("data", [b"", b"no JSON", b"\xff", b"[" * 200_000])
+    def test_a_value_of_a_worker_in_another_language(self, data: bytes) -> None:
+        result = jobs.add.enqueue(1)
+        end(result.id, result=data)
+        assert result.get() == data  # type: ignore[comparison-overlap]
+
+    def test_value_of_a_raw_job(self) -> None:
+        result = jobs.shout.enqueue(b"a")
+        end(result.id, result=b"3")
+        assert result.get() == b"3"
+
+    def test_failure(self) -> None:
+        result = jobs.fail.enqueue("no")
+        end(result.id, Status.FAILED, exception="builtins.ValueError", message="no", traceback="Traceback")
+        with pytest.raises(JobFailed, match=r"failed with builtins\.ValueError: no") as caught:
+            result.get(timeout=1)
+        assert (caught.value.exception, caught.value.message) == ("builtins.ValueError", "no")
+        assert caught.value.traceback == "Traceback"
+        (error,) = result.errors
+        assert (error.exception_class_path, error.message) == ("builtins.ValueError", "no")
+
+    @pytest.mark.parametrize("status", [Status.DEAD, Status.CANCELLED])
+    def test_an_end_without_a_word(self, status: Status) -> None:
+        result = jobs.add.enqueue(1)
+        end(result.id, status)
+        with pytest.raises(JobFailed, match=f"failed with {status.label}"):
+            result.get()
+        assert len(result.errors) == 1
+
+    def test_waiting_in_a_transaction(self) -> None:
+        """The test itself runs in one."""
+        with pytest.raises(WaitInTransaction, match="wait after the transaction"):
+            jobs.add.enqueue(1).get(timeout=1)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.usefixtures("nudges")
+class TestGet:
+    def test_timeout(self) -> None:
+        result = jobs.add.enqueue(1)
+        with pytest.raises(ResponseTimeout, match=rf"job {result.id} \(.*add\) took longer than 0.01 s"):
+            result.get(timeout=0.01)
+        with pytest.raises(TimeoutError):
+            result.get(timeout=0)
+
+    def test_waits_for_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        result = jobs.add.enqueue(1)
+        pauses: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 20:
+                end(result.id, result=b"2")
+
+        monkeypatch.setattr(machinery, "sleep", sleep)
+        assert result.get() == 2
+        assert pauses == sorted(pauses)
+        assert pauses[0] < 0.01
+        assert pauses[-1] == 0.25
+
+    def test_the_record_goes_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        result = jobs.add.enqueue(1)
+        monkeypatch.setattr(machinery, "sleep", lambda seconds: JobRecord.objects.all().delete())
+        with pytest.raises(JobResultDoesNotExist):
+            result.get()
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("nudges")
+class TestGetResult:
+    def test_found(self) -> None:
+        result = jobs.add.enqueue(1)
+        assert jobs.add.get_result(result.id).id == result.id
+
+    def test_of_another_function(self) -> None:
+        result = jobs.add.enqueue(1)
+        with pytest.raises(JobResultMismatch, match=r"is of tests\.app\.jobs\.add, not of shout"):
+            jobs.shout.get_result(result.id)
+
+    @pytest.mark.parametrize(
+        "id", ["0", "-1", "999999", "", "x", "1.5", "9" * 30, "9" * 5000, "\0", "\u00b2"]
+    )
+    def test_not_found(self, id: str) -> None:
+        with pytest.raises(JobResultDoesNotExist):
+            jobs.add.get_result(id)
+
+
+class TestPerform:
+    """What a worker runs."""
+
+    def test_plain(self) -> None:
+        assert jobs.add.perform(b'{"args": [1], "kwargs": {"right": 2}}', JobContext()) == b"3"
+
+    def test_async(self) -> None:
+        assert jobs.add_later.perform(b'{"args": [1, 2], "kwargs": {}}', JobContext()) == b"3"
+
+    def test_raw(self) -> None:
+        assert jobs.shout.perform(b"\0a", JobContext()) == b"\0A"
+
+    def test_a_raw_job_returns_bytes(self, registry: dict[str, Any]) -> None:
+        made = job(raw=True)(as_text)
+        with pytest.raises(TypeError, match="must return bytes, not str"):
+            made.perform(b"a", JobContext())
+
+    @pytest.mark.parametrize(
+        "workload",
+        [
+            b"",
+            b"\xff",
+            b"1",
+            b"null",
+            b"[]",
+            b"{}",
+            b'{"args": []}',
+            b'{"args": {}, "kwargs": {}}',
+            b'{"args": [], "kwargs": []}',
+        ],
+    )
+    def test_bad_envelopes(self, workload: bytes) -> None:
+        with pytest.raises(
+            TypeError, match=r"the workload of tests\.app\.jobs\.add must be JSON of the form"
+        ):
+            jobs.add.perform(workload, JobContext())
+
+    def test_a_bottomless_envelope(self) -> None:
+        with pytest.raises((TypeError, RecursionError)):
+            jobs.add.perform(b"[" * 200_000, JobContext())
+
+    def test_arguments_that_do_not_fit(self) -> None:
+        with pytest.raises(TypeError, match="add"):
+            jobs.add.perform(b'{"args": [1, 2, 3], "kwargs": {}}', JobContext())
+
+    def test_a_value_that_json_cannot_carry(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"the return value of tests\.app\.jobs\.return_a_set is a set.*a list of it"
+        ):
+            jobs.return_a_set.perform(b'{"args": [], "kwargs": {}}', JobContext())
+
+    def test_context(self) -> None:
+        reports = Reports(b'{"args": [2], "kwargs": {}}')
+        assert json.loads(perform_assigned(jobs.report, reports)) == ["H:one:1.1"]
+        assert reports.told == [
+            ("status", 1, 2),
+            ("data", b"step 1"),
+            ("status", 2, 2),
+            ("data", b"step 2"),
+            ("warning", b"almost done"),
+        ]
+
+
+class TestContext:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+        now = 1000.0
+
+        def advance(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+        monkeypatch.setattr(machinery, "monotonic", lambda: now)
+        return advance  # type: ignore[return-value]
+
+    def test_progress_is_throttled(self, clock: Callable[[float], None]) -> None:
+        reports = Reports()
+        context = JobContext("H:1", "", reports)
+        for step in range(1000):
+            context.set_progress(step, 10_000)
+            clock(0.001)
+        assert 9 <= len(reports.told) <= 11
+
+    def test_the_last_one_is_sent(self, clock: Callable[[float], None]) -> None:
+        reports = Reports()
+        context = JobContext("H:1", "", reports)
+        context.set_progress(1, 10)
+        context.set_progress(10, 10)
+        assert reports.told == [("status", 1, 10), ("status", 10, 10)]
+
+    def test_what_was_held_back_leaves_at_the_end(self, clock: Callable[[float], None]) -> None:
+        reports = Reports()
+        context = JobContext("H:1", "", reports)
+        context.set_progress(1, 10)
+        context.set_progress(2, 10)
+        context.flush()
+        context.flush()
+        assert reports.told == [("status", 1, 10), ("status", 2, 10)]
+
+    def test_text_is_encoded(self) -> None:
+        reports = Reports()
+        context = JobContext("H:1", "", reports)
+        context.send_data("\u00fc")
+        context.warn(b"\xff")
+        assert reports.told == [("data", b"\xc3\xbc"), ("warning", b"\xff")]
+
+    @pytest.mark.parametrize("method", ["send_data", "warn"])
+    def test_other_things_are_refused(self, method: str) -> None:
+        context = JobContext("H:1", "", Reports())
+        with pytest.raises(TypeError, match=rf"context\.{method}\(\) takes bytes or str, not dict"):
+            getattr(context, method)({})
+
+    def test_nobody_listens(self) -> None:
+        context = JobContext()
+        context.set_progress(1, 1)
+        context.send_data("x")
+        context.warn("x")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def described(function: Callable[..., Any], *args: Any) -> dict[str, str]:
+    workload = json.dumps({"args": args, "kwargs": {}}).encode()
+    try:
+        Job(function, name="described").perform(workload, JobContext())
+    except BaseException as error:
+        trace = error.__traceback__
+        # Without this function, where a worker's loop would be.
+        told: dict[str, str] = json.loads(describe_exception(error.with_traceback(trace and trace.tb_next)))
+        return told
+    raise AssertionError("it did not fail")
+
+
+def raise_(error: str) -> None:
+    raise ValueError(error)
+
+
+async def raise_later(error: str) -> None:
+    await asyncio.sleep(0)
+    raise ValueError(error)
+
+
+async def raise_cancelled() -> None:
+    raise asyncio.CancelledError
+
+
+def raise_unspeakable() -> None:
+    raise Unspeakable
+
+
+def raise_chain() -> None:
+    try:
+        raise_("first")
+    except ValueError as error:
+        raise KeyError("second") from error
+
+
+def recurse() -> None:
+    recurse()
+
+
+class TestDescribeException:
+    def test_all_of_it(self) -> None:
+        told = described(raise_, "no")
+        assert (told["exception"], told["message"]) == ("builtins.ValueError", "no")
+        assert told["traceback"].startswith("Traceback (most recent call last):\n")
+        assert told["traceback"].endswith("ValueError: no\n")
+
+    @pytest.mark.parametrize("function", [raise_, raise_later])
+    def test_no_frames_of_ours(self, function: Callable[..., Any]) -> None:
+        lines = [
+            line for line in described(function, "no")["traceback"].splitlines() if line.startswith("  File")
+        ]
+        assert len(lines) == 1
+        assert f"in {function.__name__}" in lines[0]
+
+    def test_an_error_of_ours_has_ours(self) -> None:
+        assert "in _invoke" in described(plain, 1, 2, 3)["traceback"]
+        told = json.loads(describe_exception(ValueError("never raised")))
+        assert told["traceback"] == "ValueError: never raised\n"
+
+    def test_causes(self) -> None:
+        told = described(raise_chain)
+        assert told["exception"] == "builtins.KeyError"
+        assert "ValueError: first" in told["traceback"]
+        assert "direct cause" in told["traceback"]
+
+    def test_size(self) -> None:
+        told = described(raise_, "\U0001f600" * 1_000_000)
+        assert len(told["message"]) == 8 * 1024
+        assert len(told["traceback"]) == 64 * 1024
+        told = described(recurse)
+        assert told["exception"] == "builtins.RecursionError"
+        assert len(told["traceback"]) <= 64 * 1024
+
+    def test_an_exception_that_cannot_speak(self) -> None:
+        told = described(raise_unspeakable)
+        assert told["exception"] == "tests.test_jobs.Unspeakable"
+        assert "Unspeakable" in told["traceback"]
+
+    def test_a_file_name_that_is_no_text(self) -> None:
+        assert described(raise_, "\udcff")["message"] == "\udcff"
+
+    def test_cancelled(self) -> None:
+        assert described(raise_cancelled)["exception"] == "asyncio.exceptions.CancelledError"
+
+
+@pytest.mark.django_db(transaction=True)
+class TestDatabaseConnections:
+    def test_they_are_tended_around_a_job(self, registry: dict[str, Any], settings: Any) -> None:
+        """As around a request: one past its CONN_MAX_AGE is not used for the next."""
+        made = job(name="count")(count_users)
+        assert perform_assigned(made, Reports(b'{"args": [], "kwargs": {}}')) == b"0"
+        assert connection.connection is None
+
+
+def count_users() -> int:
+    return User.objects.count()
+
+
+class TestThreads:
+    def test_each_alias_has_one_client(self, settings: Any) -> None:
+        found: list[object] = []
+        threads = [threading.Thread(target=lambda: found.append(machinery.client_for())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        first = machinery.client_for()
+        settings.GEARMAN = {"default": {"TIMEOUT": 7}}
+        assert machinery.client_for() is not first

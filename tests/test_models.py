@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from io import StringIO
+
+import pytest
+from django.core.management import call_command
+from django.db import IntegrityError
+from django.utils import timezone
+
+from django_gearman.models import JobRecord, ServerLease
+from django_gearman.server.entries import Outcome
+
+Status = JobRecord.Status
+
+
+class TestStatuses:
+    def test_each_is_live_or_the_outcome_of_a_job(self) -> None:
+        assert {str(outcome) for outcome in Outcome} == set(Status.values) - {
+            str(each) for each in JobRecord.LIVE
+        }
+
+    @pytest.mark.parametrize("status", Status)
+    def test_finished(self, status: Status) -> None:
+        assert JobRecord(status=status).is_finished is (status not in JobRecord.LIVE)
+
+
+class TestDuration:
+    def test_none_before_the_first_attempt(self) -> None:
+        assert JobRecord().duration is None
+
+    def test_of_the_last_attempt(self) -> None:
+        now = timezone.now()
+        record = JobRecord(
+            started_at=now - timedelta(hours=1),
+            last_attempted_at=now - timedelta(seconds=5),
+            finished_at=now - timedelta(seconds=2),
+        )
+        assert record.duration == timedelta(seconds=3)
+
+    def test_so_far(self) -> None:
+        record = JobRecord(last_attempted_at=timezone.now() - timedelta(seconds=5))
+        assert record.duration is not None
+        assert timedelta(seconds=5) <= record.duration < timedelta(seconds=60)
+
+
+class TestText:
+    def test_rows_say_what_they_are(self) -> None:
+        assert str(JobRecord(pk=7, function="reverse")) == "reverse #7"
+        assert str(ServerLease(name="one:4730")) == "one:4730"
+
+
+@pytest.mark.django_db
+class TestTables:
+    def test_the_migrations_tell_the_whole_model(self) -> None:
+        call_command("makemigrations", "django_gearman", check=True, dry_run=True, stdout=StringIO())
+
+    @pytest.mark.parametrize("priority", [-101, 101])
+    def test_priorities_have_bounds(self, priority: int) -> None:
+        with pytest.raises(IntegrityError):
+            JobRecord.objects.create(function="f", priority=priority)
+
+    def test_a_handle_is_used_once(self) -> None:
+        JobRecord.objects.create(function="f", handle="H:1")
+        with pytest.raises(IntegrityError):
+            JobRecord.objects.create(function="f", handle="H:1")
+
+    def test_many_rows_may_have_none(self) -> None:
+        JobRecord.objects.create(function="f")
+        JobRecord.objects.create(function="f")
+
+    def test_a_server_with_jobs_cannot_be_deleted(self) -> None:
+        lease = ServerLease.objects.create(name="one")
+        JobRecord.objects.create(function="f", server=lease)
+        with pytest.raises(IntegrityError):
+            lease.delete()

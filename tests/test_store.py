@@ -1,0 +1,810 @@
+"""One contract for every ``JobStore``, then what only the database can promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from django.db import connection, connections
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.models import JobRecord, ServerLease
+from django_gearman.server.entries import (
+    JobFinished,
+    JobKept,
+    JobProgress,
+    JobQueued,
+    JobRequeued,
+    JobStarted,
+    Outcome,
+    StoredJob,
+)
+from django_gearman.server.journal import MemoryStore
+from django_gearman.store import DatabaseStore, bytes_of_unique, text_of, text_of_unique
+
+Status = JobRecord.Status
+AT = 1_700_000_000.25
+"""A moment that every clock of the tests agrees on."""
+
+
+def queued(number: int = 1, **changes: Any) -> JobQueued:
+    entry = JobQueued(
+        handle=b"H:one:1.%d" % number,
+        function=b"reverse",
+        unique=b"",
+        workload=b"abc",
+        priority=0,
+        background=True,
+        client=b"127.0.0.1",
+        at=AT,
+    )
+    return entry._replace(**changes)
+
+
+def started(number: int = 1, attempts: int = 1, at: float = AT + 1) -> JobStarted:
+    return JobStarted(b"H:one:1.%d" % number, b"worker.7", attempts, at)
+
+
+def finished(
+    number: int = 1, outcome: Outcome = Outcome.SUCCESSFUL, data: bytes = b"cba", reason: str = ""
+) -> JobFinished:
+    return JobFinished(b"H:one:1.%d" % number, outcome, data, reason, AT + 2)
+
+
+class MemoryHouse:
+    """``MemoryStore``, and what lies at its door."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self._rows = 0
+
+    def put(self, function: bytes = b"reverse", **columns: Any) -> None:
+        self._rows += 1
+        job = StoredJob(b"H:one:r%d" % self._rows, function, b"", b"abc", 0, 0, None)
+        self.store.unclaimed.append(job._replace(**columns))
+
+    def restart(self) -> MemoryStore:
+        return self.store
+
+
+class DatabaseHouse:
+    """``DatabaseStore``, and what lies at its door."""
+
+    def __init__(self, name: str = "one") -> None:
+        self._name = name
+        self.store = self.restart()
+
+    def put(self, function: bytes = b"reverse", **columns: Any) -> JobRecord:
+        if "unique" in columns:
+            columns["unique"] = text_of_unique(columns["unique"])
+        return JobRecord.objects.create(function=function.decode(), **{"workload": b"abc", **columns})
+
+    def restart(self) -> DatabaseStore:
+        self.store = DatabaseStore("default", self._name)
+        self.store.take_lease("127.0.0.1:4730")
+        return self.store
+
+
+House = MemoryHouse | DatabaseHouse
+
+
+@pytest.fixture(params=["memory", "database"])
+def house(request: pytest.FixtureRequest) -> Iterator[House]:
+    if request.param == "memory":
+        yield MemoryHouse()
+    else:
+        request.getfixturevalue("transactional_db")
+        yield DatabaseHouse()
+
+
+@pytest.fixture
+def database(transactional_db: None) -> DatabaseHouse:
+    return DatabaseHouse()
+
+
+def write(store: MemoryStore | DatabaseStore, *entries: Any, again: bool = False) -> dict[int, str]:
+    return store.write(entries, again=again)
+
+
+def row(number: int = 1) -> JobRecord:
+    return JobRecord.objects.get(handle=f"H:one:1.{number}")
+
+
+class TestReplay:
+    def test_unfinished_background_jobs_come_back_whole(self, house: House) -> None:
+        job = queued(unique=b"key", workload=b"w", priority=50)
+        assert write(house.store, job) == {}
+        assert house.restart().replay() == [
+            StoredJob(job.handle, job.function, job.unique, job.workload, job.priority, 0, None)
+        ]
+
+    def test_a_started_job_comes_back_with_its_attempts(self, house: House) -> None:
+        write(house.store, queued(), started())
+        write(house.store, JobRequeued(queued().handle), started(attempts=2))
+        assert [job.attempts for job in house.restart().replay()] == [2]
+
+    @pytest.mark.parametrize("outcome", Outcome)
+    def test_an_ended_job_does_not_come_back(self, house: House, outcome: Outcome) -> None:
+        write(house.store, queued(), started())
+        write(house.store, finished(outcome=outcome))
+        assert house.restart().replay() == []
+
+    def test_a_job_that_came_and_ended_in_one_batch_does_not_come_back(self, house: House) -> None:
+        write(house.store, queued(), started(), finished())
+        assert house.restart().replay() == []
+
+    def test_a_foreground_job_does_not_come_back(self, house: House) -> None:
+        write(house.store, queued(background=False))
+        write(house.store, queued(2, background=False), started(2))
+        assert house.restart().replay() == []
+
+    def test_a_foreground_job_that_was_kept_comes_back(self, house: House) -> None:
+        write(house.store, queued(background=False))
+        write(house.store, JobKept(queued().handle))
+        assert [job.handle for job in house.restart().replay()] == [queued().handle]
+
+    def test_a_foreground_job_kept_in_its_own_batch_comes_back(self, house: House) -> None:
+        write(house.store, queued(background=False), started(), JobKept(queued().handle))
+        assert [job.attempts for job in house.restart().replay()] == [1]
+
+    def test_most_urgent_first_then_in_order(self, house: House) -> None:
+        for number, priority in enumerate((0, 50, -50, 0, 50)):
+            write(house.store, queued(number, priority=priority))
+        handles = [job.handle[-1:] for job in house.restart().replay()]
+        assert handles == [b"1", b"4", b"0", b"3", b"2"]
+
+    def test_claimed_jobs_come_back(self, house: House) -> None:
+        house.put()
+        (claimed,) = house.store.claim(10, [])
+        assert house.restart().replay() == [claimed]
+
+
+class TestClaim:
+    def test_nothing(self, house: House) -> None:
+        assert house.store.claim(10, []) == []
+
+    def test_a_job_is_claimed_once(self, house: House) -> None:
+        house.put(b"reverse", workload=b"w")
+        (job,) = house.store.claim(10, [])
+        assert (job.function, job.workload, job.attempts, job.max_attempts) == (b"reverse", b"w", 0, None)
+        assert house.store.claim(10, []) == []
+
+    def test_no_more_than_the_limit(self, house: House) -> None:
+        for _ in range(5):
+            house.put()
+        assert [len(house.store.claim(2, [])) for _ in range(4)] == [2, 2, 1, 0]
+
+    def test_in_order(self, house: House) -> None:
+        for number in range(5):
+            house.put(workload=b"%d" % number)
+        assert [job.workload for job in house.store.claim(10, [])] == [b"0", b"1", b"2", b"3", b"4"]
+
+    def test_most_urgent_first(self, house: House) -> None:
+        for priority in (0, 50, -50):
+            house.put(priority=priority)
+        assert [job.priority for _ in range(3) for job in house.store.claim(1, [])] == [50, 0, -50]
+
+    def test_a_full_function_stays(self, house: House) -> None:
+        house.put(b"full")
+        house.put(b"other")
+        house.put(b"too full")
+        assert [job.function for job in house.store.claim(10, [b"full", b"too full"])] == [b"other"]
+        assert [job.function for job in house.store.claim(10, [b"too full"])] == [b"full"]
+
+    def test_every_handle_is_another(self, house: House) -> None:
+        for _ in range(3):
+            house.put()
+        handles = {job.handle for job in house.store.claim(2, []) + house.store.claim(2, [])}
+        assert len(handles) == 3
+
+    def test_a_claimed_job_can_be_finished(self, house: House) -> None:
+        house.put()
+        (job,) = house.store.claim(10, [])
+        write(house.store, JobStarted(job.handle, b"w", 1, AT))
+        write(house.store, JobFinished(job.handle, Outcome.SUCCESSFUL, b"cba", "", AT))
+        assert house.restart().replay() == []
+
+
+class TestAgain:
+    """A batch whose outcome is unknown is written once more."""
+
+    BATCHES = (
+        pytest.param([queued()], id="queued"),
+        pytest.param([queued(), started()], id="started"),
+        pytest.param([queued(), started(), JobRequeued(queued().handle)], id="requeued"),
+        pytest.param([queued(), started(), finished(), queued(2)], id="finished"),
+        pytest.param([queued(background=False), JobKept(queued().handle)], id="kept"),
+        pytest.param(
+            [queued(), JobFinished(queued().handle, Outcome.CANCELLED, b"", "late", AT)], id="undone"
+        ),
+    )
+
+    @pytest.mark.parametrize("batch", BATCHES)
+    @pytest.mark.parametrize("was_written", [True, False])
+    def test_nothing_is_there_twice(self, house: House, batch: list[Any], was_written: bool) -> None:
+        if was_written:
+            assert house.store.write(batch, again=False) == {}
+        assert house.store.write(batch, again=True) == {}
+        replayed = [(job.handle, job.attempts) for job in house.restart().replay()]
+        other = MemoryStore()
+        other.write(batch, again=False)
+        assert replayed == [(job.handle, job.attempts) for job in other.replay()]
+
+    def test_a_submission_that_was_refused_meanwhile_is_undone(self, house: House) -> None:
+        """The journal writes CANCELLED alone for a submission that its client was told is lost."""
+        end = JobFinished(queued().handle, Outcome.CANCELLED, b"", "The store is out of reach", AT)
+        write(house.store, queued())
+        assert write(house.store, end, again=True) == {}
+        assert house.restart().replay() == []
+
+    def test_the_end_of_a_job_that_is_not_there_is_no_error(self, house: House) -> None:
+        assert write(house.store, finished(9, Outcome.CANCELLED), again=True) == {}
+
+
+HOSTILE = {
+    "empty": b"",
+    "nul": b"\0",
+    "nuls": b"a\0b\0\0c",
+    "not UTF-8": bytes(range(256)),
+    "surrogate": "\ud800".encode(errors="surrogatepass"),
+    "SQL": b"'; DROP TABLE django_gearman_jobrecord; --%s%%",
+    "10 MB": bytes(10 * 1024 * 1024),
+}
+
+
+class TestBytes:
+    @pytest.mark.parametrize("workload", HOSTILE.values(), ids=HOSTILE)
+    def test_a_workload_comes_back_as_it_was(self, house: House, workload: bytes) -> None:
+        assert write(house.store, queued(workload=workload)) == {}
+        assert house.restart().replay()[0].workload == workload
+
+    @pytest.mark.parametrize(
+        "unique",
+        [
+            b"",
+            b"-",
+            b"key",
+            "schl\u00fcssel".encode(),
+            b"\xff\xfe",
+            b"\x01",
+            b"\x01\xff",
+            b"u" * 255,
+            b"\xff" * 255,
+        ],
+    )
+    def test_a_unique_comes_back_as_it_was(self, house: House, unique: bytes) -> None:
+        assert write(house.store, queued(unique=unique)) == {}
+        assert house.restart().replay()[0].unique == unique
+        assert bytes_of_unique(text_of_unique(unique)) == unique
+
+    def test_two_uniques_never_share_a_text(self) -> None:
+        uniques = [
+            b"",
+            b"\xff",
+            "\u00ff".encode(),
+            b"\x01\xc3\xbf",
+            b"\x01\xff",
+            b"\x01",
+            b"\x01\x01",
+        ]
+        assert len({text_of_unique(unique) for unique in uniques}) == len(uniques)
+
+    @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+    @pytest.mark.parametrize("outcome", [Outcome.SUCCESSFUL, Outcome.FAILED])
+    def test_any_outcome_can_be_kept(self, house: House, data: bytes, outcome: Outcome) -> None:
+        write(house.store, queued())
+        assert write(house.store, finished(outcome=outcome, data=data)) == {}
+        assert house.restart().replay() == []
+
+    def test_names_from_the_wire_can_be_anything(self, database: DatabaseHouse) -> None:
+        name = b"\0\xff" + "\u00fc".encode() * 200
+        write(database.store, queued(client=name), started()._replace(worker=name))
+        assert len(row().client) == len(row().worker) == 128
+        assert row().client.startswith("\\0\\xff\u00fc")
+
+    def test_text_has_no_nul(self) -> None:
+        assert text_of(b"a\0\xffb") == "a\\0\\xffb"
+
+
+class TestRows:
+    """What each entry leaves in the row."""
+
+    def test_queued(self, transactional_db: None) -> None:
+        store = DatabaseStore("default", "one", queue_of=lambda function: f"queue of {function}")
+        epoch = store.take_lease("127.0.0.1:4730")
+        write(store, queued(unique=b"key", priority=50))
+        record = row()
+        assert (record.function, record.queue_name, record.unique) == ("reverse", "queue of reverse", "key")
+        assert (record.status, record.priority, record.background) == (Status.READY, 50, True)
+        assert (bytes(record.workload), record.client) == (b"abc", "127.0.0.1")
+        assert (record.server_id, record.server_epoch) == (ServerLease.objects.get().pk, epoch)
+        assert record.enqueued_at == datetime.fromtimestamp(AT, UTC)
+        assert record.result is None
+
+    def test_started(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started())
+        record = row()
+        assert (record.status, record.worker, record.attempts) == (Status.RUNNING, "worker.7", 1)
+        assert record.started_at == record.last_attempted_at == datetime.fromtimestamp(AT + 1, UTC)
+
+    def test_the_second_attempt_keeps_the_first_start(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started())
+        write(database.store, JobRequeued(queued().handle), started(attempts=2, at=AT + 60))
+        record = row()
+        assert record.started_at == datetime.fromtimestamp(AT + 1, UTC)
+        assert record.last_attempted_at == datetime.fromtimestamp(AT + 60, UTC)
+
+    @pytest.mark.parametrize(
+        ("numerator", "denominator", "expected"),
+        [
+            (b"1", b"3", (1, 3)),
+            (b"0.5", b"1", (0, 1)),
+            (b"", b"x", (None, None)),
+            (b"nan", b"inf", (None, None)),
+            (b"9" * 40, b"-" + b"9" * 30, (2**63 - 1, 1 - 2**63)),
+            (b"\xff\0", b"1_0", (None, 10)),
+        ],
+    )
+    def test_progress(
+        self, database: DatabaseHouse, numerator: bytes, denominator: bytes, expected: tuple[Any, Any]
+    ) -> None:
+        write(database.store, queued(), started())
+        assert write(database.store, JobProgress(queued().handle, numerator, denominator)) == {}
+        assert (row().numerator, row().denominator) == expected
+
+    def test_a_requeued_job_has_no_progress(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started(), JobProgress(queued().handle, b"1", b"2"))
+        write(database.store, JobRequeued(queued().handle))
+        assert (row().status, row().numerator, row().denominator) == (Status.READY, None, None)
+
+    def test_successful(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started())
+        write(database.store, finished(data=b"\0\xff"))
+        record = row()
+        assert (record.status, bytes(record.result or b"")) == (Status.SUCCESSFUL, b"\0\xff")
+        assert record.finished_at == datetime.fromtimestamp(AT + 2, UTC)
+
+    def test_an_empty_result_is_a_result(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), finished(data=b""))
+        assert row().result is not None
+
+    def test_a_failure_without_a_word(self, database: DatabaseHouse) -> None:
+        write(
+            database.store, queued(), finished(outcome=Outcome.DEAD, data=b"", reason="the worker was lost")
+        )
+        record = row()
+        assert (record.status, record.message) == (Status.DEAD, "the worker was lost")
+        assert (record.exception, record.traceback, record.result) == ("", "", None)
+
+    def test_kept(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(background=False))
+        assert row().background is False
+        write(database.store, JobKept(queued().handle))
+        assert row().background is True
+
+    def test_only_rows_of_this_server_are_changed(self, database: DatabaseHouse) -> None:
+        write(database.store, queued())
+        other = DatabaseHouse("two")
+        write(other.store, finished())
+        assert row().status == Status.READY
+
+    def test_replay_says_how_foreground_jobs_ended(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(1, background=False), queued(2, background=False), started(2))
+        database.restart().replay()
+        assert (row(1).status, row(2).status) == (Status.CANCELLED, Status.DEAD)
+        assert row(1).finished_at is not None
+        assert "server ended" in row(1).message
+
+    def test_replayed_jobs_wait_again(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started(), JobProgress(queued().handle, b"1", b"2"))
+        store = database.restart()
+        store.replay()
+        assert (row().status, row().numerator, row().server_epoch) == (Status.READY, None, store.epoch)
+        assert row().attempts == 1
+
+
+def failure(data: bytes) -> tuple[str, str, str]:
+    write(DatabaseHouse().store, queued(), finished(outcome=Outcome.FAILED, data=data, reason="reason"))
+    record = row()
+    assert record.status == Status.FAILED
+    return record.exception, record.message, record.traceback
+
+
+@pytest.mark.django_db(transaction=True)
+class TestFailureData:
+    """What a worker sends with WORK_EXCEPTION, however odd, ends up readable in the row."""
+
+    def test_a_worker_of_ours(self) -> None:
+        told = {"exception": "builtins.ValueError", "message": "no", "traceback": "Traceback ..."}
+        assert failure(json.dumps(told).encode()) == ("builtins.ValueError", "no", "Traceback ...")
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"it broke", "it broke"),
+            (b"[1, 2]", "[1, 2]"),
+            (b"null", "null"),
+            (b'{"exception": 1}', '{"exception": 1}'),
+            (b"\xff\0", "\\xff\\0"),
+            (b"9" * 5000, "9" * 5000),
+        ],
+    )
+    def test_a_worker_of_another_language(self, data: bytes, message: str) -> None:
+        assert failure(data) == ("", message, "")
+
+    def test_keys_may_be_missing(self) -> None:
+        assert failure(b'{"message": "no"}') == ("", "no", "")
+
+    def test_nuls_in_json(self) -> None:
+        assert failure(b'{"exception": "A\\u0000B", "message": "\\u0000", "traceback": "\\u0000t"}') == (
+            "AB",
+            "",
+            "t",
+        )
+
+    def test_a_long_name_is_cut(self) -> None:
+        assert len(failure(json.dumps({"exception": "x" * 5000}).encode())[0]) == 512
+
+    def test_lone_surrogates(self) -> None:
+        """``str(error)`` has them for file names that are no UTF-8."""
+        told = {"exception": "a.B\udc80", "message": "no file \udcff", "traceback": "\ud800"}
+        assert failure(json.dumps(told).encode()) == ("a.B\\udc80", "no file \\udcff", "\\ud800")
+
+    def test_deeply_nested_json(self) -> None:
+        data = b"[" * 200_000
+        assert failure(data) == ("", data.decode(), "")
+
+
+class TestBadRows:
+    """A row that the database refuses does not take its neighbours with it."""
+
+    def bad(self, number: int) -> JobQueued:
+        return queued(number, priority=101)  # outside of the table's constraint
+
+    def test_neighbours_are_kept(self, database: DatabaseHouse) -> None:
+        refused = write(database.store, queued(1), self.bad(2), queued(3), started(1), finished(1))
+        assert list(refused) == [1]
+        assert row(1).status == Status.SUCCESSFUL
+        assert row(3).status == Status.READY
+        assert not JobRecord.objects.filter(handle="H:one:1.2").exists()
+
+    def test_all_bad(self, database: DatabaseHouse) -> None:
+        assert list(write(database.store, self.bad(1), self.bad(2))) == [0, 1]
+        assert write(database.store, queued(3)) == {}
+
+    def test_what_follows_a_bad_submission_changes_nothing(self, database: DatabaseHouse) -> None:
+        assert list(write(database.store, self.bad(1), started(1), finished(1))) == [0]
+        assert not JobRecord.objects.exists()
+
+    def test_a_handle_that_is_taken(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(1))
+        assert list(write(database.store, queued(1), queued(2))) == [0]
+        assert JobRecord.objects.count() == 2
+
+    def test_tried_again(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(1))
+        assert list(write(database.store, queued(1), self.bad(2), queued(3), again=True)) == [1]
+        assert JobRecord.objects.count() == 2
+
+
+class TestLease:
+    def test_the_epoch_grows(self, database: DatabaseHouse) -> None:
+        epochs = [database.store.epoch, database.restart().epoch, database.restart().epoch]
+        assert epochs == [1, 2, 3]
+        assert DatabaseHouse("two").store.epoch == 1
+
+    def test_a_server_that_was_replaced_writes_nothing(self, database: DatabaseHouse) -> None:
+        old = database.store
+        write(old, queued(1))
+        database.put()
+        database.restart()
+        with pytest.raises(LeaseLost, match="'one'"):
+            write(old, queued(2), finished(1))
+        with pytest.raises(LeaseLost):
+            old.claim(10, [])
+        with pytest.raises(LeaseLost):
+            old.replay()
+        assert row(1).status == Status.READY
+        assert JobRecord.objects.count() == 2
+        assert JobRecord.objects.filter(server=None).count() == 1
+
+    def test_a_bad_row_is_no_way_around_it(self, database: DatabaseHouse) -> None:
+        old = database.store
+        database.restart()
+        with pytest.raises(LeaseLost):
+            write(old, queued(1, priority=101), queued(2))
+        assert not JobRecord.objects.exists()
+
+    def test_an_idle_server_says_that_it_is_alive(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 1000.0
+        monkeypatch.setattr("django_gearman.store.monotonic", lambda: now)
+        database.store.claim(10, [])
+        ServerLease.objects.update(renewed_at=None)
+        now += 4
+        database.store.claim(10, [])
+        assert ServerLease.objects.get().renewed_at is None
+        now += 2
+        database.store.claim(10, [])
+        assert ServerLease.objects.get().renewed_at is not None
+
+    def test_an_idle_server_that_was_replaced_finds_out(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = database.store
+        database.restart()
+        monkeypatch.setattr("django_gearman.store.RENEW_INTERVAL", 0.0)
+        with pytest.raises(LeaseLost):
+            old.claim(10, [])
+
+    @pytest.mark.parametrize("use_tz", [True, False])
+    def test_the_moment_of_renewal(self, database: DatabaseHouse, settings: Any, use_tz: bool) -> None:
+        settings.TIME_ZONE = "Asia/Tokyo"
+        settings.USE_TZ = use_tz
+        connection.close()
+        before = timezone.now() - timedelta(seconds=1)
+        write(database.store, queued())
+        renewed = ServerLease.objects.get().renewed_at
+        assert renewed is not None
+        assert before <= renewed <= timezone.now() + timedelta(seconds=1)
+        connection.close()
+
+
+class TestDatabaseDoor:
+    def test_priority_then_age(self, database: DatabaseHouse) -> None:
+        for number, priority in enumerate((0, 10, -100, 0, 100, 10)):
+            database.put(priority=priority, workload=b"%d" % number)
+        claimed = [job for _ in range(3) for job in database.store.claim(2, [])]
+        assert [job.workload for job in claimed] == [b"4", b"1", b"5", b"0", b"3", b"2"]
+
+    def test_what_is_claimed(self, database: DatabaseHouse) -> None:
+        record = database.put(unique=b"\xff", priority=7, max_attempts=3, attempts=1)
+        (job,) = database.store.claim(10, [])
+        assert job == StoredJob(b"H:one:r%d" % record.pk, b"reverse", b"\xff", b"abc", 7, 1, 3)
+        record.refresh_from_db()
+        assert record.handle == job.handle.decode()
+        assert (record.server, record.server_epoch) == (ServerLease.objects.get(), database.store.epoch)
+
+    def test_not_before_it_is_due(self, database: DatabaseHouse) -> None:
+        now = timezone.now()
+        database.put(b"later", status=Status.SCHEDULED, run_after=now + timedelta(hours=1))
+        database.put(b"due", status=Status.SCHEDULED, run_after=now - timedelta(seconds=1))
+        database.put(b"retry", status=Status.RETRYING, run_after=now - timedelta(seconds=1))
+        assert [job.function for job in database.store.claim(10, [])] == [b"due", b"retry"]
+        assert JobRecord.objects.get(function="later").status == Status.SCHEDULED
+        assert JobRecord.objects.get(function="due").status == Status.READY
+
+    @pytest.mark.parametrize("status", [Status.CANCELLED, Status.FAILED, Status.DEAD, Status.SUCCESSFUL])
+    def test_what_has_ended_stays(self, database: DatabaseHouse, status: Status) -> None:
+        database.put(status=status)
+        assert database.store.claim(10, []) == []
+
+    def test_a_full_function_becomes_ready_and_stays(self, database: DatabaseHouse) -> None:
+        database.put(b"full", status=Status.SCHEDULED, run_after=timezone.now() - timedelta(seconds=1))
+        assert database.store.claim(10, [b"full"]) == []
+        assert [job.function for job in database.store.claim(10, [])] == [b"full"]
+
+    def test_two_servers_share_without_overlap(self, database: DatabaseHouse) -> None:
+        other = DatabaseHouse("two")
+        for _ in range(4):
+            database.put()
+        jobs = database.store.claim(3, []) + other.store.claim(3, [])
+        assert len({job.handle for job in jobs}) == 4
+        assert [job.handle[:6] for job in jobs] == [b"H:one:"] * 3 + [b"H:two:"]
+
+    def test_many_servers_at_once(self, database: DatabaseHouse) -> None:
+        """Whatever the database's locks, each row has one owner, and every row has one."""
+        for _ in range(200):
+            database.put()
+        claimed: dict[str, list[bytes]] = {}
+        begin = threading.Barrier(4)
+
+        def serve(name: str) -> None:
+            try:
+                store = DatabaseHouse(name).store
+                handles = claimed[name] = []
+                begin.wait(10)
+                while True:
+                    jobs = store.claim(7, [])
+                    if not jobs:
+                        return
+                    handles += [job.handle for job in jobs]
+            finally:
+                connections.close_all()
+
+        threads = [threading.Thread(target=serve, args=(f"server{number}",)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        handles = [handle for jobs in claimed.values() for handle in jobs]
+        assert len(handles) == len(set(handles)) == 200
+        for name, jobs in claimed.items():
+            assert JobRecord.objects.filter(server__name=name).count() == len(jobs)
+
+    @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Tokyo"])
+    def test_without_time_zones(self, database: DatabaseHouse, settings: Any, zone: str) -> None:
+        settings.USE_TZ = False
+        settings.TIME_ZONE = zone
+        connection.close()
+        now = timezone.now()
+        database.put(b"later", status=Status.SCHEDULED, run_after=now + timedelta(minutes=5))
+        database.put(b"due", status=Status.SCHEDULED, run_after=now - timedelta(seconds=1))
+        assert [job.function for job in database.store.claim(10, [])] == [b"due"]
+        write(database.store, queued(at=now.timestamp()), finished()._replace(at=now.timestamp() + 2))
+        record = row()
+        assert abs(record.enqueued_at - now) < timedelta(milliseconds=1)
+        assert record.finished_at is not None
+        assert abs(record.finished_at - now - timedelta(seconds=2)) < timedelta(milliseconds=1)
+        connection.close()
+
+
+class TestOutOfReach:
+    def test_a_database_without_tables(self, transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ServerLease._meta, "db_table", "no_such_table")
+        with pytest.raises(StoreError, match="no_such_table"):
+            DatabaseStore("default", "one").take_lease("")
+
+    def test_the_next_attempt_gets_a_new_connection(self, database: DatabaseHouse) -> None:
+        connection.ensure_connection()
+        # As when the database was restarted: what Django holds is of no use any more.
+        connection.connection.close()
+        with pytest.raises(StoreError):
+            write(database.store, queued())
+        assert write(database.store, queued(), again=True) == {}
+        assert row().status == Status.READY
+
+    def test_a_connection_that_the_database_ends(self, database: DatabaseHouse) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL's way to lose a connection")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            (pid,) = cursor.fetchone()
+        other = connection.copy()
+        try:
+            with other.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(%s)", [pid])
+        finally:
+            other.close()
+        with pytest.raises(StoreError):
+            write(database.store, queued())
+        assert write(database.store, queued(), again=True) == {}
+        connection.connection.close()
+        with pytest.raises(StoreError):
+            database.store.claim(10, [])
+        assert database.store.claim(10, []) == []
+
+    def test_close_lets_the_connection_go(self, database: DatabaseHouse) -> None:
+        write(database.store, queued())
+        database.store.close()
+        assert connection.connection is None
+
+    def test_sqlite_is_synced(self, database: DatabaseHouse) -> None:
+        if connection.vendor != "sqlite":
+            pytest.skip("SQLite's own")
+        connection.close()
+        write(database.store, queued())
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA journal_mode")
+            assert cursor.fetchone() == ("wal",)
+            cursor.execute("PRAGMA synchronous")
+            assert cursor.fetchone() == (2,)
+        connection.close()
+
+
+def statements(store: DatabaseStore, entries: list[Any], *, again: bool = False) -> int:
+    with CaptureQueriesContext(connection) as queries:
+        assert store.write(entries, again=again) == {}
+    return len(queries)
+
+
+class TestCost:
+    """A batch is a handful of statements, however much is in it."""
+
+    def batch(self, first: int, size: int) -> list[Any]:
+        entries: list[Any] = []
+        for number in range(first, first + size):
+            entries += [queued(number), started(number)]
+            if number % 2:
+                entries.append(finished(number))
+        return entries
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_submissions(self, database: DatabaseHouse, again: bool) -> None:
+        few = statements(database.store, self.batch(0, 3), again=again)
+        assert statements(database.store, self.batch(1000, 500), again=again) == few
+
+    def test_changes(self, database: DatabaseHouse) -> None:
+        write(database.store, *(queued(number) for number in range(600)))
+        few = statements(database.store, [started(1), finished(2), finished(3, Outcome.FAILED)])
+        many = [started(number) for number in range(10, 200)]
+        many += [finished(number) for number in range(200, 400)]
+        many += [finished(number, Outcome.FAILED) for number in range(400, 600)]
+        assert statements(database.store, many) == few
+
+    def test_claims(self, database: DatabaseHouse) -> None:
+        counts = []
+        for size in (1, 300):
+            for _ in range(size):
+                database.put()
+            with CaptureQueriesContext(connection) as queries:
+                assert len(database.store.claim(1000, [])) == size
+            counts.append(len(queries))
+        assert counts[0] == counts[1]
+
+    def test_an_empty_look_writes_nothing(self, database: DatabaseHouse) -> None:
+        database.store.claim(10, [])
+        with CaptureQueriesContext(connection) as queries:
+            database.store.claim(10, [])
+        assert all(query["sql"].startswith("SELECT") for query in queries)
+
+
+class TestPlans:
+    """The statements that run all day must not look at the history."""
+
+    @pytest.fixture(autouse=True)
+    def history(self, database: DatabaseHouse) -> None:
+        if connection.vendor != "sqlite":
+            pytest.skip("reads the plans of SQLite")
+        rows = [JobRecord(function="f", status=Status.SUCCESSFUL) for _ in range(2000)]
+        rows += [JobRecord(function="f", status=Status.READY) for _ in range(500)]
+        JobRecord.objects.bulk_create(rows)
+
+    def plans(self, work: Callable[[], object]) -> dict[str, str]:
+        """{statement on our table: how SQLite carries it out}."""
+        done: dict[str, Any] = {}
+
+        def record(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            if "django_gearman_jobrecord" in sql and not sql.startswith("INSERT"):
+                done[sql] = params[0] if many else params
+            return execute(sql, params, many, context)
+
+        with connection.execute_wrapper(record):
+            work()
+        with connection.cursor() as cursor:
+            plans = {}
+            for sql, params in done.items():
+                cursor.execute("EXPLAIN QUERY PLAN " + sql, params)
+                plans[sql] = "; ".join(line[3] for line in cursor.fetchall())
+        assert plans
+        return plans
+
+    def test_no_look_at_the_history(self, database: DatabaseHouse) -> None:
+        database.put()
+        for work in (lambda: database.store.claim(10, []), database.store.replay):
+            for sql, plan in self.plans(work).items():
+                assert re.search(r"USING (INDEX|INTEGER PRIMARY KEY|COVERING INDEX)", plan), (sql, plan)
+                assert "SCAN" not in plan or "job_claim" in plan, (sql, plan)
+
+    def test_a_claim_reads_no_more_than_it_takes(self, database: DatabaseHouse) -> None:
+        database.put()
+        for full in ([], [b"f", b"g"]):
+            plans = self.plans(lambda full=full: database.store.claim(10, full))
+            (plan,) = [plan for sql, plan in plans.items() if "SELECT" in sql and "ORDER BY" in sql]
+            assert "job_claim" in plan
+            assert "TEMP B-TREE" not in plan
+
+    def test_due_rows_are_found_by_their_time(self, database: DatabaseHouse) -> None:
+        database.put(status=Status.SCHEDULED, run_after=timezone.now() - timedelta(seconds=1))
+        plans = self.plans(lambda: database.store.claim(10, []))
+        due = [plan for sql, plan in plans.items() if "run_after" in sql]
+        assert len(due) == 2
+        assert all("job_due (run_after<?)" in plan for plan in due)
+
+    def test_replay_reads_what_is_owned(self, database: DatabaseHouse) -> None:
+        plans = self.plans(database.store.replay)
+        (plan,) = [plan for sql, plan in plans.items() if sql.startswith("SELECT")]
+        assert "job_owned" in plan
+
+    def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
+        write(database.store, queued())
+        (plan,) = self.plans(lambda: write(database.store, finished())).values()
+        assert "(handle=?)" in plan

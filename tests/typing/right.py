@@ -1,0 +1,86 @@
+"""What type checkers are to make of ``@job``; read by mypy, never run."""
+
+from datetime import timedelta
+from typing import assert_type
+
+from django_gearman import Job, JobContext, JobResult, job
+
+
+@job
+def add(left: int, right: int = 1) -> str:
+    return str(left + right)
+
+
+@job
+async def add_later(left: int, right: int = 1) -> str:
+    return str(left + right)
+
+
+@job(queue_name="sums", priority=5)
+def add_with_options(left: int) -> str:
+    return str(left)
+
+
+@job(name="add")
+async def add_later_with_options(left: int) -> str:
+    return str(left)
+
+
+@job(takes_context=True)
+def report(context: JobContext, steps: int) -> list[str]:
+    return [context.handle] * steps
+
+
+@job(takes_context=True, queue_name="slow")
+async def report_later(context: JobContext, steps: int) -> list[str]:
+    return [context.handle] * steps
+
+
+@job(takes_context=False)
+def no_context(steps: int) -> None: ...
+
+
+@job(raw=True)
+def shout(workload: bytes) -> bytes:
+    return workload.upper()
+
+
+def names_and_defaults() -> None:
+    assert_type(add.enqueue(1), JobResult[str])
+    assert_type(add.enqueue(1, right=2).return_value, str)
+    assert_type(add.enqueue(left=1).get(timeout=5), str)
+    assert_type(add.run(1), str)
+    assert_type(add.call(1), str)
+    assert_type(add(1), str)
+    assert_type(add.get_result("7"), JobResult[str])
+
+
+def async_def_is_unwrapped() -> None:
+    assert_type(add_later.enqueue(1).return_value, str)
+    assert_type(add_later.run(1, 2), str)
+    assert_type(add_later(1), str)
+    assert_type(add_later_with_options.enqueue(1).return_value, str)
+
+
+def options_keep_the_signature() -> None:
+    assert_type(add_with_options.enqueue(1).return_value, str)
+    assert_type(shout.enqueue(b"a").return_value, bytes)
+    assert_type(no_context.enqueue(1).return_value, None)
+
+
+def context_is_no_argument() -> None:
+    assert_type(report.enqueue(3).return_value, list[str])
+    assert_type(report.enqueue(steps=3).return_value, list[str])
+    assert_type(report_later.enqueue(3).return_value, list[str])
+
+
+def using_keeps_types() -> None:
+    assert_type(add.using(priority=5).enqueue(1, 2).return_value, str)
+    assert_type(report_later.using(run_after=timedelta(hours=1)).enqueue(3).return_value, list[str])
+
+
+def a_job_can_be_passed_on(any_job: Job[[int], str]) -> None:
+    assert_type(any_job.enqueue(1).return_value, str)
+
+
+a_job_can_be_passed_on(add_with_options)

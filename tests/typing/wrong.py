@@ -1,0 +1,45 @@
+"""Calls that type checkers are to refuse: every line with the word ``error`` in its comment, and no other."""
+
+from django_gearman import JobContext, job
+
+
+@job
+def add(left: int, right: int = 1) -> str:
+    return str(left + right)
+
+
+@job
+async def add_later(left: int) -> str:
+    return str(left)
+
+
+@job(takes_context=True)
+def report(context: JobContext, steps: int) -> list[str]:
+    return [context.handle] * steps
+
+
+add.enqueue("1")  # error: arg-type
+add.enqueue()  # error: call-arg
+add.enqueue(1, 2, 3)  # error: call-arg
+add.enqueue(1, middle=2)  # error: call-arg
+add.run("1")  # error: arg-type
+add.call("1")  # error: arg-type
+add("1")  # error: arg-type
+add.using(priority=5).enqueue("1")  # error: arg-type
+add.using(queue="x")  # error: call-arg
+add_later.enqueue("1")  # error: arg-type
+report.enqueue()  # error: call-arg
+report.enqueue("3")  # error: arg-type
+value: int = add.enqueue(1).return_value  # error: assignment
+
+
+@job(takes_context=True)  # error: arg-type
+def no_context(steps: int) -> None: ...
+
+
+@job(priority="high")  # error: call-overload
+def wrong_option(steps: int) -> None: ...
+
+
+@job(retries=3)  # error: call-overload
+def unknown_option(steps: int) -> None: ...

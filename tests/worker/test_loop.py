@@ -1,0 +1,380 @@
+"""``Worker``: in a thread of the test, with real job servers and with one that plays a script."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from asyncio import CancelledError
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from django_gearman.client.sync import Client
+from django_gearman.exceptions import JobFailed
+from django_gearman.protocol.packets import PacketType
+from django_gearman.worker import loop
+from django_gearman.worker.loop import AssignedJob, JobRefused, Worker
+from tests import harness
+from tests.client.fake_server import Peer, fake_server
+
+P = PacketType
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[harness.GearmanServerProcess]:
+    with harness.server(store="memory") as process:
+        yield process
+
+
+@pytest.fixture
+def client(server: harness.GearmanServerProcess) -> Iterator[Client]:
+    with Client([server.address], timeout=10) as made:
+        yield made
+
+
+def reverse(job: AssignedJob) -> bytes:
+    return job.workload[::-1]
+
+
+def have_nothing(peer: Peer) -> None:
+    """Let the worker sleep, where it sees that it is to stop."""
+    peer.expect(P.GRAB_JOB_UNIQ)
+    peer.send(P.NO_JOB)
+    peer.wait_for_end()
+
+
+class TestJobs:
+    def test_what_the_function_sees(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        seen: list[AssignedJob] = []
+
+        def work(job: AssignedJob) -> bytes:
+            seen.append(job)
+            return b""
+
+        with harness.worker_thread({"see": work}, server):
+            client.do("see", b"\0w", unique="key", timeout=10)
+        (job,) = seen
+        assert (job.function, job.unique, job.workload) == (b"see", b"key", b"\0w")
+        assert job.handle.startswith(b"H:")
+
+    def test_what_the_server_sees(self, server: harness.GearmanServerProcess) -> None:
+        with harness.worker_thread({"one": reverse, "two": reverse}, server, client_id="it is me"):
+            line = harness.wait_until(
+                lambda: [line for line in server.ask("workers").splitlines() if "it is me" in line]
+            )[0]
+            assert {"one", "two"} <= set(line.rpartition(": ")[2].split())
+        harness.wait_until(lambda: "it is me" not in server.ask("workers"))
+
+    def test_many(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with harness.worker_thread({"reverse": reverse}, server) as worker:
+            for number in range(500):
+                assert client.do("reverse", b"a%d" % number, timeout=10) == (b"a%d" % number)[::-1]
+        assert worker.jobs_done == 500
+
+    def test_a_job_as_large_as_allowed(self, server: harness.GearmanServerProcess) -> None:
+        """The server adds a handle to what the client was allowed to send."""
+        function, unique = "f" * 500, "u" * 250
+        size = 1_000_000
+        with (
+            harness.worker_thread({function: reverse}, server, max_packet=size),
+            Client([server.address], timeout=10, max_packet=size) as client,
+        ):
+            for spare in (8, 100):
+                workload = bytes(size - len(function) - len(unique) - spare)
+                assert client.do(function, workload, unique=unique, timeout=10) == workload
+
+
+class TestFailures:
+    """Whatever a function does, the client hears of it and the worker goes on."""
+
+    @pytest.fixture
+    def outcome(self, server: harness.GearmanServerProcess, client: Client) -> Iterator[Any]:
+        doing: list[Any] = []
+
+        def work(job: AssignedJob) -> Any:
+            return doing.pop()(job)
+
+        with harness.worker_thread({"do": work, "reverse": reverse}, server):
+
+            def outcome(function: Any) -> bytes:
+                doing.append(function)
+                try:
+                    return client.do("do", timeout=10)
+                except JobFailed as error:
+                    assert client.do("reverse", b"ab", timeout=10) == b"ba"
+                    return b"failed: " + error.data
+
+            yield outcome
+
+    @pytest.mark.parametrize(
+        "error", [ValueError("no"), SystemExit(1), RecursionError("deep"), MemoryError(), GeneratorExit()]
+    )
+    def test_exceptions(self, outcome: Any, error: BaseException) -> None:
+        def work(job: AssignedJob) -> bytes:
+            raise error
+
+        assert outcome(work) == b"failed: " + repr(error).encode()
+
+    def test_cancelled(self, outcome: Any) -> None:
+        """What an ``async def`` raises when a task that it waits for was cancelled is no ``Exception``."""
+
+        def work(job: AssignedJob) -> bytes:
+            raise CancelledError
+
+        assert outcome(work) == b"failed: CancelledError()"
+
+    def test_refused(self, outcome: Any) -> None:
+        def work(job: AssignedJob) -> bytes:
+            raise JobRefused
+
+        assert outcome(work) == b"failed: "
+
+    @pytest.mark.parametrize("result", [None, "text", 3, bytearray(b"x"), []])
+    def test_only_bytes(self, outcome: Any, result: Any) -> None:
+        told = outcome(lambda job: result)
+        assert told.startswith(b"failed: TypeError(")
+        assert type(result).__name__.encode() in told
+
+    def test_an_exception_that_cannot_speak(self, outcome: Any) -> None:
+        class Unspeakable(Exception):
+            def __str__(self) -> str:
+                raise ZeroDivisionError
+
+        def work(job: AssignedJob) -> bytes:
+            raise Unspeakable
+
+        assert outcome(work) == b"failed: Unspeakable()"
+
+    def test_a_result_too_large(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with harness.worker_thread({"large": lambda job: bytes(1000)}, server, max_packet=1000):
+            with pytest.raises(JobFailed) as caught:
+                client.do("large", timeout=10)
+            assert b"has 1000 bytes, more than max_packet=1000; store it" in caught.value.data
+
+    def test_a_function_that_was_not_offered(self) -> None:
+        told: list[list[bytes]] = []
+
+        def script(peer: Peer) -> None:
+            peer.expect(P.SET_CLIENT_ID)
+            peer.expect(P.CAN_DO)
+            peer.expect(P.GRAB_JOB_UNIQ)
+            peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"other", b"", b"")
+            told.append(peer.expect(P.WORK_EXCEPTION))
+            have_nothing(peer)
+
+        with fake_server(script) as port, harness.worker_thread({"reverse": reverse}, port):
+            harness.wait_until(lambda: told)
+        assert told[0][0] == b"H:1"
+        assert b"does not offer other" in told[0][1]
+
+
+class TestStop:
+    def test_before_it_begins(self) -> None:
+        worker = Worker({"f": reverse}, [("127.0.0.1", 9)], client_id="x", describe=lambda error: b"")
+        worker.stop()
+        worker.run()
+
+    def test_by_its_control_while_it_sleeps(self, server: harness.GearmanServerProcess) -> None:
+        with harness.worker_thread({"asleep": reverse}, server):
+            harness.wait_until(lambda: server.status().get("asleep") == (0, 0, 1))
+        # worker_thread closes the control, and joins.
+
+    def test_by_its_control_while_no_server_is_there(self) -> None:
+        with harness.worker_thread({"f": reverse}, harness.free_port()):
+            pass
+
+    def test_the_job_in_hand_is_finished(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        has_begun, go_on = threading.Event(), threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            has_begun.set()
+            go_on.wait(20)
+            return b"done"
+
+        control_read, control_write = os.pipe()
+        worker = Worker(
+            {"hold": work}, [("127.0.0.1", server.port)], client_id="x", describe=lambda error: b""
+        )
+        thread = threading.Thread(target=worker.run, args=(control_read,))
+        thread.start()
+        results: list[bytes] = []
+        caller = threading.Thread(target=lambda: results.append(client.do("hold", timeout=20)))
+        caller.start()
+        waiting = client_handle = None
+        try:
+            assert has_begun.wait(10)
+            with Client([server.address]) as other:
+                client_handle = other.do_background("hold")
+                os.write(control_write, b"x")
+                go_on.set()
+                thread.join(10)
+                caller.join(10)
+                waiting = other.job_status(client_handle)
+        finally:
+            go_on.set()
+            os.close(control_write)
+            thread.join(10)
+            os.close(control_read)
+        assert results == [b"done"]
+        assert not thread.is_alive()
+        assert waiting.known
+        assert not waiting.running
+        assert worker.jobs_done == 1
+
+    def test_from_within_a_function(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with harness.worker_thread({"last": lambda job: b"" if worker.stop() else b"bye"}, server) as worker:
+            assert client.do("last", timeout=10) == b"bye"
+            harness.wait_until(lambda: "last\t0\t0\t0" in server.ask("status"))
+
+
+class TestReconnect:
+    def test_after_a_restart(self) -> None:
+        with (
+            harness.server(store="memory") as server,
+            harness.worker_thread({"reverse": reverse}, server),
+            Client([server.address], timeout=10) as client,
+        ):
+            assert client.do("reverse", b"ab", timeout=10) == b"ba"
+            for end in (server.stop, server.kill):
+                end()
+                server.start()
+                client.close()
+                assert client.do("reverse", b"ab", timeout=20) == b"ba"
+
+    def test_the_pauses_grow(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        monkeypatch.setattr(loop, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(loop, "LONGEST_PAUSE", 0.05)
+        monkeypatch.setattr(loop.random, "uniform", lambda low, high: high)
+        tried: list[float] = []
+        connect = loop.Connection
+
+        def record(*args: Any, **options: Any) -> Any:
+            tried.append(loop.monotonic())
+            return connect(*args, **options)
+
+        monkeypatch.setattr(loop, "Connection", record)
+        with (
+            caplog.at_level(logging.WARNING, "django_gearman"),
+            harness.worker_thread({"f": reverse}, harness.free_port()),
+        ):
+            harness.wait_until(lambda: len(tried) >= 10)
+        pauses = [later - earlier for earlier, later in pairwise(tried)]
+        for pause, least in zip(pauses, (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.05, 0.05), strict=False):
+            assert pause >= least
+        # One line for all of them.
+        assert len(caplog.records) == 1
+        assert "Trying until one does" in caplog.records[0].getMessage()
+
+    def test_a_server_that_takes_connections_and_drops_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As when it has too many: the worker must not come back ten times a second."""
+        monkeypatch.setattr(loop, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.5)
+        monkeypatch.setattr(loop.random, "uniform", lambda low, high: high)
+        came: list[float] = []
+
+        def script(peer: Peer) -> None:
+            came.append(loop.monotonic())
+
+        with fake_server(*[script] * 9) as port, harness.worker_thread({"f": reverse}, port):
+            harness.wait_until(lambda: len(came) >= 9)
+        assert came[8] - came[7] >= 0.128
+
+    def test_two_servers(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with (
+            harness.server(store="memory") as other,
+            Client([other.address], timeout=10) as other_client,
+            harness.worker_thread({"reverse": reverse}, server, other),
+        ):
+            for _ in range(3):
+                assert client.do("reverse", b"ab", timeout=10) == b"ba"
+                assert other_client.do("reverse", b"ab", timeout=10) == b"ba"
+            other.kill()
+            for _ in range(3):
+                assert client.do("reverse", b"ab", timeout=10) == b"ba"
+            other.start()
+            other_client.close()
+            assert other_client.do("reverse", b"ab", timeout=20) == b"ba"
+
+    def test_the_server_goes_while_a_job_runs(self) -> None:
+        runs: list[bytes] = []
+        is_back = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            runs.append(job.workload)
+            if len(runs) == 1:
+                server.kill()
+                for _ in range(3):
+                    job.send_data(b"to nobody")
+                server.start()
+                is_back.set()
+            return b"done"
+
+        with (
+            harness.server(store="memory") as server,
+            harness.worker_thread({"work": work}, server),
+            Client([server.address], timeout=10) as client,
+        ):
+            client.do_background("work", b"1")
+            assert is_back.wait(30)
+            client.close()
+            assert client.do("work", b"2", timeout=20) == b"done"
+        assert runs == [b"1", b"2"]
+
+    def test_a_server_that_speaks_nonsense(self) -> None:
+        served: list[bytes] = []
+
+        def nonsense(peer: Peer) -> None:
+            peer.socket.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            peer.wait_for_end()
+
+        def good(peer: Peer) -> None:
+            peer.expect(P.SET_CLIENT_ID)
+            peer.expect(P.CAN_DO)
+            peer.expect(P.GRAB_JOB_UNIQ)
+            peer.send(P.ERROR, b"CODE", b"a word beside the matter")
+            peer.send(P.NOOP)
+            peer.send(P.NO_JOB)
+            peer.expect(P.PRE_SLEEP)
+            peer.send(P.NOOP)
+            peer.expect(P.GRAB_JOB_UNIQ)
+            peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"reverse", b"", b"ab")
+            served.extend(peer.expect(P.WORK_COMPLETE))
+            have_nothing(peer)
+
+        with fake_server(nonsense, good) as port, harness.worker_thread({"reverse": reverse}, port):
+            harness.wait_until(lambda: served)
+        assert served == [b"H:1", b"ba"]
+
+    def test_a_lost_noop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loop, "RECHECK", 0.05)
+        asked = threading.Event()
+
+        def script(peer: Peer) -> None:
+            peer.expect(P.SET_CLIENT_ID)
+            peer.expect(P.CAN_DO)
+            for _ in range(3):
+                peer.expect(P.GRAB_JOB_UNIQ)
+                peer.send(P.NO_JOB)
+                peer.expect(P.PRE_SLEEP)
+            asked.set()
+            peer.wait_for_end()
+
+        with fake_server(script) as port, harness.worker_thread({"f": reverse}, port):
+            assert asked.wait(10)
+
+    def test_a_hung_server_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.05)
+        again = threading.Event()
+
+        def hung(peer: Peer) -> None:
+            peer.wait_for_end()
+
+        def good(peer: Peer) -> None:
+            again.set()
+            peer.wait_for_end()
+
+        with fake_server(hung, good) as port, harness.worker_thread({"f": reverse}, port):
+            assert again.wait(10)

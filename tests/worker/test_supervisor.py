@@ -1,0 +1,240 @@
+"""``Supervisor``: real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, is_running, running_processes, wait_until
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+class Program:
+    """``supervised.py``, and what its children left."""
+
+    def __init__(self, work: str, folder: Path, processes: int, grace: float) -> None:
+        self._folder = folder
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-W",
+                    "error",
+                    "-m",
+                    "tests.worker.supervised",
+                    work,
+                    folder,
+                    str(processes),
+                    str(grace),
+                ],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def begun(self) -> list[int]:
+        """Process ids of all children that began, in their slots' order."""
+        return [
+            int(path.suffix[1:])
+            for path in sorted(self._folder.glob("[0-9].[0-9]*"))
+            if path.suffix != ".done"
+        ]
+
+    def done(self) -> list[int]:
+        return [int(path.name.split(".")[1]) for path in self._folder.glob("*.done")]
+
+    def children(self) -> list[int]:
+        return [process.pid for process in running_processes() if process.parent == self.process.pid]
+
+    def group(self) -> list[int]:
+        return [process.pid for process in running_processes() if process.group == self.process.pid]
+
+    def wait_for_children(self, count: int) -> list[int]:
+        wait_until(
+            lambda: len(set(self.begun()) & set(self.children())) >= count, what=f"children; {self.log}"
+        )
+        return self.children()
+
+    def signal(self, number: signal.Signals, *, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def wait(self, limit: float = 10.0) -> int:
+        """Its exit code; nothing of it is left then."""
+        code = self.process.wait(limit)
+        assert self.group() == []
+        return code
+
+    def go_on(self) -> None:
+        (self._folder / "go on").touch()
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    programs: list[Program] = []
+
+    def start(work: str, *, processes: int = 2, grace: float = 60.0) -> Program:
+        folder = tmp_path / str(len(programs))
+        folder.mkdir()
+        programs.append(Program(work, folder, processes, grace))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        if program.group():
+            os.killpg(program.process.pid, signal.SIGKILL)
+        program.process.wait()
+
+
+class TestStop:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
+    def test_children_finish_the_job_in_hand(self, start: Start, number: signal.Signals, group: bool) -> None:
+        program = start("busy")
+        children = program.wait_for_children(2)
+        program.signal(number, group=group)
+        wait_until(lambda: "finish their job" in program.log)
+        assert program.children() == children
+        assert program.done() == []
+        program.go_on()
+        assert program.wait() == 0
+        assert sorted(program.done()) == sorted(children)
+        assert "killed 0" in program.log
+
+    @pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
+    def test_the_second_time_kills(self, start: Start, group: bool) -> None:
+        program = start("busy")
+        program.wait_for_children(2)
+        program.signal(signal.SIGTERM, group=group)
+        wait_until(lambda: "finish their job" in program.log)
+        program.signal(signal.SIGTERM, group=group)
+        assert program.wait() == 0
+        assert program.done() == []
+        assert "killed 2" in program.log
+
+    @pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
+    def test_quit_kills(self, start: Start, group: bool) -> None:
+        program = start("busy")
+        program.wait_for_children(2)
+        program.signal(signal.SIGQUIT, group=group)
+        assert program.wait() == 0
+        assert program.done() == []
+        assert "killed 2" in program.log
+
+    def test_grace_ends(self, start: Start) -> None:
+        program = start("compute", grace=0.2)
+        program.wait_for_children(2)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "killed 2" in program.log
+
+    def test_one_that_is_done_is_not_killed(self, start: Start) -> None:
+        program = start("idle", processes=4)
+        children = program.wait_for_children(4)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert sorted(program.done()) == sorted(children)
+        assert "killed 0" in program.log
+
+    def test_children_that_die_while_stopping_are_not_replaced(self, start: Start) -> None:
+        program = start("busy")
+        children = program.wait_for_children(2)
+        program.signal(signal.SIGTERM)
+        wait_until(lambda: "finish their job" in program.log)
+        os.kill(children[0], signal.SIGKILL)
+        program.go_on()
+        assert program.wait() == 0
+        assert len(program.begun()) == 2
+
+    def test_what_a_child_ignores(self, start: Start, tmp_path: Path) -> None:
+        start("masks", processes=1)
+        ignored = tmp_path / "0" / "ignored"
+        text = wait_until(lambda: ignored.exists() and ignored.read_text())
+        assert {"SIGTERM", "SIGINT", "SIGQUIT"} <= set(str(text).split())
+
+    def test_a_child_that_is_stopped_by_a_signal_goes_on(self, start: Start) -> None:
+        """TERM to one child alone is not how it is stopped."""
+        program = start("idle")
+        children = program.wait_for_children(2)
+        os.kill(children[0], signal.SIGTERM)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert len(program.done()) == 2
+
+
+class TestReplace:
+    def test_a_killed_child(self, start: Start) -> None:
+        program = start("idle")
+        first, second = program.wait_for_children(2)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 3)
+        assert second in program.children()
+        assert first not in program.children()
+        assert f"Process {first} ended with signal SIGKILL" in program.log
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+
+    def test_one_that_ended_by_itself(self, start: Start) -> None:
+        program = start("ends", processes=1)
+        wait_until(lambda: len(program.done()) >= 2)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+
+    def test_the_pause_grows_for_the_short_lived(self, start: Start) -> None:
+        program = start("crash", processes=1)
+        wait_until(lambda: len(program.begun()) >= 5)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        pauses = [
+            float(pause) for pause in re.findall(r"exit status 1; another starts in ([\d.]+) s", program.log)
+        ]
+        assert pauses[:4] == [0.05, 0.1, 0.2, 0.4]
+        assert "it cannot begin" in program.log
+
+    def test_each_slot_has_its_own_pause(self, start: Start) -> None:
+        program = start("idle")
+        first, second = program.wait_for_children(2)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 3)
+        os.kill(second, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 4)
+        assert re.findall(r"another starts in ([\d.]+) s", program.log) == ["0.05", "0.05"]
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+
+
+class TestOrphans:
+    @pytest.mark.parametrize("work", ["idle", "busy", "compute"])
+    def test_none_outlives_a_parent_that_was_killed(self, start: Start, work: str) -> None:
+        program = start(work, processes=4)
+        children = program.wait_for_children(4)
+        killed_at = time.monotonic()
+        program.signal(signal.SIGKILL)
+        wait_until(lambda: not any(is_running(child) for child in children), 2.0)
+        assert time.monotonic() - killed_at < 3
+        assert program.wait() == -signal.SIGKILL
+
+    def test_a_child_that_was_replaced_dies_too(self, start: Start) -> None:
+        program = start("compute")
+        first, _ = program.wait_for_children(2)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 3)
+        program.signal(signal.SIGKILL)
+        wait_until(lambda: not program.group(), 2.0)
