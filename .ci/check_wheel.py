@@ -18,7 +18,7 @@ def main(wheel: str) -> None:
     }
     missing, extra = present - packed, packed - present
     if missing or extra or not licences:
-        sys.exit(f"missing from the wheel: {sorted(missing)}; too much: {sorted(extra)}; licences: {licences}")
+        sys.exit(f"missing: {sorted(missing)}; too much: {sorted(extra)}; licences: {licences}")
     if "django_gearman/py.typed" not in packed:
         sys.exit("py.typed is missing")
     print(f"{len(packed)} files")

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import socket
-import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -38,12 +37,13 @@ from typing import (
 )
 
 from django.core.signals import setting_changed
-from django.db import close_old_connections, models, reset_queries, transaction
+from django.db import close_old_connections, reset_queries, transaction
 from django.dispatch import receiver
 from django.utils import timezone
 
 from . import conf
 from .client.sync import Client
+from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
     InvalidJob,
     JobFailed,
@@ -63,9 +63,6 @@ MAX_PRIORITY: Final = 100
 
 PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two progress reports of one job; the last one is always sent."""
-
-_MAX_MESSAGE: Final = 8 * 1024
-_MAX_TRACEBACK: Final = 64 * 1024
 
 
 class Reports(Protocol):
@@ -415,7 +412,7 @@ class Job(Generic[P, R]):
         try:
             result = do(self.name, workload, timeout=options.run_timeout)
         except JobFailed as error:
-            told = _exception_of(error.data)
+            told = exception_of(error.data)
             raise JobFailed(self.name, data=error.data, **told) from None
         return cast(R, result if self.raw else _decode_result(self.name, result))
 
@@ -450,8 +447,8 @@ class Job(Generic[P, R]):
         else:
             args, kwargs = self._decode(workload)
             value = self._invoke(context, args, kwargs)
-            _refuse_unless_json(value, f"the return value of {self.name}")
-            result = _dumps(value)
+            refuse_unless_json(value, f"the return value of {self.name}")
+            result = dumps(value)
         context.flush()
         return result
 
@@ -471,8 +468,8 @@ class Job(Generic[P, R]):
         else:
             bound = self._bind(args, kwargs)
             for name, value in bound.items():
-                _refuse_unless_json(value, f"argument {name!r} of {self.name}")
-            workload = _dumps({"args": args, "kwargs": kwargs})
+                refuse_unless_json(value, f"argument {name!r} of {self.name}")
+            workload = dumps({"args": args, "kwargs": kwargs})
         if len(workload) > limit:
             raise ValueError(
                 f"the arguments of {self.name} take {len(workload)} bytes, more than MAX_PACKET={limit}; "
@@ -533,6 +530,17 @@ class Job(Generic[P, R]):
             _refuse_wrong_zone(self.name, run_after)
         elif run_after is not None and not isinstance(run_after, timedelta):
             raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
+
+
+def _decode_result(name: str, data: bytes) -> object:
+    """A result of a ``@job``; the bytes themselves for a raw one, known or not."""
+    known = registry.get(name)
+    if known is not None and known.raw:
+        return data
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return data
 
 
 def _refuse_wrong_zone(name: str, moment: datetime) -> None:
@@ -619,106 +627,6 @@ def queue_of(function: str) -> str:
     """The queue of a function; "default" for those that are not ours."""
     known = registry.get(function)
     return known.queue_name if known is not None else "default"
-
-
-# JSON, strictly.
-
-_REMEDIES: Final = {
-    "datetime": "its isoformat()",
-    "date": "its isoformat()",
-    "time": "its isoformat()",
-    "timedelta": "its total_seconds()",
-    "UUID": "str() of it",
-    "Decimal": "str() of it",
-    "set": "a list of it",
-    "frozenset": "a list of it",
-    "bytes": "text, base64 for example",
-    "bytearray": "text, base64 for example",
-    "QuerySet": "a list of primary keys",
-}
-
-
-def _refuse_unless_json(value: object, what: str) -> None:
-    """Raise the ``TypeError`` that says which part of a value cannot travel, and what can instead."""
-    if value is None or isinstance(value, str | bool | int):
-        return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise TypeError(f"{what} is {value!r}, which JSON cannot carry; pass None or a string")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _refuse_unless_json(item, f"{what}, item {index}")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"{what} has the key {key!r}, "
-                    "which JSON would make a string; use str keys or a list of pairs"
-                )
-            _refuse_unless_json(item, f"{what}, key {key!r}")
-    else:
-        kind = type(value).__name__
-        if isinstance(value, models.Model):
-            remedy = "its primary key (.pk), and fetch it in the job"
-        elif isinstance(value, os.PathLike):
-            remedy = "str() of it"
-        else:
-            remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
-        raise TypeError(f"{what} is a {kind}, which JSON cannot carry; pass {remedy}")
-
-
-def _dumps(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _decode_result(name: str, data: bytes) -> object:
-    """A result of a ``@job``; the bytes themselves for a raw one, known or not."""
-    known = registry.get(name)
-    if known is not None and known.raw:
-        return data
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return data
-
-
-# Exceptions on the wire: WORK_EXCEPTION carries JSON that the store and other clients understand.
-
-
-def describe_exception(error: BaseException) -> bytes:
-    """An exception as the data of WORK_EXCEPTION: ``{"exception", "message", "traceback"}`` in JSON."""
-    kind = type(error)
-    # From the function on: the worker's own frames tell its author nothing.
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(_OWN_FRAMES):
-        trace = trace.tb_next
-    lines = traceback.format_exception(kind, error, trace or error.__traceback__)
-    return _dumps(
-        {
-            "exception": f"{kind.__module__}.{kind.__qualname__}",
-            "message": _message_of(error)[:_MAX_MESSAGE],
-            # The end says most.
-            "traceback": "".join(lines)[-_MAX_TRACEBACK:],
-        }
-    )
-
-
-_OWN_FRAMES: Final = (f"{__package__}.", "asyncio.")
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return ""  # the traceback says that it cannot be told
-
-
-def _exception_of(data: bytes) -> dict[str, str]:
-    try:
-        told = json.loads(data)
-        return {key: str(told[key]) for key in ("exception", "message", "traceback")}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return {"message": data.decode(errors="replace")}
 
 
 # What a worker runs.

@@ -8,7 +8,6 @@ journal's in ``server/entries.py``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from django.db.models import F, QuerySet
 from django.db.models.functions import Now
 from django.utils import timezone
 
+from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .models import JobRecord, ServerLease
 from .server.entries import (
@@ -45,7 +45,6 @@ RENEW_INTERVAL: Final = 5.0
 
 _READY: Final = Status.READY.value
 _RUNNING: Final = Status.RUNNING.value
-_EXCEPTION_KEYS: Final = ("exception", "message", "traceback")
 _MAX_PROGRESS: Final = 2**63 - 1
 
 
@@ -449,24 +448,17 @@ def _failure(entry: JobFinished) -> Row:
     """The three columns that say why a job failed, from what the worker or the server told."""
     if not entry.data:
         return {"exception": "", "message": entry.reason, "traceback": ""}
-    text = text_of(entry.data)
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in _EXCEPTION_KEYS):
-        # A worker of another language: whatever it sent is the message.
-        return {"exception": "", "message": text, "traceback": ""}
+    told = exception_of(entry.data)
     return {
-        "exception": _storable(told.get("exception", ""))[:512],
-        "message": _storable(told.get("message", "")),
-        "traceback": _storable(told.get("traceback", "")),
+        "exception": _storable(told["exception"])[:512],
+        "message": _storable(told["message"]),
+        "traceback": _storable(told["traceback"]),
     }
 
 
 def _storable(text: str) -> str:
-    """Text from JSON as a column takes it: JSON can write NULs, and halves of characters."""
-    return text.encode(errors="backslashreplace").decode().replace("\0", "")
+    """Text as a column takes it; JSON can write NULs, and halves of characters, which are shown, not kept."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
 def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:

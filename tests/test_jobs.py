@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from django_gearman import JobContext, job
 from django_gearman import jobs as machinery
+from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     InvalidJob,
     JobFailed,
@@ -29,7 +30,7 @@ from django_gearman.exceptions import (
     ResponseTimeout,
     WaitInTransaction,
 )
-from django_gearman.jobs import Job, describe_exception, perform_assigned, queue_of
+from django_gearman.jobs import Job, perform_assigned, queue_of
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 

@@ -444,9 +444,9 @@ class TestFailureData:
 
     def test_nuls_in_json(self) -> None:
         assert failure(b'{"exception": "A\\u0000B", "message": "\\u0000", "traceback": "\\u0000t"}') == (
-            "AB",
-            "",
-            "t",
+            "A\\0B",
+            "\\0",
+            "\\0t",
         )
 
     def test_a_long_name_is_cut(self) -> None:

@@ -37,7 +37,9 @@ def require_tables(using: str) -> None:
         leaves = [node for node in executor.loader.graph.leaf_nodes() if node[0] == APP_LABEL]
         is_missing = bool(executor.migration_plan(leaves))
     except DatabaseError as error:
-        raise CommandError(f"The database {using!r} is out of reach: {str(error).strip()}") from error
+        # Drivers tell it on several lines.
+        reason = " ".join(str(error).split())
+        raise CommandError(f"The database {using!r} is out of reach: {reason}") from error
     if is_missing:
         option = "" if using == "default" else f" --database {using}"
         raise CommandError(

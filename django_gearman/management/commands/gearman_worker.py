@@ -13,7 +13,8 @@ from django.db import connections
 
 from ... import conf
 from ...addresses import split_address
-from ...jobs import Job, describe_exception, perform_assigned, registry
+from ...encoding import describe_exception
+from ...jobs import Job, perform_assigned, registry
 from ...worker.loop import Worker, WorkerFunction
 from ...worker.supervisor import Supervisor
 from ..console import log_to_terminal
