@@ -1,0 +1,9 @@
+from django.urls import path
+
+from . import views
+
+urlpatterns = [
+    path("enqueue/", views.enqueue),
+    path("enqueue-and-raise/", views.enqueue_and_raise),
+    path("run/", views.run),
+]

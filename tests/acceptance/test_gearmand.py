@@ -1,0 +1,231 @@
+"""Our client and our worker at the C gearmand."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from django_gearman import Client
+from django_gearman.encoding import describe_exception
+from django_gearman.exceptions import ConnectionLost, JobFailed
+from django_gearman.worker.loop import AssignedJob, Worker
+from tests import harness
+from tests.app.jobs import add, fail, shout
+
+from .conftest import call, program
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.foreign]
+
+
+class Gearmand:
+    """The C job server, which keeps nothing, on a free port."""
+
+    def __init__(self) -> None:
+        self._program = program("gearmand")
+        self.port = harness.free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [self._program, "-L", "127.0.0.1", "-p", str(self.port), "-l", "none"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        harness.wait_until(self._answers, what="gearmand")
+
+    def _answers(self) -> bool:
+        try:
+            return harness.ask(self.port, "version").startswith("OK")
+        except OSError:
+            return False
+
+    def workers_for(self, function: str) -> int:
+        rows = [line.split("\t") for line in harness.ask(self.port, "status").splitlines()]
+        return sum(int(row[3]) for row in rows if row[0] == function)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def gearmand() -> Iterator[Gearmand]:
+    server = Gearmand()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(gearmand: Gearmand) -> Iterator[Client]:
+    with Client([gearmand.address], timeout=10.0) as client:
+        yield client
+
+
+class TestClient:
+    """Nobody works here but what the test itself sends."""
+
+    def test_echo(self, client: Client):
+        for data in (b"", b"a", bytes(range(256)), bytes(1024 * 1024)):
+            assert client.echo(data) == data
+
+    def test_background_and_status(self, client: Client, gearmand: Gearmand):
+        handle = client.do_background("later", b"data")
+        assert handle.startswith("H:")
+        status = client.job_status(handle)
+        assert (status.known, status.running) == (True, False)
+        assert not client.job_status("H:nobody:1").known
+        assert client.do_background("later", b"other", unique="same") == client.do_high_background(
+            "later", b"joins", unique="same"
+        )
+        assert "later\t2\t0\t0" in harness.ask(gearmand.port, "status")
+
+    def test_priorities(self, client: Client, gearmand: Gearmand):
+        client.do_low_background("order", b"low")
+        client.do_background("order", b"normal")
+        client.do_high_background("order", b"high")
+        seen: list[bytes] = []
+
+        def note(job: AssignedJob) -> bytes:
+            seen.append(job.workload)
+            if len(seen) == 3:
+                worker.stop()
+            return b""
+
+        worker = worker_for(gearmand, order=note)
+        worker.run()
+        assert seen == [b"high", b"normal", b"low"]
+
+    def test_broken_connection(self, gearmand: Gearmand):
+        client = Client([gearmand.address], timeout=10.0)
+        assert client.echo(b"before") == b"before"
+        gearmand.stop()
+        gearmand.start()
+        # It is noticed before anything is sent.
+        assert client.echo(b"after") == b"after"
+        client.close()
+
+    def test_server_killed_while_waiting(self, gearmand: Gearmand):
+        client = Client([gearmand.address], timeout=10.0)
+        errors: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                client.do("nobody", b"", timeout=20.0)
+            except ConnectionLost as error:
+                errors.append(error)
+            client.close()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        harness.wait_until(lambda: "nobody\t1" in harness.ask(gearmand.port, "status"), what="the job")
+        gearmand.stop()
+        thread.join(10.0)
+        assert len(errors) == 1
+
+
+def worker_for(gearmand: Gearmand, **functions: Any) -> Worker:
+    return Worker(
+        functions, [("127.0.0.1", gearmand.port)], client_id="test-worker", describe=describe_exception
+    )
+
+
+class TestWorker:
+    """The loop itself, in this process."""
+
+    @pytest.fixture
+    def working(self, gearmand: Gearmand) -> Iterator[None]:
+        def parts(job: AssignedJob) -> bytes:
+            for step in range(1, 4):
+                job.send_status(step, 3)
+                job.send_data(b"part %d" % step)
+            job.send_warning(b"almost")
+            return job.unique + b":" + job.workload[::-1]
+
+        def broken(job: AssignedJob) -> bytes:
+            raise ValueError("no luck")
+
+        ours, its = socket.socketpair()
+        worker = worker_for(gearmand, parts=parts, broken=broken)
+        thread = threading.Thread(target=worker.run, args=(its.fileno(),))
+        thread.start()
+        yield
+        ours.close()
+        thread.join(10.0)
+        its.close()
+        assert not thread.is_alive()
+
+    @pytest.mark.usefixtures("working")
+    def test_everything_a_worker_sends(self, client: Client):
+        seen: list[Any] = []
+        result = client.do(
+            "parts",
+            b"a\0b",
+            unique="mine",
+            timeout=10.0,
+            on_data=seen.append,
+            on_warning=seen.append,
+            on_status=lambda *step: seen.append(step),
+        )
+        assert result == b"mine:b\0a"
+        assert seen == [
+            (b"1", b"3"),
+            b"part 1",
+            (b"2", b"3"),
+            b"part 2",
+            (b"3", b"3"),
+            b"part 3",
+            b"almost",
+        ]
+        assert client.do_high("parts", b"abc", timeout=10.0).endswith(b":cba")
+        assert client.do_low("parts", b"abc", timeout=10.0).endswith(b":cba")
+
+    @pytest.mark.usefixtures("working")
+    def test_exception(self, client: Client):
+        with pytest.raises(JobFailed) as caught:
+            client.do("broken", timeout=10.0)
+        assert b"no luck" in caught.value.data
+
+    @pytest.mark.usefixtures("working")
+    def test_foreign_client(self, gearmand: Gearmand):
+        command = [program("gearman"), "-h", "127.0.0.1", "-p", str(gearmand.port), "-f", "parts", "xyz"]
+        assert b":zyx" in call(command).stdout
+
+    @pytest.mark.usefixtures("working")
+    def test_listed_by_its_name(self, gearmand: Gearmand):
+        harness.wait_until(lambda: "test-worker : " in harness.ask(gearmand.port, "workers"))
+
+
+@pytest.mark.django_db
+class TestCommand:
+    """``manage.py gearman_worker``, and ``.run()`` of our jobs."""
+
+    @pytest.fixture(autouse=True)
+    def _lead_there(self, gearmand: Gearmand, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"SERVERS": [gearmand.address]}}
+
+    def test_jobs(self, gearmand: Gearmand):
+        with harness.worker(gearmand.address, processes=2):
+            assert add.run(2, 3) == 5
+            assert shout.run(b"hello") == b"HELLO"
+            with pytest.raises(JobFailed) as caught:
+                fail.run("no luck")
+            assert (caught.value.exception, caught.value.message) == ("builtins.ValueError", "no luck")
+
+    def test_reconnects(self, gearmand: Gearmand):
+        with harness.worker(gearmand.address, processes=2) as worker:
+            harness.wait_until(lambda: gearmand.workers_for(shout.name) == 2, what="two workers")
+            gearmand.stop()
+            harness.wait_until(lambda: worker.stderr.count("connecting again") == 2, what="two notices")
+            gearmand.start()
+            harness.wait_until(lambda: gearmand.workers_for(shout.name) == 2, what="two workers again")
+            assert shout.run(b"again") == b"AGAIN"

@@ -1,0 +1,209 @@
+"""How servers and workers start, and how they refuse to."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_gearman import Client
+from django_gearman.exceptions import ConnectionFailed, ConnectionLost, ServerError
+from django_gearman.models import JobRecord, ServerLease
+from tests import harness
+from tests.app.jobs import shout
+
+from .conftest import SITE
+
+pytestmark = pytest.mark.acceptance
+
+
+def refused(*arguments: str, **env: str) -> str:
+    """The one line that a command leaves on stderr when it does not start."""
+    done = subprocess.run(
+        [*harness.MANAGE, *arguments],
+        cwd=harness.ROOT,
+        env=harness.environment() | SITE | env,
+        capture_output=True,
+        text=True,
+        timeout=harness.START_LIMIT,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    story = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode not in (0, -9, -11), story
+    assert "Traceback" not in story
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    # The parser of options tells how the command is used before it tells what is wrong.
+    if lines[0].startswith("usage:"):
+        lines = lines[-1:]
+    assert len(lines) == 1, story
+    return lines[0]
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+class TestServerRefuses:
+    def test_port_taken(self):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = str(other.getsockname()[1])
+            line = refused("gearman_server", "--listen", "127.0.0.1", "--port", port)
+        assert f"127.0.0.1:{port}" in line
+        assert "in use" in line
+
+    def test_database_that_is_not_migrated(self, tmp_path: Path):
+        url = f"sqlite:///{tmp_path / 'empty.sqlite3'}"
+        line = refused(
+            "gearman_server", "--port", "0", DATABASE_URL=url, GEARMAN_TEST_DATABASE=str(tmp_path / "empty")
+        )
+        assert "manage.py migrate" in line
+
+    def test_database_that_is_not_there(self, tmp_path: Path):
+        url = f"postgres://nobody@127.0.0.1:{harness.free_port()}/nothing"
+        line = refused("gearman_server", "--port", "0", DATABASE_URL=url, GEARMAN_TEST_DATABASE="nothing")
+        assert "out of reach" in line
+        line = refused(
+            "gearman_server",
+            "--port",
+            "0",
+            DATABASE_URL="sqlite:////nothing",
+            GEARMAN_TEST_DATABASE=str(tmp_path / "no" / "folder" / "db"),
+        )
+        assert "out of reach" in line
+
+    @pytest.mark.parametrize("address", ["0.0.0.0", "::"])
+    def test_address_that_others_reach(self, address: str):
+        if ":" in address and not has_ipv6():
+            pytest.skip("this machine has no IPv6")
+        assert "--insecure" in refused(
+            "gearman_server", "--listen", address, "--port", "0", "--store", "memory"
+        )
+
+    def test_address_that_is_not_ours(self):
+        assert "192.0.2.1" in refused("gearman_server", "--listen", "192.0.2.1", "--port", "4730")
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("--port", "70000"),
+            ("--port", "http"),
+            ("--store", "paper"),
+            ("--name", "two words"),
+            ("--name", ""),
+            ("--job-retries", "-1"),
+            ("--job-retries", "many"),
+        ],
+    )
+    def test_value(self, option: str, value: str):
+        line = refused("gearman_server", f"{option}={value}")
+        assert option in line
+        assert repr(value) in line
+
+
+class TestWorkerRefuses:
+    def test_no_functions(self):
+        line = refused("gearman_worker", GEARMAN_TEST_NO_JOBS="1")
+        assert "jobs.py" in line
+
+    def test_unknown_function(self):
+        line = refused("gearman_worker", "shout", "shuot")
+        assert "'shuot'" in line
+        assert "tests.app.jobs.add" in line
+
+    def test_unknown_queue(self):
+        line = refused("gearman_worker", "--queues", "express")
+        assert "'express'" in line
+        assert "default" in line
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("--processes", "0"),
+            ("--processes", "two"),
+            ("--grace", "-1"),
+            ("--grace", "nan"),
+            ("--servers", "127.0.0.1:many"),
+            ("--servers", ""),
+        ],
+    )
+    def test_value(self, option: str, value: str):
+        assert option in refused("gearman_worker", f"{option}={value}")
+
+
+class TestGreeting:
+    def test_one_line_each(self, database_server: harness.GearmanServerProcess):
+        with harness.worker(database_server, processes=1, functions=["shout", "reverse"]) as worker:
+            assert database_server.stdout.count("\n") == 1
+            assert f"listens on {database_server.address}" in database_server.stdout
+            assert "jobs are kept in the database" in database_server.stdout
+            assert worker.stdout == (
+                f"gearman_worker: 1 process serves reverse, shout for {database_server.address}.\n"
+            )
+            worker.wait_connected()
+
+    def test_address_that_others_reach_when_told_so(self):
+        server = harness.GearmanServerProcess(store="memory", options=["--listen", "0.0.0.0", "--insecure"])
+        with server:
+            assert f"listens on 0.0.0.0:{server.port}" in server.stdout
+            assert server.ask("status") == ""
+
+
+@pytest.mark.django_db(transaction=True)
+class TestTwoServersOfOneName:
+    def test_the_first_stops_and_writes_no_more(self):
+        first = harness.GearmanServerProcess(name="the-server")
+        second = harness.GearmanServerProcess(name="the-server")
+        with first:
+            client = Client([first.address], timeout=20.0)
+            kept = client.do_background("later", b"kept")
+            with second:
+                assert "1 jobs replayed" in second.stdout
+                try:
+                    # It has lost the lease: what it cannot keep it must not acknowledge.
+                    with pytest.raises((ServerError, ConnectionLost, ConnectionFailed)):
+                        client.do_background("later", b"not kept")
+                    assert first.wait() == 1
+                    (line,) = first.stderr.splitlines()
+                    assert "another job server runs under the name 'the-server'" in line
+                    assert "--name" in line
+                    assert list(JobRecord.objects.values_list("handle", flat=True)) == [kept]
+                    lease = ServerLease.objects.get()
+                    assert (lease.epoch, lease.address) == (2, second.address)
+                    # The second one works.
+                    with Client([second.address]) as other:
+                        other.do_background("later", b"kept too")
+                    assert JobRecord.objects.count() == 2
+                finally:
+                    client.close()
+                    first.forget()
+
+    def test_the_first_notices_without_anything_to_write(self):
+        first = harness.GearmanServerProcess(name="the-server")
+        second = harness.GearmanServerProcess(name="the-server")
+        with first, second:
+            assert first.wait() == 1
+            assert second.is_running
+            first.forget()
+
+
+class TestWorkerWithoutServer:
+    def test_says_so_once_and_connects_when_it_comes(self, settings: Any):
+        server = harness.GearmanServerProcess(store="memory")
+        settings.GEARMAN = server.setting
+        with harness.worker(server, processes=1) as worker:
+            harness.wait_until(lambda: "Trying until one does" in worker.stderr, what="a word on it")
+            # It tries some more times until the server is up.
+            with server:
+                worker.wait_connected()
+                assert shout.run(b"hello") == b"HELLO"
+                (problem,) = (line for line in worker.stderr.splitlines() if "INFO" not in line)
+                assert server.address in problem

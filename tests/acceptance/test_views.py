@@ -1,0 +1,127 @@
+"""What a view that calls jobs feels of the job server, and what it leaves behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import pytest
+from django.test import Client as Browser
+
+from django_gearman.models import JobRecord
+from tests import harness
+from tests.app.jobs import add
+
+from .conftest import SITE
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
+
+Status = JobRecord.Status
+CALLS = 60
+
+
+@pytest.fixture(autouse=True)
+def _site(settings: Any) -> None:
+    settings.ROOT_URLCONF = "tests.acceptance.site.urls"
+
+
+def call_views(first: int) -> list[float]:
+    """Seconds that each of some requests took."""
+    browser = Browser()
+    seconds = []
+    for number in range(first, first + CALLS):
+        started = perf_counter()
+        response = browser.get("/enqueue/", {"left": number})
+        seconds.append(perf_counter() - started)
+        assert response.status_code == 200
+        assert response.json()["left"] == number
+    return seconds
+
+
+def assert_results(count: int) -> None:
+    harness.wait_until(
+        lambda: JobRecord.objects.filter(status=Status.SUCCESSFUL).count() == count, 30.0, f"{count} ends"
+    )
+    for record in JobRecord.objects.all():
+        result = add.get_result(str(record.pk))
+        assert result.return_value == int(bytes(record.workload).split(b"[")[1].split(b"]")[0]) + 1
+
+
+class TestTransaction:
+    def test_view_that_raises_leaves_no_job(self, database_server: harness.GearmanServerProcess):
+        response = Browser(raise_request_exception=False).get("/enqueue-and-raise/")
+
+        assert response.status_code == 500
+        assert not JobRecord.objects.exists()
+        # The next one is not disturbed by it.
+        assert Browser().get("/enqueue/", {"left": 1}).status_code == 200
+        assert JobRecord.objects.count() == 1
+
+
+class TestServerOutOfReach:
+    def test_view_does_not_notice_that_the_server_is_down(self, settings: Any):
+        server = harness.GearmanServerProcess(env=SITE)
+        settings.GEARMAN = server.setting
+        with server, harness.worker(server, processes=1, env=SITE):
+            with_server = call_views(0)
+            assert_results(CALLS)
+            server.stop()
+
+            without = call_views(CALLS)
+            assert JobRecord.objects.filter(status=Status.READY).count() == CALLS
+
+            server.start()
+            assert_results(2 * CALLS)
+            assert median(without) < 3 * median(with_server)
+            assert max(without) < 0.5
+
+    def test_view_does_not_notice_that_the_server_hangs(self, settings: Any):
+        server = harness.GearmanServerProcess(env=SITE)
+        settings.GEARMAN = server.setting
+        with server, harness.worker(server, processes=1, env=SITE):
+            with_server = call_views(0)
+            assert_results(CALLS)
+            server.signal(signal.SIGSTOP)
+            try:
+                hanging = call_views(CALLS)
+            finally:
+                server.signal(signal.SIGCONT)
+            assert_results(2 * CALLS)
+            assert median(hanging) < 3 * median(with_server)
+            assert max(hanging) < 0.5
+
+    @pytest.fixture
+    def black_hole(self) -> Iterator[int]:
+        """A port that answers nothing, neither yes nor no: its line of waiting connections is full."""
+        callers = []
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", harness.free_port()))
+            listener.listen(0)
+            port = listener.getsockname()[1]
+            for _ in range(8):
+                caller = socket.socket()
+                callers.append(caller)
+                caller.setblocking(False)
+                caller.connect_ex(("127.0.0.1", port))
+            yield port
+            for caller in callers:
+                caller.close()
+
+    def test_view_does_not_wait_for_a_host_that_is_silent(self, black_hole: int, settings: Any):
+        settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{black_hole}"]}}
+        seconds = call_views(0)
+        assert max(seconds) < 0.5
+        # Tried once in a while, not for each request.
+        assert sum(each > 0.15 for each in seconds) <= 3
+        assert JobRecord.objects.filter(status=Status.READY).count() == CALLS
+
+    def test_jobs_that_nobody_told_of_are_found(self, settings: Any):
+        """The views lead to a port where nobody listens: the server has to look by itself."""
+        with harness.server(env=SITE) as server, harness.worker(server, processes=1, env=SITE) as worker:
+            worker.wait_connected()
+            call_views(0)
+            assert_results(CALLS)
