@@ -39,6 +39,9 @@ HIGH: Final = 50
 NORMAL: Final = 0
 LOW: Final = -50
 
+ENDED_LIMIT: Final = 1_000
+"""Ended jobs that may lie among a function's waiting ones; more only if more than those wait."""
+
 PENDING, READY, RUNNING, GONE = JobState
 
 _NO_JOB = encode_response(PacketType.NO_JOB)
@@ -133,7 +136,7 @@ class Peer:
         """Whether it stands among the sleepers of every function it offers."""
         self.running: dict[bytes, Job] = {}
         self.listens: set[Job] = set()
-        self.excused = b""
+        self.excused: bytes | None = None
         """Handle of its last WORK_EXCEPTION: Perl's workers send WORK_FAIL after it."""
         self.output: list[bytes] = []
         """What the shell is to send."""
@@ -330,6 +333,8 @@ class JobServer:
         for job in reversed(list(peer.running.values())):
             if job.function in functions:
                 self._lose_worker(job)
+        if peer.woken_for in functions:
+            self._pass_on_wake(peer, None)
 
     def _forget_ability(self, peer: Peer, function: Function) -> None:
         del peer.abilities[function.name]
@@ -522,7 +527,7 @@ class JobServer:
             if self._durable:
                 self.urgent = True
                 if job.recorded:
-                    self.entries.append(JobKept(job.handle))
+                    self.entries.append(JobKept(job.handle, self.now))
                 else:
                     job.recorded = True
                     self._record(job, peer)
@@ -531,7 +536,8 @@ class JobServer:
                             JobStarted(job.handle, job.worker.identity, job.attempts, self.now)
                         )
                 job.answers = []
-        if job.answers is not None:
+        # Who only waits for a job that runs already need not wait for its being kept, nor for its refusal.
+        if job.answers is not None and (background or job.state is PENDING):
             self._answer_later(peer, job)
         else:
             self._send(peer, encode_response(PacketType.JOB_CREATED, job.handle))
@@ -651,6 +657,9 @@ class JobServer:
             for listener in job.listeners:
                 listener.listens.discard(job)
             job.listeners = None
+        if job.answers is not None:
+            # It ran before the journal could say that it is kept: there is nothing left to lose.
+            self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
         if job.progress_unsaved:
             self._save_progress(job)
         if job.recorded:
@@ -662,6 +671,7 @@ class JobServer:
         function = job.function
         if job.state is READY:
             function.waiting -= 1
+            function.ended += 1
             if not function.waiting:
                 del self.ready[function]
         job.state = GONE
@@ -675,6 +685,9 @@ class JobServer:
             # Nothing but ended jobs lies there.
             function.levels.clear()
             function.priorities.clear()
+            function.ended = 0
+        elif function.ended > function.waiting + ENDED_LIMIT:
+            function.drop_ended()
         self._note_if_idle(function)
 
     def _drop_if_abandoned(self, job: Job) -> None:
@@ -843,7 +856,7 @@ def _as_unsigned(number: bytes) -> bytes:
     """
     text = number.strip()[:20]
     sign = -1 if text[:1] == b"-" else 1
-    digits = text.lstrip(b"+-") if text[:1] in (b"+", b"-") else text
+    digits = text[1:] if text[:1] in (b"+", b"-") else text
     length = 0
     while length < len(digits) and 0x30 <= digits[length] <= 0x39:
         length += 1

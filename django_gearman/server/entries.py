@@ -39,6 +39,7 @@ class JobKept(NamedTuple):
     """A background submission joined a foreground job: from now on it stays whoever leaves."""
 
     handle: bytes
+    at: float = 0.0
 
 
 class JobStarted(NamedTuple):

@@ -96,6 +96,7 @@ class Function:
     """All that waits, runs and serves under one name."""
 
     __slots__ = (
+        "ended",
         "held",
         "levels",
         "name",
@@ -118,6 +119,8 @@ class Function:
         """Jobs of any state but GONE: pending ones too."""
         self.waiting = 0
         """Jobs that are ready to be handed out."""
+        self.ended = 0
+        """At most so many ended jobs still lie in ``levels``."""
         self.running = 0
         self.served = 0
         """Serial of the last hand-out of any function: those of equal priority take turns by it."""
@@ -152,6 +155,12 @@ class Function:
             level = self.levels[priority] = deque()
             insort(self.priorities, -priority)
         return level
+
+    def drop_ended(self) -> None:
+        """Look through all levels and keep only what waits."""
+        for priority, level in self.levels.items():
+            self.levels[priority] = deque(job for job in level if job.state is JobState.READY)
+        self.ended = 0
 
     def best_priority(self) -> int:
         """The highest priority that waits; only to be asked while ``waiting``."""

@@ -100,7 +100,9 @@ class MemoryStore:
                 job = StoredJob(handle, entry.function, entry.unique, entry.workload, entry.priority, 0, None)
                 (self.jobs if entry.background else self._foreground)[handle] = job
             elif isinstance(entry, JobKept):
-                self.jobs[handle] = self._foreground.pop(handle)
+                # Not there when the batch was written before: kept already, or ended.
+                if handle in self._foreground:
+                    self.jobs[handle] = self._foreground.pop(handle)
             elif isinstance(entry, JobStarted):
                 for jobs in (self.jobs, self._foreground):
                     if handle in jobs:
@@ -112,7 +114,8 @@ class MemoryStore:
         return {}
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
-        claimed = [job for job in self.unclaimed if job.function not in full][:limit]
+        wanted = [job for job in self.unclaimed if job.function not in full]
+        claimed = sorted(wanted, key=lambda job: -job.priority)[:limit]
         for job in claimed:
             self.unclaimed.remove(job)
             self.jobs[job.handle] = job
@@ -205,7 +208,9 @@ class Journal:
 
     def next_deadline(self) -> float:
         """The monotonic time at which ``next_batch`` may have something by itself."""
-        return self._retry_at if self._failed else min(self._next_claim, self._write_at)
+        if self._failed:
+            return self._retry_at
+        return self._write_at if self._closing else min(self._next_claim, self._write_at)
 
     def hurry(self) -> None:
         """Let nothing wait any longer, and claim nothing more: the server is about to stop."""
@@ -243,8 +248,9 @@ class Journal:
         """The writer is back: tell the core what became of it."""
         self._in_flight = False
         server = self._server
-        if batch.written:
+        if batch.error is None:
             self._pause = 0.0
+        if batch.written:
             refused = batch.refused
             for index, reason in refused.items():
                 entry = batch.entries[index]
@@ -290,6 +296,9 @@ class Journal:
                 self._server.rejected(entry, reason)
                 # It may have been written all the same when only the answer was lost: undo that.
                 kept.append(JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now))
+            elif isinstance(entry, JobKept) and entry.at <= overdue:
+                # Nothing to undo: the job lives on for its foreground clients, and its record with it.
+                self._server.rejected(entry, "The store is out of reach")
             else:
                 kept.append(entry)
         return kept
@@ -333,7 +342,9 @@ class JournalThread:
         self._changed = changed
         self._failed = failed
         self._work: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
+        """When it fires. uvloop's handles of timers that are almost due cannot tell."""
         self._drained: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name="gearman-journal", daemon=True)
 
@@ -398,7 +409,13 @@ class JournalThread:
         """Be back when the journal has something by itself; the timer that is set may do."""
         deadline = self._journal.next_deadline()
         if self._timer is not None:
-            if self._loop.time() < self._timer.when() <= deadline:
+            if self._timer_at <= deadline:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(deadline, self.kick)
+        self._timer = self._loop.call_at(deadline, self._timer_fired)
+        self._timer_at = deadline
+
+    def _timer_fired(self) -> None:
+        # Gone, whatever the time: a loop may call a moment early, and then another must be set.
+        self._timer = None
+        self.kick()

@@ -69,7 +69,7 @@ class Connection(asyncio.Protocol):
         self._blocked = False
         """Whether the peer does not take what it is sent."""
         self._stale: float | None = None
-        """When the packet that has begun must be there; None between packets."""
+        """When the packet that has begun must be there, or a closing connection gone; None for no limit."""
         self._transport: asyncio.Transport
         self.peer: Peer
 
@@ -106,7 +106,7 @@ class Connection(asyncio.Protocol):
         core.now = time.time()
         take = self._reader.take
         try:
-            for _ in range(PACKETS_PER_TURN):
+            for count in range(PACKETS_PER_TURN):
                 try:
                     packet = take()
                 except UnreadableStream as error:
@@ -116,13 +116,14 @@ class Connection(asyncio.Protocol):
                     core.refuse(self.peer, error.code, error.text)
                     continue
                 if packet is None:
-                    self._note_incomplete()
+                    self._note_incomplete(went_on=count > 0)
                     break
-                if packet[0] == TEXT:
-                    self._answer_text(packet[1][0])
-                else:
+                if packet[0] != TEXT:
                     core.receive(self.peer, packet)
+                elif not self._answer_text(packet[1][0]):
+                    break
             else:
+                self._stale = None
                 # Others first; what is in the buffer waits, and so does the socket.
                 self._transport.pause_reading()
                 server.loop.call_soon(self._go_on)
@@ -137,12 +138,14 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
             self._read()
 
-    def _answer_text(self, line: bytes) -> None:
+    def _answer_text(self, line: bytes) -> bool:
+        """Answer, or close the connection and say False."""
         answer = text.answer(self._server.core, line)
         if answer is None:
             self._close("a line of too many words")
-        else:
-            self._server.core.say(self.peer, answer)
+            return False
+        self._server.core.say(self.peer, answer)
+        return True
 
     def _close(self, reason: str) -> None:
         logger.warning("Connection of %s closed: %s", self.peer.address, reason)
@@ -150,17 +153,29 @@ class Connection(asyncio.Protocol):
         output, self.peer.output = self.peer.output, []
         self.write(output)
         self._transport.close()
+        self._expect_progress()
 
-    def _note_incomplete(self) -> None:
+    def _note_incomplete(self, *, went_on: bool) -> None:
         if not self._reader.incomplete:
             self._stale = None
-        elif self._stale is None:
-            self._stale = self._server.loop.time() + self._server.limits.incomplete
+        elif went_on or self._stale is None:
+            self._expect_progress()
+
+    def _expect_progress(self) -> None:
+        self._stale = self._server.loop.time() + self._server.limits.incomplete
 
     def close_if_stale(self, now: float) -> None:
-        """Close a connection whose packet does not come to its end."""
-        if self._stale is not None and now >= self._stale:
+        """Close a connection whose packet does not come to its end, or that does not take its last output."""
+        if self._stale is None or now < self._stale:
+            return
+        if self._transport.is_closing():
+            self._transport.abort()
+        elif not self._blocked:
             self._close("an incomplete packet")
+
+    def eof_received(self) -> None:
+        # The transport closes by itself, once everything is sent.
+        self._expect_progress()
 
     def write(self, output: list[bytes]) -> None:
         """Send what the core left for the peer."""
@@ -178,6 +193,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._blocked = False
+        # The rest of a packet could not be read meanwhile.
+        self._stale = None
         self._go_on()
 
     def abort(self) -> None:

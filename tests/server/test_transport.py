@@ -1,0 +1,523 @@
+"""The job server on real sockets: limits, turns, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from functools import wraps
+from typing import Any
+
+import pytest
+
+from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
+from django_gearman.protocol.reader import Packet, PacketReader
+from django_gearman.server import transport as transport_module
+from django_gearman.server.core import JobServer, Peer, ServerOptions
+from django_gearman.server.entries import Entry, StoredJob
+from django_gearman.server.journal import JobStore, MemoryStore
+from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+
+from .harness import handle
+
+P = PacketType
+LIMIT = 20.0
+"""Seconds after which a condition that should come is given up."""
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Link:
+    """A connection to the server: bytes out, packets in."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._packets = PacketReader(RESPONSE)
+
+    def say(self, kind: PacketType, *arguments: bytes) -> None:
+        self.writer.write(encode_request(kind, *arguments))
+
+    async def hear(self, count: int = 1) -> list[Packet]:
+        heard: list[Packet] = []
+        async with asyncio.timeout(LIMIT):
+            while len(heard) < count:
+                packet = self._packets.take()
+                if packet is not None:
+                    heard.append(packet)
+                    continue
+                data = await self.reader.read(65536)
+                assert data, f"closed after {heard}"
+                self._packets.feed(data)
+        return heard
+
+    async def ask(self, kind: PacketType, *arguments: bytes) -> Packet:
+        self.say(kind, *arguments)
+        (packet,) = await self.hear()
+        return packet
+
+    async def line(self) -> bytes:
+        async with asyncio.timeout(LIMIT):
+            return await self.reader.readline()
+
+    async def end(self) -> bytes:
+        """What comes until the server closes."""
+        async with asyncio.timeout(LIMIT):
+            try:
+                return await self.reader.read()
+            except ConnectionResetError:
+                return b""
+
+
+class Hall:
+    """A server that serves, and those that are connected to it."""
+
+    def __init__(self, server: GearmanServer, address: tuple[str, int]) -> None:
+        self.server = server
+        self.address = address
+        self.stopped = asyncio.Event()
+        self.links: list[Link] = []
+        self.serving: asyncio.Task[None]
+
+    async def connect(self, *, receive_buffer: int | None = None) -> Link:
+        sock = socket.socket()
+        sock.setblocking(False)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        await asyncio.get_running_loop().sock_connect(sock, self.address)
+        # A small limit, so that what is not asked for stays in the socket.
+        link = Link(*await asyncio.open_connection(sock=sock, limit=2**16))
+        self.links.append(link)
+        return link
+
+    async def worker(self, function: bytes) -> Link:
+        link = await self.connect()
+        link.say(P.CAN_DO, function)
+        await link.ask(P.ECHO_REQ, b"registered")
+        return link
+
+
+@asynccontextmanager
+async def hall(
+    store: JobStore | None = None, core: JobServer | None = None, **limits: Any
+) -> AsyncIterator[Hall]:
+    options = ServerOptions(name="test:1", epoch=7, durable=store is not None)
+    server = GearmanServer(core or JobServer(options), store, TransportLimits(**limits))
+    sockets = bind("127.0.0.1", 0)
+    place = Hall(server, sockets[0].getsockname())
+    ready = asyncio.Event()
+    place.serving = asyncio.create_task(server.serve(sockets, place.stopped, ready=ready.set))
+    await ready.wait()
+    try:
+        yield place
+    finally:
+        place.stopped.set()
+        async with asyncio.timeout(LIMIT):
+            await asyncio.wait([place.serving])
+        for link in place.links:
+            link.writer.close()
+            try:
+                await link.writer.wait_closed()
+            except ConnectionError:
+                pass  # closed by the server, as the test wanted
+    place.serving.result()
+
+
+class SlowStore(MemoryStore):
+    """Writes only when it is let; then every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+        self.closed = False
+
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        assert self.let.wait(LIMIT)
+        return super().write(entries, again=again)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def quick_ticks(monkeypatch):
+    monkeypatch.setattr(transport_module, "TICK", 0.01)
+
+
+class TestStream:
+    """PROTOCOL section 1."""
+
+    @pytest.mark.parametrize("store", [None, MemoryStore()], ids=["no store", "store"])
+    @in_a_loop
+    async def test_a_thousand_pipelined_submissions_are_answered_in_order(self, store):
+        async with hall(store) as place:
+            client = await place.connect()
+            for _ in range(1000):
+                client.say(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            client.say(P.ECHO_REQ, b"end")
+            heard = await client.hear(1001)
+            created = [(P.JOB_CREATED, [handle(number)]) for number in range(1, 1001)]
+            assert heard == [*created, (P.ECHO_RES, [b"end"])]
+        if store is not None:
+            assert len(store.jobs) == 1000
+
+    @in_a_loop
+    async def test_packets_may_come_byte_by_byte(self):
+        async with hall() as place:
+            client = await place.connect()
+            stream = encode_request(P.SUBMIT_JOB_BG, b"f", b"u", b"w") + encode_request(P.ECHO_REQ, b"x")
+            for index in range(len(stream)):
+                client.writer.write(stream[index : index + 1])
+                # Read by the server, since it runs in this loop.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert await client.hear(2) == [(P.JOB_CREATED, [handle(1)]), (P.ECHO_RES, [b"x"])]
+
+    @in_a_loop
+    async def test_text_and_packets_alternate(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"status\r\n" + encode_request(P.ECHO_REQ, b"x") + b"nonsense\n")
+            assert await client.line() == b".\n"
+            assert await client.reader.readexactly(13) == b"\0RES\0\0\0\x11\0\0\0\x01x"
+            assert await client.line() == b"ERR UNKNOWN_COMMAND Unknown+server+commandnonsense\r\n"
+
+    @in_a_loop
+    async def test_job_goes_from_client_to_worker_and_back(self):
+        async with hall(MemoryStore()) as place:
+            worker, client = await place.worker(b"f"), await place.connect()
+            worker.say(P.PRE_SLEEP)
+            assert await client.ask(P.SUBMIT_JOB, b"f", b"", b"abc") == (P.JOB_CREATED, [handle(1)])
+            assert await worker.hear() == [(P.NOOP, [b""])]
+            assert await worker.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [handle(1), b"f", b"abc"])
+            worker.say(P.WORK_COMPLETE, handle(1), b"cba")
+            assert await client.hear() == [(P.WORK_COMPLETE, [handle(1), b"cba"])]
+
+    @in_a_loop
+    async def test_large_packets_pass(self):
+        workload = bytes(range(256)) * 4 * 4096
+        async with hall() as place:
+            client = await place.connect()
+            assert await client.ask(P.ECHO_REQ, workload) == (P.ECHO_RES, [workload])
+
+    @in_a_loop
+    async def test_answers_reach_a_client_that_has_finished_talking(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"status\n")
+            client.writer.write_eof()
+            assert await client.end() == b".\n"
+
+    @in_a_loop
+    async def test_worker_that_vanishes_gives_its_job_back(self):
+        async with hall() as place:
+            first, second, client = await place.worker(b"f"), await place.worker(b"f"), await place.connect()
+            await client.ask(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            await first.ask(P.GRAB_JOB)
+            second.say(P.PRE_SLEEP)
+            first.writer.transport.abort()
+            assert await second.hear() == [(P.NOOP, [b""])]
+            assert await second.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [handle(1), b"f", b"w"])
+
+
+class TestTurns:
+    """DESIGN section 6: at most 200 packets per connection and turn of the loop, so that nobody starves."""
+
+    @in_a_loop
+    async def test_others_are_heard_between(self):
+        order: list[Peer] = []
+
+        class Watched(JobServer):
+            def receive(self, peer: Peer, packet: Packet) -> None:
+                order.append(peer)
+                super().receive(peer, packet)
+
+        async with hall(core=Watched()) as place:
+            greedy, modest = await place.connect(), await place.connect()
+            await greedy.ask(P.ECHO_REQ, b"here")
+            await modest.ask(P.ECHO_REQ, b"here")
+            order.clear()
+            greedy.writer.write(encode_request(P.ECHO_REQ, b"x") * 2000)
+            modest.say(P.ECHO_REQ, b"y")
+            assert await modest.hear() == [(P.ECHO_RES, [b"y"])]
+            assert len(await greedy.hear(2000)) == 2000
+            runs = [len(order[: order.index(peer)]) for peer in set(order)]
+            assert sorted(runs) == [0, 200]
+
+    @in_a_loop
+    async def test_lines_of_text_count_too_and_nothing_is_lost(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"version\n" * 1000 + encode_request(P.ECHO_REQ, b"end"))
+            lines = [await client.line() for _ in range(1000)]
+            assert len(set(lines)) == 1
+            assert await client.hear() == [(P.ECHO_RES, [b"end"])]
+
+
+class TestMalformedInput:
+    """PROTOCOL section 4."""
+
+    @pytest.mark.parametrize(
+        "stream",
+        [
+            b"\0FOO" + bytes(8),
+            b"\0REQ\xff\xff\xff\xff\0\0\0\0",
+            b"\0REQ\0\0\0\x10\xff\xff\xff\xff",
+            b"x" * 9000,
+        ],
+        ids=["magic", "type", "size", "line"],
+    )
+    @in_a_loop
+    async def test_unreadable_stream_closes_that_connection_alone(self, stream):
+        async with hall() as place:
+            bad, good = await place.connect(), await place.connect()
+            bad.writer.write(b"nonsense\n" + stream + encode_request(P.SUBMIT_JOB_BG, b"f", b"", b""))
+            assert await bad.end() in (b"ERR UNKNOWN_COMMAND Unknown+server+commandnonsense\r\n", b"")
+            assert await good.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            assert place.server.core.jobs == {}
+
+    @in_a_loop
+    async def test_readable_mistakes_are_answered_and_the_connection_goes_on(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"\0RES\0\0\0\x01\0\0\0\x01x" + b"\0REQ\0\0\0\x07\0\0\0\x04func")
+            client.say(P.ECHO_REQ, b"x")
+            assert await client.hear(3) == [
+                (P.ERROR, [b"INVALID_MAGIC", b"Request magic expected"]),
+                (P.ERROR, [b"INVALID_PACKET", b"Too few arguments in the packet"]),
+                (P.ECHO_RES, [b"x"]),
+            ]
+
+    @in_a_loop
+    async def test_line_of_too_many_words_is_the_last_thing_heard(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"version\na b c d e f\n" + encode_request(P.SUBMIT_JOB_BG, b"f", b"", b""))
+            assert (await client.end()).startswith(b"OK ")
+            assert place.server.core.jobs == {}
+
+    @in_a_loop
+    async def test_error_of_ours_ends_one_connection_and_is_logged(self, caplog):
+        class Broken(JobServer):
+            def receive(self, peer: Peer, packet: Packet) -> None:
+                if packet[1] == [b"break"]:
+                    raise ZeroDivisionError
+                super().receive(peer, packet)
+
+        async with hall(core=Broken()) as place:
+            bad, good = await place.connect(), await place.connect()
+            bad.say(P.ECHO_REQ, b"break")
+            assert await bad.end() == b""
+            assert await good.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+        assert "ZeroDivisionError" in caplog.text
+
+
+class TestLimits:
+    """DESIGN section 6."""
+
+    @in_a_loop
+    async def test_peer_that_does_not_take_its_output_is_closed_above_the_hard_limit(self):
+        async with hall(output_soft=2**16, output_hard=2**18) as place:
+            worker, client = await place.worker(b"f"), await place.connect(receive_buffer=2**14)
+            client.writer.transport.pause_reading()
+            client.say(P.SUBMIT_JOB, b"f", b"", b"")
+            await until(lambda: len(place.server.core.jobs) == 1)
+            assert (await worker.ask(P.GRAB_JOB))[0] == P.JOB_ASSIGN
+            connections = place.server.connections
+            async with asyncio.timeout(LIMIT):
+                while len(connections) == 2:
+                    worker.say(P.WORK_DATA, handle(1), b"x" * 2**16)
+                    assert await worker.ask(P.ECHO_REQ, b"going on") == (P.ECHO_RES, [b"going on"])
+            (left,) = connections
+            assert left.peer.abilities
+
+    @in_a_loop
+    async def test_peer_that_does_not_take_its_output_is_not_read_above_the_soft_limit(self):
+        soft, size, count = 2**16, 2**12, 4000
+        async with hall(output_soft=soft, output_hard=2**30) as place:
+            client = await place.connect(receive_buffer=2**14)
+            client.writer.transport.pause_reading()
+            client.writer.write(encode_request(P.ECHO_REQ, b"x" * size) * count)
+            await until(lambda: all(connection._blocked for connection in place.server.connections))
+            # It had its turns: whatever it was to read it has read.
+            for _ in range(20):
+                await (await place.connect()).ask(P.ECHO_REQ, b"turn")
+            (blocked,) = [connection for connection in place.server.connections if connection._blocked]
+            one_turn = transport_module.PACKETS_PER_TURN * (size + 12)
+            assert blocked._transport.get_write_buffer_size() < soft + 2 * one_turn
+            client.writer.transport.resume_reading()
+            assert await client.hear(count) == [(P.ECHO_RES, [b"x" * size])] * count
+
+    @in_a_loop
+    async def test_packet_that_does_not_come_to_its_end_closes(self, quick_ticks):
+        async with hall(incomplete=0.05) as place:
+            slow, idle = await place.connect(), await place.connect()
+            await idle.ask(P.ECHO_REQ, b"x")
+            slow.say(P.ECHO_REQ, b"x")
+            slow.writer.write(encode_request(P.ECHO_REQ, b"never")[:-1])
+            assert await slow.end() == b"\0RES\0\0\0\x11\0\0\0\x01x"
+            assert await idle.ask(P.ECHO_REQ, b"idle for longer") == (P.ECHO_RES, [b"idle for longer"])
+
+    @in_a_loop
+    async def test_stream_that_is_always_inside_a_packet_goes_on(self, quick_ticks):
+        """A busy client whose every read ends in the middle of the next packet."""
+        async with hall(incomplete=0.1) as place:
+            client = await place.connect()
+            packet = encode_request(P.ECHO_REQ, b"steady")
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + 0.4
+            client.writer.write(packet[:15])
+            while loop.time() < deadline:
+                client.writer.write(packet[15:] + packet[:15])
+                assert await client.hear() == [(P.ECHO_RES, [b"steady"])]
+
+    @in_a_loop
+    async def test_peer_that_was_closed_and_does_not_read_is_gone_in_the_end(self, quick_ticks):
+        async with hall(incomplete=0.05, output_soft=2**12) as place:
+            client = await place.connect(receive_buffer=2**14)
+            client.writer.transport.pause_reading()
+            client.say(P.ECHO_REQ, b"x" * 2**23)
+            client.writer.write(b"\0FOO" + bytes(8))
+            await until(lambda: len(place.server.connections) == 1)
+            await until(lambda: not place.server.connections)
+
+    @in_a_loop
+    async def test_connections_above_the_limit_are_closed_at_once(self):
+        async with hall(max_connections=2) as place:
+            first, second = await place.connect(), await place.connect()
+            await first.ask(P.ECHO_REQ, b"x")
+            await second.ask(P.ECHO_REQ, b"x")
+            assert await (await place.connect()).end() == b""
+            assert await first.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            second.writer.close()
+            await until(lambda: len(place.server.connections) == 1)
+            assert await (await place.connect()).ask(P.ECHO_REQ, b"y") == (P.ECHO_RES, [b"y"])
+
+
+class TestStore:
+    """JOB_CREATED of a background job means that the store has it."""
+
+    @in_a_loop
+    async def test_loop_goes_on_while_the_store_takes_its_time(self):
+        store = SlowStore()
+        async with hall(store) as place:
+            client, other = await place.connect(), await place.connect()
+            client.say(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            await until(lambda: len(place.server.core.jobs) == 1)
+            for _ in range(10):
+                assert await other.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            assert store.jobs == {}
+            store.let.set()
+            assert await client.hear() == [(P.JOB_CREATED, [handle(1)])]
+            assert list(store.jobs) == [handle(1)]
+        assert store.closed
+
+    @in_a_loop
+    async def test_store_that_comes_back_gets_everything(self):
+        class Flaky(MemoryStore):
+            failures = 2
+
+            def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+                if self.failures:
+                    self.failures -= 1
+                    raise StoreError("down")
+                return super().write(entries, again=again)
+
+        async with hall(Flaky()) as place:
+            client = await place.connect()
+            assert await client.ask(P.SUBMIT_JOB_BG, b"f", b"", b"w") == (P.JOB_CREATED, [handle(1)])
+
+    @in_a_loop
+    async def test_lost_lease_ends_the_server_with_its_error(self):
+        class Fenced(MemoryStore):
+            def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+                raise LeaseLost("taken")
+
+        async def serve_until_the_end() -> None:
+            async with hall(Fenced()) as place:
+                client = await place.connect()
+                client.say(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+                reason = b"This job server was replaced by another"
+                assert await client.hear() == [(P.ERROR, [b"QUEUE_ERROR", reason])]
+                assert await client.end() == b""
+
+        with pytest.raises(LeaseLost):
+            await serve_until_the_end()
+
+    @in_a_loop
+    async def test_lost_lease_found_by_a_claim_ends_the_server_too(self):
+        class Fenced(MemoryStore):
+            def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+                raise LeaseLost("taken")
+
+        with pytest.raises(LeaseLost):
+            async with hall(Fenced()) as place:
+                await asyncio.wait([place.serving], timeout=LIMIT)
+
+
+class TestStop:
+    """What is committed is told, what happened is written, and then it ends."""
+
+    @in_a_loop
+    async def test_submission_in_flight_is_acknowledged_before_the_end(self):
+        store = SlowStore()
+        async with hall(store) as place:
+            client = await place.connect()
+            client.say(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            await until(lambda: len(place.server.core.jobs) == 1)
+            place.stopped.set()
+            store.let.set()
+            assert await client.hear() == [(P.JOB_CREATED, [handle(1)])]
+            assert await client.end() == b""
+        assert list(store.jobs) == [handle(1)]
+        assert store.closed
+
+    @in_a_loop
+    async def test_result_that_nobody_waits_for_is_written_before_the_end(self):
+        store = MemoryStore()
+        async with hall(store) as place:
+            worker, client = await place.worker(b"f"), await place.connect()
+            await client.ask(P.SUBMIT_JOB, b"f", b"", b"w")
+            await worker.ask(P.GRAB_JOB)
+            worker.say(P.WORK_COMPLETE, handle(1), b"r")
+            await client.hear()
+            place.stopped.set()
+            assert await client.end() == b""
+        assert store.finished[handle(1)].data == b"r"
+
+    @in_a_loop
+    async def test_port_is_free_afterwards_and_connections_are_closed(self):
+        async with hall() as place:
+            client = await place.connect()
+            await client.ask(P.ECHO_REQ, b"x")
+            place.stopped.set()
+            assert await client.end() == b""
+            await asyncio.wait([place.serving])
+            for sock in bind(*place.address):
+                sock.close()
+            assert place.server.connections == set()
+            assert place.server.core.peers == {}
+
+    def test_taken_port_is_found_before_anything_is_touched(self):
+        (taken,) = bind("127.0.0.1", 0)
+        taken.listen()
+        try:
+            with pytest.raises(OSError, match="in use"):
+                bind(*taken.getsockname())
+        finally:
+            taken.close()
