@@ -241,6 +241,7 @@ class GearmanServer:
         """
         self.loop = asyncio.get_running_loop()
         self._ended = self.loop.create_future()
+        self.loop.set_exception_handler(self._handle_error)
         if self._store is not None:
             self._thread = JournalThread(
                 self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
@@ -292,6 +293,17 @@ class GearmanServer:
         self.connections.discard(connection)
         if self._emptied is not None and not self.connections:
             self._emptied.set()
+
+    def _handle_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """
+        Stop on an error of our own in a callback: the journal would not go on, and nobody would know.
+
+        A transport's errors come here too; its connection is lost, which is no reason.
+        """
+        loop.default_exception_handler(context)
+        error = context.get("exception")
+        if "handle" in context and isinstance(error, Exception):
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if not self._ended.done():

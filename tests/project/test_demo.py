@@ -71,6 +71,6 @@ class TestConfiguration:
         text = demo.configuration().read_text()
 
         assert f'PATH="{Path(sys.executable).parent}:%(ENV_PATH)s"' in text
-        assert ".venv/bin:" not in text
+        assert "/../.venv/bin" not in text
         assert f"{checkout.parent}/100%% mine/deploy/.." in text
         assert "%(here)s" not in text

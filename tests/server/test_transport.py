@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any
@@ -468,6 +468,20 @@ class TestStore:
         with pytest.raises(LeaseLost):
             async with hall(Fenced()) as place:
                 await asyncio.wait([place.serving], timeout=LIMIT)
+
+    @in_a_loop
+    async def test_error_of_ours_in_the_journal_ends_the_server_with_it(self, caplog):
+        """It would go on without its journal otherwise, and nothing more would be written."""
+
+        class Broken(JobServer):
+            def committed(self, entries: Iterable[Entry]) -> None:
+                raise ZeroDivisionError("ours")
+
+        core = Broken(ServerOptions(durable=True))
+        with pytest.raises(ZeroDivisionError):
+            async with hall(MemoryStore(), core) as place:
+                await asyncio.wait([place.serving], timeout=LIMIT)
+        assert "ours" in caplog.text
 
 
 class TestStop:
