@@ -40,6 +40,7 @@ class JobKept(NamedTuple):
 
     handle: bytes
     at: float = 0.0
+    """When it was submitted: its client does not wait for the store for ever."""
 
 
 class JobStarted(NamedTuple):

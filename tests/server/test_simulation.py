@@ -42,7 +42,7 @@ FUNCTIONS = [b"a", b"b", b"c", b"d"]
 UNIQUES = [b"", b"-", b"1", b"2", b"3"]
 WORKLOADS = [b"", b"x", b"y", b"bad"]
 RETRIES = 3
-STEPS = int(os.environ.get("GEARMAN_SIMULATION_STEPS", "2500"))
+STEPS = int(os.environ.get("GEARMAN_SIMULATION_STEPS", "8000"))
 SEED = os.environ.get("GEARMAN_SIMULATION_SEED")
 SEEDS = [int(SEED)] if SEED else [*range(1, 7), None]
 """None stands for a new one each time."""
@@ -110,6 +110,8 @@ class Slot:
 @dataclass(eq=False)
 class ModelPeer:
     caller: Caller
+    trade: list[bytes]
+    """What it may offer."""
     abilities: list[bytes] = field(default_factory=list)
     line: deque[Slot] = field(default_factory=deque)
     asleep: bool = False
@@ -286,7 +288,8 @@ class World:
 
     def connect(self) -> None:
         if len(self.peers) < 12:
-            self.peers.append(ModelPeer(self.wire.connect()))
+            trade = self.dice.sample(FUNCTIONS, self.dice.choice([1, 1, 2, 4]))
+            self.peers.append(ModelPeer(self.wire.connect(), trade))
 
     def leave(self, peer: ModelPeer) -> None:
         self.peers.remove(peer)
@@ -335,7 +338,7 @@ class World:
         self.say(peer, kind, function, unique, workload)
 
     def offer(self, peer: ModelPeer) -> None:
-        function = self.dice.choice(FUNCTIONS)
+        function = self.dice.choice(peer.trade)
         # Offered while asleep it does not wake for what waits already, so nobody does that here.
         if not peer.asleep and not peer.line:
             if function not in peer.abilities:
@@ -472,10 +475,18 @@ class World:
 
     def tick(self) -> None:
         self.pass_time(self.dice.choice([0.1, 0.5, 1.0, 2.0]))
+        asleep = {
+            function: [peer for peer in self.peers if peer.asleep and function in peer.abilities]
+            for function in FUNCTIONS
+        }
         self.core.tick()
         self.hear()
         for function in FUNCTIONS:
             self.check_somebody_is_awake(function)
+            if self.queues[function] and asleep[function]:
+                # Who has a line may have been woken without hearing of it yet.
+                woken = [peer for peer in asleep[function] if not peer.asleep or peer.line]
+                assert woken, f"the tick woke nobody for {function!r}"
 
     def check_somebody_is_awake(self, function: bytes) -> None:
         if self.queues[function]:
@@ -595,19 +606,19 @@ class World:
 
     def step(self) -> None:
         actions = {
-            self.submit: 4 if self.sleepy else 22,
-            self.grab: 10 if self.sleepy else 22,
+            self.submit: 2 if self.sleepy else 16,
+            self.grab: 20 if self.sleepy else 22,
             self.work: 22,
             self.sleep: 30 if self.sleepy else 10,
             self.ask: 8,
             self.offer: 8,
             self.withdraw: 1,
-            self.leave: 3 if self.sleepy else 1,
+            self.leave: 2 if self.sleepy else 1,
         }
         world_actions = {self.connect: 8, self.tick: 3}
         if self.durable:
-            world_actions |= {self.write: 25, self.insert_row: 2}
-        if self.dice.random() < 0.002 and self.durable:
+            world_actions |= {self.write: 25, self.insert_row: 0.1 if self.sleepy else 2}
+        if self.dice.random() < 0.001 and self.durable:
             self.crash()
         if self.dice.random() < 0.005:
             self.sleepy = not self.sleepy
@@ -627,7 +638,7 @@ class World:
             for job in self.held_by(peer):
                 self.report(peer, job, 0.5)
                 self.hear()
-        helper = ModelPeer(self.wire.connect())
+        helper = ModelPeer(self.wire.connect(), FUNCTIONS)
         self.peers.append(helper)
         for function in FUNCTIONS:
             helper.abilities.append(function)
