@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ class Held:
         self._pid = folder / "go-on.pid"
         self.result: JobResult[int] = wait_for_file.enqueue(str(self._path))
 
-    def wait_started(self) -> int:
-        """The process that runs it."""
-        harness.wait_until(lambda: self._pid.exists() and self._pid.read_text(), what="the job's start")
-        return int(self._pid.read_text())
+    def wait_started(self, other_than: Collection[int] = ()) -> int:
+        """The process that runs it, once it is none of those."""
 
-    def wait_started_again(self) -> int:
-        self._pid.unlink()
-        return self.wait_started()
+        def pid() -> int:
+            found = int(self._pid.read_text() or 0) if self._pid.exists() else 0
+            return 0 if found in other_than else found
+
+        return harness.wait_until(pid, what="the job's start")
 
     def let_go(self) -> None:
         self._path.touch()
@@ -118,7 +119,7 @@ class TestKill:
             children = worker.children()
             assert first in children
             os.kill(first, signal.SIGKILL)
-            second = held.wait_started_again()
+            second = held.wait_started(other_than=[first])
             assert second != first
             harness.wait_until(lambda: len(worker.children()) == 2, what="a new process")
             assert first not in worker.children()
@@ -178,12 +179,13 @@ class TestKill:
             assert worker.wait() == -signal.SIGKILL
             worker.forget()
             with harness.worker(site_server, processes=1, env=SITE) as elsewhere:
-                second = held.wait_started_again()
-                assert second != first
+                second = held.wait_started(other_than=children)
                 assert second in elsewhere.children()
                 held.let_go()
                 record = held.wait_end()
-        assert (record.status, record.attempts) == (Status.SUCCESSFUL, 2)
+        assert record.status == Status.SUCCESSFUL
+        # The other child may have had it for a moment, before its own end.
+        assert record.attempts in (2, 3)
 
 
 class TestRecords:
