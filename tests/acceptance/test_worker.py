@@ -169,7 +169,7 @@ class TestKill:
     def test_parent_takes_its_children_along(self, site_server: Server, held: Held):
         worker = harness.WorkerProcess(site_server, processes=2, env=SITE)
         with worker, harness.worker(site_server, processes=1, functions=["shout"], env=SITE):
-            first = held.wait_started()
+            held.wait_started()
             children = worker.children()
             assert len(children) == 2
             worker.signal(signal.SIGKILL)
