@@ -7,6 +7,7 @@ Every error of django_gearman, as one tree.
     ├── ConnectionFailed           no server could be reached; nothing was sent
     ├── ConnectionLost             the connection broke; what was sent may have been done
     ├── ServerError                the server answered ERROR
+    │   └── CommandNotSupported    ... because it has no such text command
     ├── ResponseTimeout            no answer within the time allowed
     ├── JobFailed                  the worker reported that the job failed
     ├── WaitInTransaction          get() would wait for what its own transaction hides
@@ -46,16 +47,17 @@ class UnreadableStream(ProtocolError):
 
 
 class ConnectionFailed(GearmanError):
-    """No server could be reached; nothing was sent."""
+    """No server could be reached; no job was sent. ``hint`` is the question to ask next."""
 
-    def __init__(self, server: str, reason: str) -> None:
+    def __init__(
+        self, server: str, reason: str, hint: str = "is `manage.py gearman_server` running?"
+    ) -> None:
         self.server = server
         self.reason = reason
+        self.hint = hint
 
     def __str__(self) -> str:
-        return (
-            f"no job server answers at {self.server} ({self.reason}); is `manage.py gearman_server` running?"
-        )
+        return f"no job server answers at {self.server} ({self.reason}); {self.hint}"
 
 
 class ConnectionLost(GearmanError):
@@ -79,6 +81,21 @@ class ServerError(GearmanError):
 
     def __str__(self) -> str:
         return f"the job server at {self.server} answered {self.code}: {self.text}"
+
+
+class CommandNotSupported(ServerError):
+    """The server has no such command of the administrative protocol, or does not allow it."""
+
+    def __init__(self, server: str, code: str, text: str, *, command: str, version: str) -> None:
+        super().__init__(server, code, text)
+        self.command = command
+        self.version = version
+
+    def __str__(self) -> str:
+        return (
+            f"the job server at {self.server}, of version {self.version or 'unknown'}, does not know the "
+            f"command {self.command!r}, or was not started to allow it"
+        )
 
 
 class ResponseTimeout(GearmanError, TimeoutError):

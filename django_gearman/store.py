@@ -27,6 +27,7 @@ from .exceptions import LeaseLost, StoreError
 from .models import JobRecord, ServerLease
 from .server.entries import (
     Entry,
+    JobDue,
     JobFinished,
     JobKept,
     JobProgress,
@@ -44,6 +45,7 @@ RENEW_INTERVAL: Final = 5.0
 """Seconds after which a server with nothing to write says that it is alive."""
 
 _READY: Final = Status.READY.value
+_SCHEDULED: Final = Status.SCHEDULED.value
 _RUNNING: Final = Status.RUNNING.value
 _MAX_PROGRESS: Final = 2**63 - 1
 
@@ -351,6 +353,8 @@ _JOB_FIELDS: Final = (
     "priority",
     "attempts",
     "max_attempts",
+    "reducer",
+    "run_after",
 )
 
 
@@ -412,7 +416,9 @@ class _Folded:
             "priority": entry.priority,
             "background": entry.background,
             "client": text_of(entry.client)[:128],
-            "status": _READY,
+            "reducer": text_of(entry.reducer),
+            "run_after": _moment(entry.run_after) if entry.run_after else None,
+            "status": _SCHEDULED if entry.run_after > entry.at else _READY,
             "enqueued_at": _moment(entry.at),
         }
 
@@ -434,6 +440,8 @@ def _change(row: Row, entry: Entry) -> None:
             row.update(numerator=_progress(entry.numerator), denominator=_progress(entry.denominator))
         case JobRequeued():
             row.update(status=_READY, numerator=None, denominator=None)
+        case JobDue():
+            row["status"] = _READY
         case JobKept():
             row["background"] = True
         case JobFinished():
@@ -462,7 +470,7 @@ def _storable(text: str) -> str:
 
 
 def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
-    _, _, function, unique, workload, priority, attempts, max_attempts = row
+    _, _, function, unique, workload, priority, attempts, max_attempts, reducer, run_after = row
     return StoredJob(
         handle.encode(),
         function.encode(),
@@ -471,7 +479,21 @@ def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
         priority,
         attempts,
         max_attempts,
+        reducer.encode(),
+        _seconds(run_after),
     )
+
+
+def _seconds(moment: datetime | str | None) -> float:
+    """A moment as a driver gives it, in seconds since 1970; 0 for none. ``_moment`` turned around."""
+    if moment is None:
+        return 0.0
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    if moment.tzinfo is None and settings.USE_TZ:
+        # Databases without time zones keep UTC.
+        moment = moment.replace(tzinfo=UTC)
+    return moment.timestamp()
 
 
 def _moment(seconds: float) -> datetime:

@@ -16,7 +16,9 @@ from django.utils import timezone
 
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.models import JobRecord, ServerLease
+from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
+    JobDue,
     JobFinished,
     JobKept,
     JobProgress,
@@ -124,6 +126,15 @@ class TestReplay:
         assert house.restart().replay() == [
             StoredJob(job.handle, job.function, job.unique, job.workload, job.priority, 0, None)
         ]
+
+    def test_a_reducer_and_a_time_come_back(self, house: House) -> None:
+        write(house.store, queued(reducer=b"sum", run_after=AT + 3600.25))
+        (job,) = house.restart().replay()
+        assert (job.reducer, job.run_after) == (b"sum", AT + 3600.25)
+
+    def test_the_latest_time_that_the_core_lets_through_comes_back(self, house: House) -> None:
+        write(house.store, queued(run_after=float(LATEST)))
+        assert house.restart().replay()[0].run_after == LATEST
 
     def test_a_started_job_comes_back_with_its_attempts(self, house: House) -> None:
         write(house.store, queued(), started())
@@ -327,6 +338,15 @@ class TestRows:
         assert (record.server_id, record.server_epoch) == (ServerLease.objects.get().pk, epoch)
         assert record.enqueued_at == datetime.fromtimestamp(AT, UTC)
         assert record.result is None
+
+    def test_for_later_and_due(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(run_after=AT + 60))
+        assert (row().status, row().run_after) == (
+            Status.SCHEDULED,
+            row().enqueued_at + timedelta(seconds=60),
+        )
+        write(database.store, JobDue(queued().handle))
+        assert row().status == Status.READY
 
     def test_started(self, database: DatabaseHouse) -> None:
         write(database.store, queued(), started())
@@ -795,7 +815,7 @@ class TestPlans:
     def test_due_rows_are_found_by_their_time(self, database: DatabaseHouse) -> None:
         database.put(status=Status.SCHEDULED, run_after=timezone.now() - timedelta(seconds=1))
         plans = self.plans(lambda: database.store.claim(10, []))
-        due = [plan for sql, plan in plans.items() if "run_after" in sql]
+        due = [plan for sql, plan in plans.items() if 'run_after" <=' in sql]
         assert len(due) == 2
         assert all("job_due (run_after<?)" in plan for plan in due)
 

@@ -15,15 +15,20 @@ packet is the last one.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from enum import Enum
+from ipaddress import ip_address
 from typing import Final
 
 from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
 from ..protocol.reader import Packet
 from .entries import (
     Entry,
+    JobDue,
     JobFinished,
     JobKept,
     JobProgress,
@@ -42,7 +47,16 @@ LOW: Final = -50
 ENDED_LIMIT: Final = 1_000
 """Ended jobs that may lie among a function's waiting ones; more only if more than those wait."""
 
-PENDING, READY, RUNNING, GONE = JobState
+CANCELLED_LIMIT: Final = 1_000
+"""Cancelled jobs of one worker whose late results are passed over; of more, the first get an ERROR."""
+
+PENDING, DELAYED, READY, RUNNING, GONE = JobState
+
+SECOND: Final = 1000
+"""Milliseconds; gearmand takes no shorter time limit."""
+
+LATEST: Final = 253_370_764_800
+"""The year 9999, in seconds since 1970: as late as a database's column goes."""
 
 _NO_JOB = encode_response(PacketType.NO_JOB)
 _NOOP = encode_response(PacketType.NOOP)
@@ -75,6 +89,9 @@ class ServerOptions:
     job_retries: int = 5
     """How many workers a job may lose before it is given up; 0 for no limit."""
 
+    timeout_in_seconds: bool = False
+    """Whether CAN_DO_TIMEOUT counts seconds, as Perl's workers and old servers do, and not milliseconds."""
+
     exceptions: bool = False
     """Whether every connection gets WORK_EXCEPTION without asking for it."""
 
@@ -92,6 +109,18 @@ class ServerOptions:
 
     max_abilities: int = 10_000
     """Functions that one connection may offer."""
+
+    allow_shutdown: bool = False
+    """Whether an operator may end the server by the ``shutdown`` command."""
+
+
+class Shutdown(Enum):
+    """How an operator wants the server to end."""
+
+    GRACEFUL = "graceful"
+    """Take no connections, serve those that are there, and end when no job is left."""
+    IMMEDIATE = "immediate"
+    """Write what is left and end."""
 
 
 class Answer:
@@ -111,6 +140,7 @@ class Peer:
         "abilities",
         "address",
         "asleep",
+        "cancelled",
         "client_id",
         "enlisted",
         "exceptions",
@@ -121,6 +151,7 @@ class Peer:
         "output",
         "running",
         "shell",
+        "timeouts",
         "woken_for",
     )
 
@@ -131,6 +162,8 @@ class Peer:
         self.client_id = b"-"
         self.exceptions = exceptions
         self.abilities: dict[bytes, Function] = {}
+        self.timeouts: dict[bytes, float] | None = None
+        """{function: seconds that it may take}, for those that it offered with a time limit."""
         self.asleep = False
         self.enlisted = False
         """Whether it stands among the sleepers of every function it offers."""
@@ -138,6 +171,8 @@ class Peer:
         self.listens: set[Job] = set()
         self.excused: bytes | None = None
         """Handle of its last WORK_EXCEPTION: Perl's workers send WORK_FAIL after it."""
+        self.cancelled: dict[bytes, None] = {}
+        """Handles of jobs that were cancelled while it ran them: it goes on, and need not hear of it."""
         self.output: list[bytes] = []
         """What the shell is to send."""
         self.line: deque[bytes | Answer] | None = None
@@ -151,19 +186,33 @@ class Peer:
     def identity(self) -> bytes:
         return self.client_id if self.client_id != b"-" else self.address.encode()
 
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine: a unix socket or the loopback address."""
+        if self.address == "unix":
+            return True
+        try:
+            address = ip_address(self.address)
+        except ValueError:
+            return False
+        # What an IPv6 socket shows of an IPv4 peer is no loopback address to Python before 3.13.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
 
 class JobServer:
     """
     The state of one job server, and what each event does to it.
 
     After every call, and before the next wait: send ``output`` of the ``dirty``
-    peers, give ``entries`` to the journal, and look at ``claim_wanted``. Set
-    ``now`` (seconds since 1970) before events are handed in.
+    peers, give ``entries`` to the journal, and look at ``claim_wanted`` and
+    ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic seconds, for time limits)
+    before events are handed in.
     """
 
     def __init__(self, options: ServerOptions | None = None) -> None:
         self.options = options or ServerOptions()
         self.now = 0.0
+        self.clock = 0.0
         self.peers: dict[Peer, None] = {}
         self.functions: dict[bytes, Function] = {}
         self.jobs: dict[bytes, Job] = {}
@@ -176,9 +225,16 @@ class JobServer:
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
         self.claim_wanted = False
         """Whether somebody said that rows wait at the database door."""
+        self.shutdown_wanted: Shutdown | None = None
+        """How an operator said that the server is to end; None while it goes on."""
+        self._delayed: list[tuple[float, int, Job]] = []
+        """Heap of jobs by the time that they are due; some may have ended."""
+        self._limited: dict[Job, float] = {}
+        """{running job with a time limit: the clock's time when it is up}"""
         self._handle_prefix = f"H:{self.options.name}:{self.options.epoch}.".encode()
         self._idle: OrderedDict[Function, None] = OrderedDict()
         """Functions that were without workers and jobs when last looked at, longest first."""
+        self._serial = 0
         self._created = 0
         self._served = 0
         self._durable = self.options.durable
@@ -236,7 +292,7 @@ class JobServer:
                     continue
                 self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
                 if job.state is PENDING:
-                    self._make_ready(job)
+                    self._admit(job)
 
     def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
         """
@@ -280,6 +336,8 @@ class JobServer:
                 background=True,
                 recorded=True,
             )
+            job.reducer = stored.reducer
+            job.due = stored.run_after
             job.attempts = stored.attempts
             job.max_attempts = stored.max_attempts
             key = self._unique_key(stored.unique, stored.workload)
@@ -287,15 +345,30 @@ class JobServer:
                 job.key = key
                 function.uniques[key] = job
             self._hold(job)
-            self._make_ready(job)
+            self._admit(job)
+
+    def next_due(self) -> float:
+        """Wall time when the next job for later is due; infinite when there is none."""
+        return self._delayed[0][0] if self._delayed else math.inf
 
     def tick(self) -> None:
         """
-        Time passed; call it about once a second.
+        Time passed; call it about once a second, and at ``next_due``.
 
-        A worker that was woken may be stuck or may have died unseen: while jobs
-        wait, more are woken.
+        Jobs that are due become ready, those whose time is up are taken from
+        their workers. A worker that was woken may be stuck or may have died
+        unseen: while jobs wait, more are woken.
         """
+        delayed = self._delayed
+        while delayed and delayed[0][0] <= self.now:
+            job = heapq.heappop(delayed)[2]
+            if job.state is DELAYED:
+                job.function.delayed -= 1
+                if job.recorded:
+                    self.entries.append(JobDue(job.handle))
+                self._make_ready(job)
+        for job in [job for job, up in self._limited.items() if up <= self.clock]:
+            self._lose_worker(job, "The job's time was up")
         for function in self.ready:
             if function.sleepers:
                 self._wake(function)
@@ -304,6 +377,24 @@ class JobServer:
 
     def _can_do(self, peer: Peer, arguments: list[bytes]) -> None:
         self._offer(peer, arguments[0])
+        if peer.timeouts is not None:
+            peer.timeouts.pop(arguments[0], None)
+
+    def _can_do_timeout(self, peer: Peer, arguments: list[bytes]) -> None:
+        """A time limit of milliseconds; below a second is a second, none is none. gearmand since 1.1.19."""
+        name, limit = arguments
+        self._offer(peer, name)
+        if name in peer.abilities:
+            amount = atoi(limit) * (SECOND if self.options.timeout_in_seconds else 1)
+            if peer.timeouts is None:
+                peer.timeouts = {}
+            if amount > 0:
+                peer.timeouts[name] = max(amount, SECOND) / SECOND
+            else:
+                peer.timeouts.pop(name, None)
+
+    def _all_yours(self, peer: Peer, arguments: list[bytes]) -> None:
+        """The worker has no other server; nothing depends on it. Not in gearmand."""
 
     def _offer(self, peer: Peer, name: bytes) -> None:
         if name in peer.abilities:
@@ -339,6 +430,8 @@ class JobServer:
     def _forget_ability(self, peer: Peer, function: Function) -> None:
         del peer.abilities[function.name]
         del function.workers[peer]
+        if peer.timeouts is not None:
+            peer.timeouts.pop(function.name, None)
         function.sleepers.pop(peer, None)
         self._note_if_idle(function)
 
@@ -370,6 +463,25 @@ class JobServer:
                 ),
             )
 
+    def _grab_job_all(self, peer: Peer, arguments: list[bytes]) -> None:
+        job = self._hand_out(peer)
+        if job is None:
+            return
+        if job.reducer:
+            packet = encode_response(
+                PacketType.JOB_ASSIGN_ALL,
+                job.handle,
+                job.function.name,
+                job.unique,
+                job.reducer,
+                job.workload,
+            )
+        else:
+            packet = encode_response(
+                PacketType.JOB_ASSIGN_UNIQ, job.handle, job.function.name, job.unique, job.workload
+            )
+        self._send(peer, packet)
+
     def _hand_out(self, peer: Peer) -> Job | None:
         peer.asleep = False
         function = self._best_function(peer)
@@ -387,6 +499,8 @@ class JobServer:
         job.worker = peer
         job.attempts += 1
         peer.running[job.handle] = job
+        if peer.timeouts is not None and function.name in peer.timeouts:
+            self._limited[job] = self.clock + peer.timeouts[function.name]
         if job.recorded:
             self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
         return job
@@ -416,7 +530,7 @@ class JobServer:
         handle, numerator, denominator = arguments
         job = peer.running.get(handle)
         if job is None:
-            self._refuse_result(peer, b"Job given in work result not found")
+            self._refuse_result(peer, handle, b"Job given in work result not found")
             return
         job.numerator = numerator
         job.denominator = denominator
@@ -440,14 +554,14 @@ class JobServer:
     def _pass_on(self, peer: Peer, kind: PacketType, arguments: list[bytes]) -> None:
         job = peer.running.get(arguments[0])
         if job is None:
-            self._refuse_result(peer, b"Job does not exist on server")
+            self._refuse_result(peer, arguments[0], b"Job does not exist on server")
             return
         self._tell(job, kind, arguments)
 
     def _work_complete(self, peer: Peer, arguments: list[bytes]) -> None:
         job = peer.running.get(arguments[0])
         if job is None:
-            self._refuse_result(peer, b"Job given in work result not found")
+            self._refuse_result(peer, arguments[0], b"Job given in work result not found")
             return
         self._tell(job, PacketType.WORK_COMPLETE, arguments)
         self._finish(job, Outcome.SUCCESSFUL, arguments[1])
@@ -457,7 +571,7 @@ class JobServer:
         job = peer.running.get(handle)
         if job is None:
             if handle != peer.excused:
-                self._refuse_result(peer, b"Job given in work result not found")
+                self._refuse_result(peer, handle, b"Job given in work result not found")
             return
         self._fail(job, Outcome.FAILED, "The worker reported that the job failed")
 
@@ -466,7 +580,7 @@ class JobServer:
         handle, data = arguments
         job = peer.running.get(handle)
         if job is None:
-            self._refuse_result(peer, b"An exception was received for a job that does not exist")
+            self._refuse_result(peer, handle, b"An exception was received for a job that does not exist")
             return
         peer.excused = handle
         failed = encode_response(PacketType.WORK_FAIL, handle)
@@ -475,12 +589,44 @@ class JobServer:
             self._send(listener, exception if listener.exceptions else failed)
         self._finish(job, Outcome.FAILED, data)
 
-    def _refuse_result(self, peer: Peer, text: bytes) -> None:
+    def _refuse_result(self, peer: Peer, handle: bytes, text: bytes) -> None:
+        # Perl's workers end on an ERROR; that the job was cancelled is not their fault.
+        if handle in peer.cancelled:
+            return
         self.refuse(peer, b"JOB_NOT_FOUND", text)
 
     # Packets of clients.
 
-    def _submit(self, peer: Peer, arguments: list[bytes], priority: int, *, background: bool) -> None:
+    def _submit_epoch(self, peer: Peer, arguments: list[bytes]) -> None:
+        """In the background, of normal priority, not before a time; what is no number is no time."""
+        name, unique, epoch, workload = arguments
+        due = float(min(atoi(epoch), LATEST))
+        self._submit(peer, [name, unique, workload], NORMAL, background=True, due=due)
+
+    def _submit_reduce(self, peer: Peer, arguments: list[bytes], *, background: bool) -> None:
+        """gearmand reads the aggregator, which its document leaves out, and drops it too."""
+        name, unique, reducer, _, workload = arguments
+        if len(reducer) > self.options.max_function or not is_printable(reducer):
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Reducer is no function name")
+            return
+        self._submit(peer, [name, unique, workload], NORMAL, background=background, reducer=reducer)
+
+    def _submit_reduce_job(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._submit_reduce(peer, arguments, background=False)
+
+    def _submit_reduce_job_background(self, peer: Peer, arguments: list[bytes]) -> None:
+        self._submit_reduce(peer, arguments, background=True)
+
+    def _submit(
+        self,
+        peer: Peer,
+        arguments: list[bytes],
+        priority: int,
+        *,
+        background: bool,
+        reducer: bytes = b"",
+        due: float = 0.0,
+    ) -> None:
         name, unique, workload = arguments
         function = self.functions.get(name)
         if function is None:
@@ -499,10 +645,16 @@ class JobServer:
             if job is not None:
                 self._join(peer, job, background=background)
                 return
+        if function.limits is not None and function.is_full(priority):
+            self.refuse(peer, b"QUEUE_ERROR", b"Job queue is full")
+            return
         self._created += 1
         handle = self._handle_prefix + b"%d" % self._created
         recorded = self._durable if background else self._record_foreground
         job = Job(handle, function, unique, workload, priority, background=background, recorded=recorded)
+        job.reducer = reducer
+        if due > self.now:
+            job.due = due
         self._hold(job)
         if key is not None:
             job.key = key
@@ -517,7 +669,7 @@ class JobServer:
         self._send(peer, encode_response(PacketType.JOB_CREATED, handle))
         if not background:
             self._listen(peer, job)
-        self._make_ready(job)
+        self._admit(job)
 
     def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
         """Attach a submission to the live job of the same unique, which keeps its own workload."""
@@ -567,6 +719,26 @@ class JobServer:
             ),
         )
 
+    def _get_status_unique(self, peer: Peer, arguments: list[bytes]) -> None:
+        """Of several functions' jobs with the unique, the last created answers, as in gearmand."""
+        unique = arguments[0].rstrip(b"\0")
+        found = [
+            function.uniques[unique] for function in self.functions.values() if unique in function.uniques
+        ]
+        known = [job for job in found if job.state is not PENDING]
+        if known:
+            job = max(known, key=lambda job: job.serial)
+            numbers = [
+                b"1",
+                b"1" if job.state is RUNNING else b"0",
+                _as_unsigned(job.numerator),
+                _as_unsigned(job.denominator),
+                b"%d" % len(job.listeners or ()),
+            ]
+        else:
+            numbers = [b"0"] * 5
+        self._send(peer, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *numbers))
+
     # Packets of both.
 
     def _echo(self, peer: Peer, arguments: list[bytes]) -> None:
@@ -586,7 +758,78 @@ class JobServer:
     def _unexpected(self, peer: Peer, arguments: list[bytes]) -> None:
         self.refuse(peer, b"INVALID_COMMAND", b"Command not expected")
 
+    # What an operator says.
+
+    def cancel(self, handle: bytes) -> bool:
+        """
+        End a job whatever its state; False when there is none.
+
+        Its clients are told WORK_FAIL, once and last. A worker that runs it goes
+        on without being told, and what it says of the job is passed over.
+        gearmand only marks the job, and lets the worker's packets follow.
+        """
+        job = self.jobs.get(handle)
+        if job is None:
+            return False
+        if job.worker is not None:
+            cancelled = job.worker.cancelled
+            cancelled[handle] = None
+            if len(cancelled) > CANCELLED_LIMIT:
+                del cancelled[next(iter(cancelled))]
+        self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
+        return True
+
+    def create_function(self, name: bytes) -> tuple[bytes, bytes] | None:
+        """List a function before anybody uses it; code and text of the error when the name is refused."""
+        if name in self.functions:
+            return None
+        refusal = self._refusal_of(name)
+        if refusal is None:
+            self._add_function(name)
+        return refusal
+
+    def drop_function(self, name: bytes) -> bool:
+        """
+        Forget a function that is listed; False when it has workers or jobs.
+
+        gearmand drops it with its waiting jobs, which then nobody can run.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        function = self.functions[name]
+        if function.held or function.workers:
+            return False
+        del self.functions[name]
+        self._idle.pop(function, None)
+        return True
+
+    def limit_function(self, name: bytes, high: int, normal: int, low: int) -> None:
+        """
+        Let the function hold so many jobs, of any kind, before one of each priority is refused.
+
+        0 is no limit. Nothing happens, as in gearmand, when the function is not listed.
+        """
+        function = self.functions.get(name)
+        if function is not None:
+            function.limits = (high, normal, low) if high or normal or low else None
+            self._note_if_idle(function)
+
+    def shut_down(self, how: Shutdown) -> None:
+        """Have the shell end the server. An immediate end overtakes a graceful one."""
+        if self.shutdown_wanted is not Shutdown.IMMEDIATE:
+            self.shutdown_wanted = how
+
     # Moving jobs.
+
+    def _admit(self, job: Job) -> None:
+        """A new job is kept: it waits for a worker, or for its time first."""
+        if job.due > self.now:
+            job.state = DELAYED
+            job.function.delayed += 1
+            heapq.heappush(self._delayed, (job.due, job.serial, job))
+        else:
+            self._make_ready(job)
 
     def _make_ready(self, job: Job) -> None:
         job.state = READY
@@ -620,14 +863,14 @@ class JobServer:
         if function is not None and function is not taken and function.waiting:
             self._wake(function)
 
-    def _lose_worker(self, job: Job) -> None:
-        """The worker left, or gave the job back, without an outcome."""
+    def _lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
+        """The worker left, gave the job back or took too long: no outcome, so it waits again."""
         self._release(job)
         limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
             self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
         elif limit and job.attempts >= limit:
-            self._fail(job, Outcome.DEAD, f"The worker was lost at each of {job.attempts} attempts")
+            self._fail(job, Outcome.DEAD, f"{cause} at the last of {job.attempts} attempts")
         else:
             job.numerator = job.denominator = b"0"
             job.progress_unsaved = False
@@ -645,6 +888,7 @@ class JobServer:
             del job.worker.running[job.handle]
             job.worker = None
             job.function.running -= 1
+            self._limited.pop(job, None)
 
     def _fail(self, job: Job, outcome: Outcome, reason: str) -> None:
         self._tell(job, PacketType.WORK_FAIL, [job.handle])
@@ -669,7 +913,9 @@ class JobServer:
 
     def _remove(self, job: Job) -> None:
         function = job.function
-        if job.state is READY:
+        if job.state is DELAYED:
+            function.delayed -= 1
+        elif job.state is READY:
             function.waiting -= 1
             function.ended += 1
             if not function.waiting:
@@ -691,7 +937,7 @@ class JobServer:
         self._note_if_idle(function)
 
     def _drop_if_abandoned(self, job: Job) -> None:
-        if job.state is READY and not job.background and not job.listeners:
+        if job.state in (READY, DELAYED) and not job.background and not job.listeners:
             self._finish(job, Outcome.CANCELLED, b"", "The client left before a worker took the job")
 
     # Small parts.
@@ -758,6 +1004,8 @@ class JobServer:
                 job.background,
                 peer.identity,
                 self.now,
+                job.reducer,
+                job.due,
             )
         )
 
@@ -773,16 +1021,20 @@ class JobServer:
         function = self.functions.get(name)
         if function is not None:
             return function
-        if len(name) > self.options.max_function:
-            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Function name too large")
-            return None
-        if name == CLAIM or not _is_printable(name):
-            # A line end or a tab would forge a row of the listings.
-            self.refuse(
-                peer, b"INVALID_FUNCTION_NAME", b"Function names are UTF-8 without control characters"
-            )
+        refusal = self._refusal_of(name)
+        if refusal is not None:
+            self.refuse(peer, *refusal)
             return None
         return self._add_function(name)
+
+    def _refusal_of(self, name: bytes) -> tuple[bytes, bytes] | None:
+        """Code and text of the error about a new function's name; None when it may be made."""
+        if len(name) > self.options.max_function:
+            return b"ARGUMENT_TOO_LARGE", b"Function name too large"
+        if name == CLAIM or not is_printable(name):
+            # A line end or a tab would forge a row of the listings.
+            return b"INVALID_FUNCTION_NAME", b"Function names are UTF-8 without control characters"
+        return None
 
     def _add_function(self, name: bytes) -> Function:
         function = self.functions[name] = Function(name)
@@ -807,6 +1059,8 @@ class JobServer:
     def _hold(self, job: Job) -> None:
         self.jobs[job.handle] = job
         job.function.held += 1
+        self._serial += 1
+        job.serial = self._serial
 
     def _make_handlers(self) -> list[Callable[[Peer, list[bytes]], None]]:
         handlers: list[Callable[[Peer, list[bytes]], None]] = [self._unexpected] * (HIGHEST_TYPE + 1)
@@ -818,8 +1072,13 @@ class JobServer:
         handlers[PacketType.PRE_SLEEP] = self._pre_sleep
         handlers[PacketType.GRAB_JOB] = self._grab_job
         handlers[PacketType.GRAB_JOB_UNIQ] = self._grab_job_uniq
-        # For a job without a reducer, and there are no others yet, the answer is the same.
-        handlers[PacketType.GRAB_JOB_ALL] = self._grab_job_uniq
+        handlers[PacketType.GRAB_JOB_ALL] = self._grab_job_all
+        handlers[PacketType.CAN_DO_TIMEOUT] = self._can_do_timeout
+        handlers[PacketType.ALL_YOURS] = self._all_yours
+        handlers[PacketType.SUBMIT_JOB_EPOCH] = self._submit_epoch
+        handlers[PacketType.SUBMIT_REDUCE_JOB] = self._submit_reduce_job
+        handlers[PacketType.SUBMIT_REDUCE_JOB_BACKGROUND] = self._submit_reduce_job_background
+        handlers[PacketType.GET_STATUS_UNIQUE] = self._get_status_unique
         handlers[PacketType.WORK_STATUS] = self._work_status
         handlers[PacketType.WORK_COMPLETE] = self._work_complete
         handlers[PacketType.WORK_FAIL] = self._work_fail
@@ -839,7 +1098,8 @@ class JobServer:
         return handle
 
 
-def _is_printable(name: bytes) -> bool:
+def is_printable(name: bytes) -> bool:
+    """Whether it is UTF-8 without control characters, which would forge rows of a listing."""
     try:
         text = name.decode()
     except UnicodeDecodeError:
@@ -847,9 +1107,9 @@ def _is_printable(name: bytes) -> bool:
     return not any(character < " " or "\x7f" <= character < "\xa0" for character in text)
 
 
-def _as_unsigned(number: bytes) -> bytes:
+def atoi(number: bytes) -> int:
     """
-    A worker's number as STATUS_RES shows it: C's ``atoi`` in 32 bits without sign, as gearmand does.
+    A number as C's ``atoi`` reads it: leading digits, else 0.
 
     The digits are bounded before they become an integer: a long run of them
     would cost time that grows with its square.
@@ -860,4 +1120,9 @@ def _as_unsigned(number: bytes) -> bytes:
     length = 0
     while length < len(digits) and 0x30 <= digits[length] <= 0x39:
         length += 1
-    return b"%d" % (sign * int(digits[:length] or b"0") % 2**32)
+    return sign * int(digits[:length] or b"0")
+
+
+def _as_unsigned(number: bytes) -> bytes:
+    """A worker's number as STATUS_RES shows it: in 32 bits without sign, as gearmand does."""
+    return b"%d" % (atoi(number) % 2**32)

@@ -33,6 +33,15 @@ class JobQueued(NamedTuple):
     background: bool
     client: bytes
     at: float
+    reducer: bytes = b""
+    run_after: float = 0.0
+    """Wall time before which it must not run; 0 for none."""
+
+
+class JobDue(NamedTuple):
+    """The time of a job for later has come; it waits as others do."""
+
+    handle: bytes
 
 
 class JobKept(NamedTuple):
@@ -82,7 +91,7 @@ class JobFinished(NamedTuple):
     at: float
 
 
-Entry = JobQueued | JobKept | JobStarted | JobProgress | JobRequeued | JobFinished
+Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobRequeued | JobFinished
 
 
 class StoredJob(NamedTuple):
@@ -95,3 +104,5 @@ class StoredJob(NamedTuple):
     priority: int
     attempts: int
     max_attempts: int | None
+    reducer: bytes = b""
+    run_after: float = 0.0

@@ -23,6 +23,8 @@ UniqueKey = bytes | tuple[bytes]
 class JobState(Enum):
     PENDING = "pending"
     """Not yet written: nobody may run it."""
+    DELAYED = "delayed"
+    """Written, and waiting for its time."""
     READY = "ready"
     RUNNING = "running"
     GONE = "gone"
@@ -37,6 +39,7 @@ class Job:
         "attempts",
         "background",
         "denominator",
+        "due",
         "function",
         "handle",
         "key",
@@ -47,6 +50,8 @@ class Job:
         "progress_at",
         "progress_unsaved",
         "recorded",
+        "reducer",
+        "serial",
         "state",
         "unique",
         "worker",
@@ -73,6 +78,11 @@ class Job:
         """Whether the job stays when no client listens."""
         self.recorded = recorded
         """Whether the store has, or will have, a row of it."""
+        self.serial = 0
+        """Order of creation among the jobs of this run."""
+        self.reducer = b""
+        self.due = 0.0
+        """Wall time before which it must not run; 0 for none."""
         self.key: UniqueKey | None = None
         """Its place in ``function.uniques``; None when it can not be joined."""
         self.state = JobState.READY
@@ -96,9 +106,11 @@ class Function:
     """All that waits, runs and serves under one name."""
 
     __slots__ = (
+        "delayed",
         "ended",
         "held",
         "levels",
+        "limits",
         "name",
         "priorities",
         "running",
@@ -122,8 +134,12 @@ class Function:
         self.ended = 0
         """At most so many ended jobs still lie in ``levels``."""
         self.running = 0
+        self.delayed = 0
+        """Jobs that wait for their time."""
         self.served = 0
         """Serial of the last hand-out of any function: those of equal priority take turns by it."""
+        self.limits: tuple[int, int, int] | None = None
+        """How many jobs it may hold when one of high, normal or low priority comes; 0 for no limit."""
         self.uniques: dict[UniqueKey, Job] = {}
         self.workers: dict[Peer, None] = {}
         self.sleepers: dict[Peer, None] = {}
@@ -131,13 +147,33 @@ class Function:
 
     @property
     def total(self) -> int:
-        """Waiting and running jobs, as ``status`` counts them."""
-        return self.waiting + self.running
+        """Waiting, delayed and running jobs, as ``status`` counts them."""
+        return self.waiting + self.delayed + self.running
 
     @property
     def idle(self) -> bool:
         """Whether nothing would be lost with it."""
-        return not self.held and not self.workers
+        return not self.held and not self.workers and self.limits is None
+
+    def is_full(self, priority: int) -> bool:
+        """Whether a new job of that priority is one too many; only to be asked while there are ``limits``."""
+        assert self.limits is not None, "without limits it is never full"
+        high, normal, low = self.limits
+        limit = high if priority > 0 else low if priority < 0 else normal
+        return limit > 0 and self.held >= limit
+
+    def count_waiting(self) -> tuple[int, int, int]:
+        """How many jobs wait of high priority, above 0, of normal, delayed ones too, and of low, below 0."""
+        high, normal, low = 0, self.delayed, 0
+        for priority, level in self.levels.items():
+            count = sum(job.state is JobState.READY for job in level) if self.ended else len(level)
+            if priority > 0:
+                high += count
+            elif priority < 0:
+                low += count
+            else:
+                normal += count
+        return high, normal, low
 
     def put(self, job: Job) -> None:
         """Let a job wait behind those of its priority."""

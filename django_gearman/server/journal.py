@@ -97,7 +97,17 @@ class MemoryStore:
         for entry in entries:
             handle = entry.handle
             if isinstance(entry, JobQueued):
-                job = StoredJob(handle, entry.function, entry.unique, entry.workload, entry.priority, 0, None)
+                job = StoredJob(
+                    handle,
+                    entry.function,
+                    entry.unique,
+                    entry.workload,
+                    entry.priority,
+                    0,
+                    None,
+                    entry.reducer,
+                    entry.run_after,
+                )
                 (self.jobs if entry.background else self._foreground)[handle] = job
             elif isinstance(entry, JobKept):
                 # Not there when the batch was written before: kept already, or ended.
@@ -206,8 +216,12 @@ class Journal:
         """Somebody says that rows wait at the database door."""
         self._next_claim = 0.0
 
+    def claim_no_more(self) -> None:
+        """Leave the rows at the database door: the server ends when its jobs have."""
+        self._closing = True
+
     def next_deadline(self) -> float:
-        """The monotonic time at which ``next_batch`` may have something by itself."""
+        """The monotonic time at which ``next_batch`` may have something by itself; infinite for never."""
         if self._failed:
             return self._retry_at
         return self._write_at if self._closing else min(self._next_claim, self._write_at)
@@ -215,7 +229,7 @@ class Journal:
     def hurry(self) -> None:
         """Let nothing wait any longer, and claim nothing more: the server is about to stop."""
         self._write_at = 0.0
-        self._closing = True
+        self.claim_no_more()
 
     def next_batch(self, now: float) -> Batch | None:
         """
@@ -412,6 +426,9 @@ class JournalThread:
             if self._timer_at <= deadline:
                 return
             self._timer.cancel()
+            self._timer = None
+        if deadline == math.inf:
+            return
         self._timer = self._loop.call_at(deadline, self._timer_fired)
         self._timer_at = deadline
 

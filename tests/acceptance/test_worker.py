@@ -161,7 +161,7 @@ class TestKill:
         killer.refresh()
         assert (killer.status, killer.attempts) == (Status.DEAD, 3)
         (error,) = killer.errors
-        assert error.message == "The worker was lost at each of 3 attempts"
+        assert error.message == "The worker was lost at the last of 3 attempts"
         for number, other in enumerate(others):
             other.refresh()
             assert other.return_value == number + 1

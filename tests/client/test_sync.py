@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client, JobStatus
 from django_gearman.exceptions import (
     ConnectionFailed,
@@ -23,7 +24,7 @@ from django_gearman.exceptions import (
     ResponseTimeout,
     ServerError,
 )
-from django_gearman.protocol.packets import CLAIM, PacketType
+from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
 from django_gearman.worker.loop import AssignedJob, JobRefused
 from tests import harness
 
@@ -363,8 +364,8 @@ class TestConnections:
             results = [pool.submit(call, number) for number in range(3)]
             try:
                 # All three wait, whichever of them was first.
-                harness.wait_until(lambda: server.ask("status").count("shared\t1\t1\t1"))
-                harness.wait_until(lambda: count_clients(server) >= 3)
+                with closing(Connection("127.0.0.1", server.port)) as asking:
+                    harness.wait_until(lambda: count_waiting(asking, b"one") == 3)
             finally:
                 go_on.set()
             assert {result.result(20) for result in results} == {b"for all"}
@@ -405,6 +406,14 @@ class TestConnections:
         client.close()
         client.close()
         assert client.echo(b"x") == b"x"
+
+
+def count_waiting(connection: Connection, unique: bytes) -> int:
+    """Clients that wait for the job of this unique."""
+    connection.send(encode_request(P.GET_STATUS_UNIQUE, unique))
+    kind, numbers = connection.receive(time.monotonic() + 10)
+    assert kind == P.STATUS_RES_UNIQUE
+    return int(numbers[-1])
 
 
 def count_clients(server: harness.GearmanServerProcess) -> int:

@@ -54,7 +54,7 @@ class Caller:
 
     def line(self, line: bytes) -> bytes | None:
         """Say one line of text; what comes back, None when the connection would be closed."""
-        answer = text.answer(self.wire.core, line)
+        answer = text.answer(self.wire.core, self.peer, line)
         if answer is None:
             return None
         self.wire.core.say(self.peer, answer)

@@ -121,6 +121,8 @@ class ModelPeer:
     """Whose job it was woken for and did not look for yet; known only of who offers one function."""
     exceptions: bool = False
     excused: bytes | None = None
+    cancelled: set[bytes] = field(default_factory=set)
+    """Jobs that were cancelled while it ran them."""
 
     def expects(self, *packet: bytes | PacketType) -> None:
         self.line.append(Slot(packet))
@@ -185,6 +187,7 @@ class World:
         self.wire = Wire(server)
         self.core = server
         self.core.now = self.now
+        self.operator = self.wire.connect()
         self.journal = Journal(server, submit_limit=5.0)
         self.batch: Batch | None = None
         self.created = 0
@@ -422,7 +425,7 @@ class World:
             P.WORK_DATA: b"Job does not exist on server",
             P.WORK_EXCEPTION: b"An exception was received for a job that does not exist",
         }.get(kind, b"Job given in work result not found")
-        if not (kind == P.WORK_FAIL and peer.excused == handle):
+        if handle not in peer.cancelled and not (kind == P.WORK_FAIL and peer.excused == handle):
             peer.expects(P.ERROR, b"JOB_NOT_FOUND", reason)
         self.say(peer, kind, handle, *arguments)
 
@@ -472,6 +475,18 @@ class World:
                 numbers = [b"1", b"1" if job.worker else b"0", *job.numbers]
             peer.expects(P.STATUS_RES, handle, *numbers)
             self.say(peer, P.GET_STATUS, handle)
+
+    def cancel(self) -> None:
+        """By an operator, who is no part of the model: its answers come at once."""
+        handle = self.dice.choice([*self.jobs, *list(self.outcomes)[-3:], b"H:no:1"])
+        job = self.jobs.get(handle)
+        answer = self.operator.line(b"cancel job " + handle)
+        assert answer == (b"OK\r\n" if job else b"ERR UNKNOWN_JOB\r\n")
+        if job is not None:
+            if job.worker is not None:
+                job.worker.cancelled.add(handle)
+            job.tell(P.WORK_FAIL)
+            self.end(job, Outcome.CANCELLED)
 
     def tick(self) -> None:
         self.pass_time(self.dice.choice([0.1, 0.5, 1.0, 2.0]))
@@ -595,7 +610,7 @@ class World:
             assert set(function.sleepers) <= set(function.workers)
             workers = sum(function.name in peer.abilities for peer in self.peers)
             rows[function.name] = (function.waiting + function.running, function.running, workers)
-        lines = text.answer(server, b"status").splitlines()
+        lines = text.answer(server, self.operator.peer, b"status").splitlines()
         assert lines == [*(b"%s\t%d\t%d\t%d" % (name, *numbers) for name, numbers in rows.items()), b"."]
         for peer in self.peers:
             assert set(peer.caller.peer.running) == {job.handle for job in self.held_by(peer)}
@@ -615,7 +630,7 @@ class World:
             self.withdraw: 1,
             self.leave: 2 if self.sleepy else 1,
         }
-        world_actions = {self.connect: 8, self.tick: 3}
+        world_actions = {self.connect: 8, self.tick: 3, self.cancel: 1}
         if self.durable:
             world_actions |= {self.write: 25, self.insert_row: 0.1 if self.sleepy else 2}
         if self.dice.random() < 0.001 and self.durable:
