@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Client", "Job", "JobContext", "JobResult", "job"]
+__all__ = ["AdminClient", "Client", "Job", "JobContext", "JobResult", "job"]
 
 _HOMES = {
+    "AdminClient": "client.admin_client",
     "Client": "client.sync",
     "Job": "jobs",
     "JobContext": "jobs",
@@ -21,6 +22,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from .client.admin_client import AdminClient as AdminClient
     from .client.sync import Client as Client
     from .jobs import Job as Job
     from .jobs import JobContext as JobContext

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 
 from . import conf
+from .addresses import split_address
 
 
 @register("gearman")
@@ -60,3 +63,62 @@ def check_databases(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
                 )
             )
     return messages
+
+
+@register("gearman")
+def check_tls_files(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """The files of TLS are there."""
+    return [
+        Error(
+            f"GEARMAN[{alias!r}]['{key}'] is {file!r}, which cannot be read.",
+            hint="Name a file in PEM form that this user may read; plain text is never spoken instead.",
+            id="django_gearman.E010",
+        )
+        for alias, options in _readable_aliases()
+        for key, file in (
+            ("TLS_CA", options.tls_ca),
+            ("TLS_CERTIFICATE", options.tls_certificate),
+            ("TLS_KEY", options.tls_key),
+        )
+        if file and not (os.path.isfile(file) and os.access(file, os.R_OK))
+    ]
+
+
+@register("gearman", deploy=True)
+def check_network(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """What goes over a network is encrypted, and both ends are known."""
+    messages: list[CheckMessage] = []
+    for alias, options in _readable_aliases():
+        if options.tls_ca:
+            continue
+        distant = [server for server in options.servers if not _is_loopback(split_address(server)[0])]
+        if distant:
+            messages.append(
+                Warning(
+                    f"Jobs of GEARMAN[{alias!r}] go to {', '.join(distant)} in plain text, "
+                    "where whoever reaches the port may submit and take them.",
+                    hint="Set TLS_CA, TLS_CERTIFICATE and TLS_KEY, unless the network is yours alone.",
+                    id="django_gearman.W003",
+                )
+            )
+    return messages
+
+
+def _readable_aliases() -> list[tuple[str, conf.GearmanSettings]]:
+    configured = getattr(settings, "GEARMAN", {})
+    found = []
+    for alias in configured if isinstance(configured, dict) else []:
+        try:
+            found.append((alias, conf.settings_for(alias)))
+        except ImproperlyConfigured:
+            pass  # check_settings tells
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False  # a name; whose it is may change

@@ -8,6 +8,8 @@ The one place that reads settings: everything below gets keyword arguments.
 from __future__ import annotations
 
 import math
+import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -20,6 +22,7 @@ from django.core.signals import setting_changed
 from django.dispatch import receiver
 
 from .addresses import DEFAULT_PORT, split_address
+from .tls import TLSFilesError, client_context
 
 DEFAULT_ALIAS = "default"
 
@@ -51,6 +54,15 @@ class GearmanSettings:
 
     autodiscover: bool = True
     """Whether the ``jobs.py`` of each installed app is imported at start."""
+
+    tls_ca: str = ""
+    """File with the CAs that sign the certificates of the other end; not empty turns TLS on."""
+
+    tls_certificate: str = ""
+    """File with this end's certificate; ``gearman_server`` and its clients show one to each other."""
+
+    tls_key: str = ""
+    """File with that certificate's private key, without a pass phrase."""
 
 
 @cache
@@ -93,10 +105,39 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif isinstance(field.default, int | float):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ImproperlyConfigured(f"{where} must be a number above 0, not {value!r}")
+        elif field.name.startswith("tls_") and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         elif isinstance(field.default, str) and not isinstance(value, str):
             raise ImproperlyConfigured(f"{where} must be a string, not {value!r}")
         values[field.name] = value
-    return GearmanSettings(**values)
+    checked = GearmanSettings(**values)
+    _check_tls(f"GEARMAN[{alias!r}]", checked)
+    return checked
+
+
+def _check_tls(where: str, options: GearmanSettings) -> None:
+    # Half a configuration must not turn out as plain text.
+    if bool(options.tls_certificate) != bool(options.tls_key):
+        raise ImproperlyConfigured(f"{where} needs both of TLS_CERTIFICATE and TLS_KEY, or none")
+    if options.tls_certificate and not options.tls_ca:
+        raise ImproperlyConfigured(
+            f"{where} has TLS_CERTIFICATE but no TLS_CA, by which to know the other end"
+        )
+
+
+def client_tls(options: GearmanSettings) -> ssl.SSLContext | None:
+    """
+    What a client or worker of an alias speaks; None for plain text, when ``TLS_CA`` is not set.
+
+    Raises:
+        ImproperlyConfigured: A file is missing or wrong; the sentence names it.
+    """
+    if not options.tls_ca:
+        return None
+    try:
+        return client_context(options.tls_ca, options.tls_certificate or None, options.tls_key or None)
+    except TLSFilesError as error:
+        raise ImproperlyConfigured(f"TLS does not work: {error}") from error
 
 
 def _servers(where: str, value: object) -> tuple[str, ...]:

@@ -668,6 +668,7 @@ def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
         connect_timeout=options.connect_timeout,
         timeout=options.timeout,
         max_packet=options.max_packet,
+        tls=conf.client_tls(options),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import dj_database_url
 
@@ -70,4 +71,15 @@ TEMPLATES = [
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 # Nobody listens on port 9 (discard): a test that wants a server starts its own.
-GEARMAN = {"default": {"SERVERS": [os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9")]}}
+GEARMAN: dict[str, dict[str, Any]] = {
+    "default": {"SERVERS": [os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9")]}
+}
+
+if "GEARMAN_TEST_TLS" in os.environ:
+    # Servers and workers that a test starts speak TLS, with the files of this folder.
+    _folder = Path(os.environ["GEARMAN_TEST_TLS"])
+    GEARMAN["default"] |= {
+        "TLS_CA": _folder / "ca.pem",
+        "TLS_CERTIFICATE": _folder / "good.pem",
+        "TLS_KEY": _folder / "good.key",
+    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,38 @@ class TestDatabases:
     def test_wrong_settings_are_another_check(self, database: dict[str, Any], settings: Any) -> None:
         settings.GEARMAN = {"default": {"X": 1}}
         assert check_databases(app_configs=None) == []
+
+
+class TestTLS:
+    def test_files_that_are_not_there(self, settings: Any, tmp_path: Path) -> None:
+        there = tmp_path / "ca.pem"
+        there.touch()
+        files = {"TLS_CA": there, "TLS_CERTIFICATE": "/nowhere/a.pem", "TLS_KEY": str(tmp_path)}
+        settings.GEARMAN = {"default": {}, "other": files}
+        found = run_checks(tags=["gearman"])
+        assert [message.id for message in found] == ["django_gearman.E010"] * 2
+        assert "GEARMAN['other']['TLS_CERTIFICATE'] is '/nowhere/a.pem'" in found[0].msg
+        assert "['TLS_KEY']" in found[1].msg
+
+    @pytest.mark.parametrize(
+        ("servers", "warned"),
+        [
+            (["127.0.0.1:4730", "127.9.9.9", "localhost", "[::1]:4730"], False),
+            (["127.0.0.1", "192.0.2.1:4730"], True),
+            (["jobs.example.org"], True),
+            (["[2001:db8::1]:4730"], True),
+        ],
+    )
+    def test_plain_text_over_a_network(self, settings: Any, servers: list[str], warned: bool) -> None:
+        settings.GEARMAN = {"default": {"SERVERS": servers}}
+        assert ids() == []
+        assert ids(include_deployment_checks=True) == ["django_gearman.W003"] * warned
+
+    def test_with_tls_there_is_nothing_to_say(self, settings: Any, tmp_path: Path) -> None:
+        (tmp_path / "ca.pem").touch()
+        settings.GEARMAN = {"default": {"SERVERS": ["a.example:1"], "TLS_CA": tmp_path / "ca.pem"}}
+        assert ids(include_deployment_checks=True) == []
+
+    def test_wrong_settings_are_another_check(self, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"X": 1}}
+        assert ids(include_deployment_checks=True) == ["django_gearman.E002"]

@@ -43,6 +43,9 @@ class TestValues:
                 "MAX_PACKET": 1000,
                 "RECORD_FOREGROUND": False,
                 "AUTODISCOVER": False,
+                "TLS_CA": "ca.pem",
+                "TLS_CERTIFICATE": "a.pem",
+                "TLS_KEY": "a.key",
             }
         }
         assert settings_for() == GearmanSettings(
@@ -54,6 +57,9 @@ class TestValues:
             max_packet=1000,
             record_foreground=False,
             autodiscover=False,
+            tls_ca="ca.pem",
+            tls_certificate="a.pem",
+            tls_key="a.key",
         )
 
     @pytest.mark.parametrize(

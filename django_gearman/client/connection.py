@@ -1,21 +1,26 @@
 """
 One blocking connection that speaks packets: the client's and the worker's.
 
-Knows sockets and time-outs, and nothing of what packets mean.
+Knows sockets, TLS and time-outs, and nothing of what packets mean.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import ssl
 from time import monotonic
 from typing import Final
 
+from .. import tls as tls_reasons
 from ..exceptions import ConnectionFailed, ConnectionLost, ProtocolError, ResponseTimeout
-from ..protocol.packets import RESPONSE
+from ..protocol.packets import RESPONSE, PacketType, encode_request
 from ..protocol.reader import MAX_BODY, Packet, PacketReader
 
 _CHUNK: Final = 256 * 1024
+
+_TLS_ALERT: Final = b"\x15\x03"
+"""How a TLS server's answer to plain text begins. RFC 8446, section 5.1."""
 
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
@@ -26,11 +31,12 @@ class Connection:
     A connection to the job server at ``host:port``.
 
     Args:
-        connect_timeout: Seconds to wait for the connection.
+        connect_timeout: Seconds to wait for the connection, the handshake of TLS included.
+        tls: Speak TLS, and nothing else, with this context; None for plain text.
         send_timeout: Seconds that a packet may take to be sent.
         max_packet: Bytes of the largest packet body taken.
     Raises:
-        ConnectionFailed: Nobody answers there; nothing was sent.
+        ConnectionFailed: Nobody answers there, or the two ends do not trust each other; no job was sent.
     """
 
     def __init__(
@@ -41,10 +47,15 @@ class Connection:
         connect_timeout: float = 1.0,
         send_timeout: float = 30.0,
         max_packet: int = MAX_BODY,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.server = f"{host}:{port}"
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._send_timeout = send_timeout
+        self._received = False
+        """Whether anything ever came."""
+        self._socket: socket.socket
+        deadline = monotonic() + connect_timeout
         try:
             self._socket = socket.create_connection((host, port), timeout=connect_timeout)
         except OSError as error:
@@ -53,6 +64,38 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+        if tls is not None:
+            try:
+                self._start_tls(tls, host, deadline)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start_tls(self, tls: ssl.SSLContext, host: str, deadline: float) -> None:
+        try:
+            wrapped = self._socket = tls.wrap_socket(
+                self._socket, server_hostname=host, do_handshake_on_connect=False
+            )
+            wrapped.settimeout(_left(deadline))
+            wrapped.do_handshake()
+        except OSError as error:
+            raise ConnectionFailed(self.server, *tls_reasons.explain(error, host)) from error
+        # With TLS 1.3 our end is done before the server has seen our certificate. Only an
+        # answer says that it was taken; without one, a job might be sent to nobody.
+        try:
+            self.send(encode_request(PacketType.ECHO_REQ, b""), _left(deadline))
+        except ConnectionLost:
+            pass  # it may have said why before it closed
+        try:
+            self.receive(deadline)
+        except ConnectionLost as error:
+            if isinstance(error.__cause__, ssl.SSLError):
+                raise ConnectionFailed(self.server, *tls_reasons.explain(error.__cause__, host)) from error
+            reason = f"after the TLS handshake: {error.reason}"
+            raise ConnectionFailed(self.server, reason, tls_reasons.CERTIFICATE_HINT) from error
+        except ResponseTimeout as error:
+            reason = "no answer after the TLS handshake in time"
+            raise ConnectionFailed(self.server, reason) from error
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -66,11 +109,24 @@ class Connection:
         Raises:
             ConnectionLost: The connection broke; the server may have read them or not.
         """
+        timeout = self._send_timeout if timeout is None else timeout
         try:
-            self._socket.settimeout(self._send_timeout if timeout is None else timeout)
-            self._socket.sendall(data)
+            if isinstance(self._socket, ssl.SSLSocket):
+                self._send_records(self._socket, data, timeout)
+            else:
+                self._socket.settimeout(timeout)
+                self._socket.sendall(data)
         except OSError as error:
             raise ConnectionLost(self.server, _reason(error)) from error
+
+    def _send_records(self, sock: ssl.SSLSocket, data: bytes, timeout: float) -> None:
+        # sendall() of an SSLSocket would allow the time-out again for every record.
+        deadline = monotonic() + timeout
+        with memoryview(data) as rest:
+            sent = 0
+            while sent < len(data):
+                sock.settimeout(_left(deadline))
+                sent += sock.send(rest[sent:])
 
     def receive(self, deadline: float | None, what: str = "the answer of the job server") -> Packet:
         """
@@ -102,28 +158,57 @@ class Connection:
 
     def fill(self) -> None:
         """Receive what is there, without waiting; then ``take``."""
-        while self.is_readable():
-            self._fill(0.0)
+        while self.is_readable() and self._fill(0.0):
+            pass
 
     def is_readable(self) -> bool:
-        """Whether something came, be it the end of the connection."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        """Whether something came, be it the end of the connection, or a part of a TLS record."""
+        return self.has_decrypted or bool(select.select([self._socket], [], [], 0)[0])
 
-    def _fill(self, timeout: float | None) -> None:
+    @property
+    def has_decrypted(self) -> bool:
+        """Whether bytes wait that ``select`` does not see any more."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+    def _fill(self, timeout: float | None) -> bool:
+        """Receive once; whether something came that can be taken."""
+        data = self.receive_bytes(timeout)
+        if data:
+            self._reader.feed(data)
+        return bool(data)
+
+    def receive_bytes(self, timeout: float | None) -> bytes:
+        """
+        What comes, for who reads text and no packets; nothing when nothing came in time.
+
+        Args:
+            timeout: Seconds to wait; None to wait for ever.
+        Raises:
+            ConnectionLost: The connection broke, or the other end closed it.
+        """
         try:
             self._socket.settimeout(timeout)
             data = self._socket.recv(_CHUNK)
-        except (TimeoutError, BlockingIOError):
-            return
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return b""
         except OSError as error:
             raise ConnectionLost(self.server, _reason(error)) from error
         if not data:
             raise ConnectionLost(self.server, "the server closed it")
-        self._reader.feed(data)
+        if not self._received:
+            self._received = True
+            if data.startswith(_TLS_ALERT):
+                raise ConnectionLost(self.server, "it speaks TLS and we do not; TLS_CA would make us")
+        return data
 
     def close(self) -> None:
         """Close this process's end; in a forked child the parent's stays open."""
         self._socket.close()
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then; not 0, which would mean not to wait at all."""
+    return max(deadline - monotonic(), 0.001)
 
 
 def _reason(error: OSError) -> str:

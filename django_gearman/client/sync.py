@@ -8,6 +8,7 @@ they are first needed, one per process and thread.
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ class Client:
         connect_timeout: Seconds to wait for a connection.
         timeout: Seconds to wait for a server's answer; the end of a job is another matter.
         max_packet: Bytes of the largest packet body sent or taken.
+        tls: Speak TLS, and nothing else, with this context; None for plain text.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Client:
         connect_timeout: float = 1.0,
         timeout: float = 30.0,
         max_packet: int = MAX_BODY,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         if isinstance(servers, str) or not servers:
             raise ValueError(f'servers must be a sequence such as ["127.0.0.1:4730"], not {servers!r}')
@@ -105,6 +108,7 @@ class Client:
         self._connect_timeout = connect_timeout
         self._timeout = timeout
         self._max_packet = max_packet
+        self._tls = tls
         self._local = threading.local()
         self._avoid_until: dict[str, float] = {}
 
@@ -353,6 +357,7 @@ class Client:
                     else self._connect_timeout,
                     send_timeout=self._timeout,
                     max_packet=self._max_packet,
+                    tls=self._tls,
                 )
             except ConnectionFailed as error:
                 avoid[server] = monotonic() + CIRCUIT

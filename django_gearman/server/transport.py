@@ -11,16 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from ..exceptions import ProtocolError, UnreadableStream
-from ..protocol.packets import REQUEST
+from ..protocol.packets import REQUEST, RESPONSE
 from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
 from . import text
-from .core import JobServer, Peer
+from .core import JobServer, Peer, Shutdown
+from .door import TLSDoor
+from .http import MAX_AHEAD, Conversation
 from .journal import JobStore, Journal, JournalThread
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,9 @@ PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
 BACKLOG: Final = 1024
+
+LINGER: Final = 5.0
+"""Seconds in which an HTTP client may take the last reply; closed at once, it might not see why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,12 @@ class TransportLimits:
 
     incomplete: float = 30.0
     """Seconds that a packet may take to arrive; a connection between packets may be idle for ever."""
+
+    http_idle: float = 60.0
+    """Seconds that an HTTP connection may be open without a request."""
+
+    handshake: float = 10.0
+    """Seconds that the handshake of TLS may take."""
 
     max_connections: int = 10_000
     """Connections at a time; more are closed at once."""
@@ -104,6 +117,7 @@ class Connection(asyncio.Protocol):
         server = self._server
         core = server.core
         core.now = time.time()
+        core.clock = server.loop.time()
         take = self._reader.take
         try:
             for count in range(PACKETS_PER_TURN):
@@ -140,7 +154,7 @@ class Connection(asyncio.Protocol):
 
     def _answer_text(self, line: bytes) -> bool:
         """Answer, or close the connection and say False."""
-        answer = text.answer(self._server.core, line)
+        answer = text.answer(self._server.core, self.peer, line)
         if answer is None:
             self._close("a line of too many words")
             return False
@@ -174,7 +188,9 @@ class Connection(asyncio.Protocol):
             self._close("an incomplete packet")
 
     def eof_received(self) -> None:
-        # The transport closes by itself, once everything is sent.
+        # The transport closes by itself, once everything is sent; of TLS, it takes nothing more to send.
+        output, self.peer.output = self.peer.output, []
+        self.write(output)
         self._expect_progress()
 
     def write(self, output: list[bytes]) -> None:
@@ -204,6 +220,118 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
 
+class HTTPConnection(Connection):
+    """One socket of the HTTP port: requests to packets for the core, and its packets to replies."""
+
+    __slots__ = ("_conversation", "_lingers", "_stage", "_unsent")
+
+    def __init__(self, server: GearmanServer) -> None:
+        super().__init__(server)
+        # Of what the core leaves for the peer: nothing in it is too large.
+        self._reader = PacketReader(RESPONSE, max_body=2**32 - 1)
+        self._conversation = Conversation(max_body=server.limits.max_packet, hosts=server.http_hosts)
+        self._stage = ""
+        """What is waited for, since ``_stale`` was set."""
+        self._lingers = False
+        """Whether the last reply is on its way, and what comes is thrown away."""
+        self._unsent = sys.maxsize
+        """Bytes that the peer had not taken when last looked at."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._await_client()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingers:
+            return
+        self._conversation.feed(data)
+        self._read()
+        if self._conversation.busy and self._conversation.ahead > MAX_AHEAD:
+            self._transport.pause_reading()
+
+    def _read(self) -> None:
+        if self._transport.is_closing():
+            return
+        server = self._server
+        core = server.core
+        core.now = time.time()
+        core.clock = server.loop.time()
+        self._conversation.now = core.now
+        try:
+            packet = self._conversation.take()
+            if packet is not None:
+                core.receive(self.peer, packet)
+        except Exception:
+            # Ours: no input may end the server, and this connection's state is not to be trusted.
+            logger.exception("Error in a request of %s; its connection is closed", self.peer.address)
+            self._transport.abort()
+        self._send()
+        server.schedule_turn()
+
+    def write(self, output: list[bytes]) -> None:
+        if self._transport.is_closing():
+            return
+        self._conversation.now = self._server.core.now
+        self._reader.feed(b"".join(output))
+        while (packet := self._reader.take()) is not None:
+            self._conversation.hear(packet)
+        self._send()
+        if not self._conversation.busy:
+            # The next request may be there already.
+            self._server.loop.call_soon(self._go_on)
+
+    def _send(self) -> None:
+        conversation = self._conversation
+        output, conversation.output = conversation.output, []
+        if self._transport.is_closing():
+            return
+        if output:
+            self._transport.write(b"".join(output))
+            self._unsent = sys.maxsize
+        if conversation.closed and not self._lingers:
+            if conversation.refusal is not None:
+                logger.warning("Connection of %s closed: %s", self.peer.address, conversation.refusal)
+            self._lingers = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        self._await_client()
+
+    def _await_client(self) -> None:
+        """Note until when the client must have done what it is to do; anew when that is something else."""
+        limits = self._server.limits
+        if self._lingers:
+            stage, limit = "take the reply", LINGER
+        elif self._conversation.busy:
+            stage, limit = "", None
+        elif self._conversation.incomplete:
+            stage, limit = "end the request", limits.incomplete
+        else:
+            stage, limit = "begin a request", limits.http_idle
+        if stage != self._stage:
+            self._stage = stage
+            self._stale = None if limit is None else self._server.loop.time() + limit
+
+    def close_if_stale(self, now: float) -> None:
+        """Close a connection that does nothing, or not what it began."""
+        if self._stale is None or now < self._stale:
+            return
+        unsent = self._transport.get_write_buffer_size()
+        if 0 < unsent < self._unsent:
+            # A long reply, and a slow client.
+            self._unsent = unsent
+            self._expect_progress()
+        elif unsent or self._lingers or self._transport.is_closing():
+            self._transport.abort()
+        else:
+            self._conversation.now = self._server.core.now
+            self._conversation.expire()
+            self._send()
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._go_on()
+
+
 class GearmanServer:
     """
     A job server on an event loop.
@@ -212,45 +340,66 @@ class GearmanServer:
         core: With the lease's epoch, and with what the store replayed, if there is one.
         store: Keeps the background jobs; None when nothing is kept.
         limits: What a connection may ask for.
+        tls: Speak TLS, and nothing else, with this context; None for plain text.
+        http_hosts: Names by which HTTP clients may call this server, beside ``localhost`` and IP addresses.
     """
 
     def __init__(
-        self, core: JobServer, store: JobStore | None = None, limits: TransportLimits | None = None
+        self,
+        core: JobServer,
+        store: JobStore | None = None,
+        limits: TransportLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+        http_hosts: Collection[str] = (),
     ) -> None:
         self.core = core
         self.limits = limits or TransportLimits()
+        self.http_hosts = http_hosts
         self.connections: set[Connection] = set()
         self.loop: asyncio.AbstractEventLoop
         self._store = store
+        self._tls = tls
         self._journal = Journal(core)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
         self._ended: asyncio.Future[None]
         self._emptied: asyncio.Event | None = None
+        self._listening: list[asyncio.Server | TLSDoor] = []
+        self._stopped: asyncio.Event
 
     async def serve(
-        self, sockets: list[socket.socket], stopped: asyncio.Event, *, ready: Callable[[], None] | None = None
+        self,
+        sockets: list[socket.socket],
+        stopped: asyncio.Event,
+        *,
+        http_sockets: Collection[socket.socket] = (),
+        ready: Callable[[], None] | None = None,
     ) -> None:
         """
         Serve bound sockets until ``stopped`` is set; then write what is left and return.
 
+        The core sets it when an operator told it to ``shut_down``.
+
         Args:
+            http_sockets: Bound sockets that speak HTTP, without TLS.
             ready: Called once connections are taken.
         Raises:
             StoreError: The store is gone for good; nothing more can be promised.
         """
         self.loop = asyncio.get_running_loop()
         self._ended = self.loop.create_future()
+        self._stopped = stopped
         self.loop.set_exception_handler(self._handle_error)
         if self._store is not None:
             self._thread = JournalThread(
                 self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
             )
             self._thread.start()
-        servers = [
-            await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
-            for sock in sockets
-        ]
+        await self._listen(sockets)
+        for sock in http_sockets:
+            self._listening.append(
+                await self.loop.create_server(lambda: HTTPConnection(self), sock=sock, backlog=BACKLOG)
+            )
         if ready is not None:
             ready()
         ticker = self.loop.create_task(self._tick())
@@ -261,14 +410,52 @@ class GearmanServer:
         finally:
             ticker.cancel()
             waiter.cancel()
-            for server in servers:
-                server.close()
+            self._stop_listening()
             await self._stop_journal()
             await self._close_connections()
         if self._ended.done():
             self._ended.result()
         if ticker.done() and not ticker.cancelled():
             ticker.result()
+
+    async def _listen(self, sockets: list[socket.socket]) -> None:
+        if self._tls is None:
+            self._listening = [
+                await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+                for sock in sockets
+            ]
+            return
+        self._listening = [
+            TLSDoor(
+                sockets,
+                self._tls,
+                lambda: Connection(self),
+                has_room=lambda shaking: len(self.connections) + shaking < self.limits.max_connections,
+                limit=self.limits.handshake,
+                backlog=BACKLOG,
+            )
+        ]
+
+    def _stop_listening(self) -> None:
+        for server in self._listening:
+            server.close()
+        self._listening = []
+
+    def shut_down(self, how: Shutdown) -> None:
+        """End the server, as an operator's command does."""
+        self.core.shut_down(how)
+        self.schedule_turn()
+
+    def _approach_end(self, how: Shutdown) -> None:
+        """The end is wanted: now, or when the last job is gone. Called again with every turn."""
+        if self._listening:
+            logger.info("Shutting down (%s): no more connections are taken", how.value)
+        self._stop_listening()
+        # Rows that nobody claimed yet stay in the database.
+        self._journal.claim_no_more()
+        if how is Shutdown.GRACEFUL and (self.core.jobs or self._journal.busy):
+            return
+        self._stopped.set()
 
     async def _stop_journal(self) -> None:
         self._turn()
@@ -311,12 +498,14 @@ class GearmanServer:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK)
+            core = self.core
+            await asyncio.sleep(min(max(core.next_due() - time.time(), 0.0), TICK))
             now = self.loop.time()
-            self.core.now = time.time()
+            core.now = time.time()
+            core.clock = now
             for connection in list(self.connections):
                 connection.close_if_stale(now)
-            self.core.tick()
+            core.tick()
             self.schedule_turn()
 
     def schedule_turn(self) -> None:
@@ -335,6 +524,8 @@ class GearmanServer:
                 output = peer.output
                 peer.output = []
                 cast(Connection, peer.shell).write(output)
+        if core.shutdown_wanted is not None:
+            self._approach_end(core.shutdown_wanted)
         if self._thread is None:
             return
         if core.entries:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import select
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Final
@@ -125,6 +126,7 @@ class Worker:
         describe: An exception as the data of WORK_EXCEPTION.
         connect_timeout: Seconds to wait for a connection.
         max_packet: Bytes of the largest packet body taken.
+        tls: Speak TLS, and nothing else, with this context; None for plain text.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Worker:
         describe: Callable[[BaseException], bytes],
         connect_timeout: float = 1.0,
         max_packet: int = MAX_BODY,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._functions = {name.encode(): function for name, function in functions.items()}
         self._links = [_Link(host, port) for host, port in servers]
@@ -143,6 +146,7 @@ class Worker:
         self._describe = describe
         self._connect_timeout = connect_timeout
         self._max_packet = max_packet
+        self._tls = tls
         self._stopping = False
         self._control: int | None = None
         self.jobs_done = 0
@@ -187,6 +191,7 @@ class Worker:
                         link.port,
                         connect_timeout=self._connect_timeout,
                         max_packet=self._max_packet + _HEADROOM,
+                        tls=self._tls,
                     )
                     link.connected(connection)
                     connection.send(self._introduction())
@@ -258,6 +263,8 @@ class Worker:
             for link in self._links
         )
         watched: list[Connection | int] = [link.connection for link in self._links if link.connection]
+        if any(link.connection and link.connection.has_decrypted for link in self._links):
+            until = now
         if self._control is not None:
             watched.append(self._control)
         select.select(watched, [], [], max(0.0, until - now))

@@ -33,8 +33,8 @@ def gearman(server: Server, *options: str) -> list[str]:
     return [program("gearman"), "-h", "127.0.0.1", "-p", str(server.port), *options]
 
 
-def gearadmin(server: Server, option: str) -> str:
-    command = [program("gearadmin"), "-h", "127.0.0.1", "-p", str(server.port), option]
+def gearadmin(server: Server, *options: str) -> str:
+    command = [program("gearadmin"), "-h", "127.0.0.1", "-p", str(server.port), *options]
     return call(command).stdout.decode()
 
 
@@ -200,6 +200,36 @@ class TestGearadmin:
 
     def test_version(self, memory_server: Server):
         assert gearadmin(memory_server, "--server-version").strip() == django_gearman.__version__
+
+    def test_process(self, memory_server: Server):
+        assert gearadmin(memory_server, "--getpid").split() == [str(memory_server.pid)]
+        assert gearadmin(memory_server, "--server-verbose").split() == ["INFO"]
+
+    def test_jobs(self, memory_server: Server):
+        with Client([memory_server.address]) as client:
+            high = client.do_high_background("held", b"", unique="a unique")
+            low = client.do_low_background("held", b"")
+            assert "held\t1\t0\t1\t0" in gearadmin(memory_server, "--priority-status").splitlines()
+            rows = gearadmin(memory_server, "--show-jobs").splitlines()
+            assert rows == [f"{high}\t0\t0\t1", f"{low}\t0\t0\t1", "."]
+            assert gearadmin(memory_server, "--show-unique-jobs").splitlines() == ["a unique", "", "."]
+
+            for handle in (high, low):
+                assert "OK" in gearadmin(memory_server, "--cancel-job", handle)
+                assert not client.job_status(handle).known
+        assert gearadmin(memory_server, "--show-jobs") == ".\n"
+
+    def test_functions(self, memory_server: Server):
+        assert "OK" in gearadmin(memory_server, "--create-function", "made")
+        assert memory_server.status()["made"] == (0, 0, 0)
+        assert "OK" in gearadmin(memory_server, "--drop-function", "made")
+        assert "made" not in memory_server.status()
+
+    def test_what_the_server_refuses(self, memory_server: Server):
+        for options in (["--cancel-job", "H:nobody:1"], ["--drop-function", "nobody"]):
+            command = [program("gearadmin"), "-h", "127.0.0.1", "-p", str(memory_server.port), *options]
+            done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+            assert b"OK" not in done.stdout
 
 
 class TestPhp:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from django_gearman.protocol.packets import PacketType, encode_response
-from django_gearman.protocol.reader import PacketReader
+from django_gearman.protocol.reader import TEXT, Packet, PacketReader
 
 
 class Peer:
@@ -20,12 +20,22 @@ class Peer:
         self._reader = PacketReader()
 
     def receive(self) -> tuple[PacketType, list[bytes]]:
+        kind, arguments = self._receive()
+        return PacketType(kind), arguments
+
+    def receive_line(self) -> bytes:
+        """The next line of text."""
+        kind, (line,) = self._receive()
+        assert kind == TEXT, kind
+        return line
+
+    def _receive(self) -> Packet:
         while (packet := self._reader.take()) is None:
             data = self.socket.recv(65536)
             if not data:
                 raise ConnectionError("the client left")
             self._reader.feed(data)
-        return PacketType(packet[0]), packet[1]
+        return packet
 
     def expect(self, kind: PacketType) -> list[bytes]:
         """The next packet of that type; options are granted meanwhile."""

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
+from django_gearman.protocol.packets import CLAIM, RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import Packet, PacketReader
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, Peer, ServerOptions
+from django_gearman.server.core import JobServer, Peer, ServerOptions, Shutdown
 from django_gearman.server.entries import Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
@@ -535,3 +535,102 @@ class TestStop:
                 bind(*taken.getsockname())
         finally:
             taken.close()
+
+
+class TestShutdown:
+    """PROTOCOL sections 5.8 and 6: an operator ends the server."""
+
+    def core(self, *, durable: bool = False) -> JobServer:
+        return JobServer(ServerOptions(name="test:1", epoch=7, durable=durable, allow_shutdown=True))
+
+    async def refused(self, place: Hall) -> None:
+        with pytest.raises(ConnectionError):
+            await asyncio.open_connection(*place.address)
+
+    @in_a_loop
+    async def test_immediate(self):
+        async with hall(core=self.core()) as place:
+            link = await place.connect()
+            await link.ask(P.SUBMIT_JOB_BG, b"f", b"", b"")
+            link.writer.write(b"shutdown\n")
+            assert await link.end() == b"OK\r\n"
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+            await self.refused(place)
+
+    @in_a_loop
+    async def test_graceful_without_jobs(self):
+        async with hall(core=self.core()) as place:
+            await place.worker(b"f")
+            link = await place.connect()
+            link.writer.write(b"shutdown graceful\n")
+            assert await link.end() == b"OK\r\n"
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+
+    @in_a_loop
+    async def test_graceful_serves_its_connections_until_no_job_is_left(self):
+        async with hall(core=self.core()) as place:
+            worker = await place.worker(b"f")
+            link = await place.connect()
+            link.say(P.SUBMIT_JOB, b"f", b"", b"1")
+            await link.hear()
+            link.writer.write(b"shutdown graceful\n")
+            assert await link.line() == b"OK\r\n"
+            await self.refused(place)
+            link.say(P.SUBMIT_JOB, b"f", b"", b"2")
+            await link.hear()
+            for number in (1, 2):
+                assert (await worker.ask(P.GRAB_JOB))[1][0] == handle(number)
+                worker.say(P.WORK_COMPLETE, handle(number), b"result")
+                assert await link.hear() == [(P.WORK_COMPLETE, [handle(number), b"result"])]
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+
+    @in_a_loop
+    async def test_cancelling_the_last_job_lets_it_end(self):
+        async with hall(core=self.core()) as place:
+            link = await place.connect()
+            await link.ask(P.SUBMIT_JOB_BG, b"f", b"", b"")
+            link.writer.write(b"shutdown graceful\ncancel job " + handle(1) + b"\n")
+            assert await link.end() == b"OK\r\nOK\r\n"
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+
+    @in_a_loop
+    async def test_second_thoughts(self):
+        async with hall(core=self.core()) as place:
+            link = await place.connect()
+            await link.ask(P.SUBMIT_JOB_BG, b"f", b"", b"")
+            link.writer.write(b"shutdown graceful\n")
+            assert await link.line() == b"OK\r\n"
+            link.writer.write(b"shutdown\n")
+            assert await link.end() == b"OK\r\n"
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+
+    @in_a_loop
+    async def test_end_of_the_last_job_is_written_and_rows_stay_where_they_are(self):
+        store = MemoryStore()
+        async with hall(store, core=self.core(durable=True)) as place:
+            worker = await place.worker(b"f")
+            link = await place.connect()
+            await link.ask(P.SUBMIT_JOB_BG, b"f", b"", b"")
+            await worker.ask(P.GRAB_JOB)
+            link.writer.write(b"shutdown graceful\n")
+            assert await link.line() == b"OK\r\n"
+            store.unclaimed.append(StoredJob(b"H:r1", b"f", b"", b"", 0, 0, None))
+            link.say(P.SUBMIT_JOB_BG, CLAIM, b"", b"")
+            await link.hear()
+            worker.say(P.WORK_COMPLETE, handle(1), b"result")
+            async with asyncio.timeout(LIMIT):
+                await place.serving
+        assert list(store.finished) == [handle(1)]
+        assert len(store.unclaimed) == 1
+
+    @in_a_loop
+    async def test_by_the_process(self):
+        async with hall() as place:
+            place.server.shut_down(Shutdown.GRACEFUL)
+            async with asyncio.timeout(LIMIT):
+                await place.serving

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,10 @@ from ... import conf
 from ...addresses import split_address
 from ...exceptions import StoreError
 from ...jobs import queue_of
-from ...server.core import JobServer, ServerOptions
+from ...server.core import JobServer, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, TransportLimits, bind
 from ...store import DatabaseStore
+from ...tls import TLSFilesError, server_context
 from ..console import log_to_terminal, require_tables
 
 
@@ -63,33 +65,105 @@ class Command(BaseCommand):
             "(default: %(default)s).",
         )
         parser.add_argument(
+            "--timeout-in-seconds",
+            action="store_true",
+            help="Read the time limits that workers send (CAN_DO_TIMEOUT) as seconds, as Perl's mean them, "
+            "and not as milliseconds.",
+        )
+        parser.add_argument(
             "--exceptions",
             action="store_true",
             help="Send WORK_EXCEPTION to every client, not only to those that ask for it.",
         )
         parser.add_argument(
+            "--allow-shutdown",
+            action="store_true",
+            help="Let whoever connects from this machine end the server with the text command shutdown.",
+        )
+        parser.add_argument(
             "--insecure",
             action="store_true",
-            help="Allow an address that other machines reach, though nothing there is checked or encrypted.",
+            help="Allow an address that other machines reach, though nobody there shows a certificate.",
+        )
+        parser.add_argument(
+            "--http-port",
+            type=_port,
+            metavar="PORT",
+            help="Take jobs over HTTP too, at this port, in plain text; 0 takes a free one (default: none).",
+        )
+        parser.add_argument(
+            "--http-listen",
+            default="127.0.0.1",
+            metavar="ADDRESS",
+            help="Address of the HTTP port (default: %(default)s).",
+        )
+        parser.add_argument(
+            "--http-host",
+            action="append",
+            type=_host,
+            default=[],
+            metavar="NAME",
+            help="Name by which HTTP clients may call this server, beside localhost and IP addresses; "
+            "may be given more than once.",
+        )
+        # The second spellings are gearmand's.
+        parser.add_argument(
+            "--tls",
+            "--ssl",
+            action="store_true",
+            help="Refuse to start without TLS; for nothing else.",
+        )
+        parser.add_argument(
+            "--tls-certificate",
+            "--ssl-certificate",
+            metavar="FILE",
+            help="The server's certificate; with it the port speaks TLS alone (default: TLS_CERTIFICATE).",
+        )
+        parser.add_argument(
+            "--tls-key",
+            "--ssl-key",
+            metavar="FILE",
+            help="The certificate's private key (default: TLS_KEY).",
+        )
+        parser.add_argument(
+            "--tls-ca-file",
+            "--ssl-ca-file",
+            metavar="FILE",
+            help="CAs that sign the certificates of clients and workers (default: TLS_CA).",
+        )
+        parser.add_argument(
+            "--tls-no-client-certificates",
+            action="store_true",
+            help="Encrypt, but let in whoever comes without a certificate.",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
         log_to_terminal(options["verbosity"])
         settings = conf.settings_for()
-        sockets = self._bind(options["listen"], options["port"], insecure=options["insecure"])
+        tls = _tls(options, settings)
+        sockets = self._bind(
+            options["listen"],
+            options["port"],
+            insecure=options["insecure"] or (tls is not None and tls.verify_mode is ssl.CERT_REQUIRED),
+        )
+        http_sockets: list[socket.socket] = []
         try:
+            if options["http_port"] is not None:
+                http_sockets = self._bind(
+                    options["http_listen"], options["http_port"], insecure=options["insecure"], http=True
+                )
             port: int = sockets[0].getsockname()[1]
             name = options["name"] or f"{socket.gethostname()[:32]}:{port}"
             store = None
             if options["store"] == "database":
                 require_tables(settings.database)
                 store = DatabaseStore(settings.database, name, queue_of=queue_of)
-            self._serve(sockets, store, name, options, settings)
+            self._serve(sockets, http_sockets, store, name, options, settings, tls)
         finally:
-            for sock in sockets:
+            for sock in [*sockets, *http_sockets]:
                 sock.close()
 
-    def _bind(self, host: str, port: int, *, insecure: bool) -> list[socket.socket]:
+    def _bind(self, host: str, port: int, *, insecure: bool, http: bool = False) -> list[socket.socket]:
         try:
             sockets = bind(host, port)
         except OSError as error:
@@ -99,19 +173,28 @@ class Command(BaseCommand):
             if not insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
                 for each in sockets:
                     each.close()
+                if http:
+                    raise CommandError(
+                        f"Whoever reaches {address} could submit jobs over HTTP, which asks nobody who they "
+                        "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
+                        "network is yours alone."
+                    )
                 raise CommandError(
-                    f"Whoever reaches {address} could submit and take jobs: nothing there is checked "
-                    "or encrypted. Listen on 127.0.0.1, or add --insecure if the network is yours alone."
+                    f"Whoever reaches {address} could submit and take jobs: nobody there is asked for a "
+                    "certificate. Listen on 127.0.0.1, use --tls-certificate, --tls-key and --tls-ca-file, "
+                    "or add --insecure if the network is yours alone."
                 )
         return sockets
 
     def _serve(
         self,
         sockets: list[socket.socket],
+        http_sockets: list[socket.socket],
         store: DatabaseStore | None,
         name: str,
         options: dict[str, Any],
         settings: conf.GearmanSettings,
+        tls: ssl.SSLContext | None,
     ) -> None:
         address = _shown(sockets[0])
         try:
@@ -130,13 +213,24 @@ class Command(BaseCommand):
                 record_foreground=settings.record_foreground,
                 job_retries=options["job_retries"],
                 exceptions=options["exceptions"],
+                timeout_in_seconds=options["timeout_in_seconds"],
+                allow_shutdown=options["allow_shutdown"],
             )
         )
         core.adopt(replayed)
-        server = GearmanServer(core, store, TransportLimits(max_packet=settings.max_packet))
+        server = GearmanServer(
+            core,
+            store,
+            TransportLimits(max_packet=settings.max_packet),
+            tls,
+            http_hosts=options["http_host"],
+        )
         kept = f"in the database {settings.database!r}" if store else "in memory only"
         replays = f", {len(replayed)} jobs replayed" if store else ""
-        greeting = f"gearman_server {name} listens on {address}; jobs are kept {kept}{replays}."
+        spoken = " (TLS)" if tls else ""
+        if http_sockets:
+            spoken += f", for HTTP on {_shown(http_sockets[0])}"
+        greeting = f"gearman_server {name} listens on {address}{spoken}; jobs are kept {kept}{replays}."
         del replayed
         gc.collect()
         gc.freeze()
@@ -144,17 +238,25 @@ class Command(BaseCommand):
         gc.set_threshold(50_000, 20, 100)
         try:
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                runner.run(self._run(server, sockets, greeting))
+                runner.run(self._run(server, sockets, http_sockets, greeting))
         except StoreError as error:
             raise CommandError(str(error)) from error
         self.stdout.write("gearman_server stopped.")
 
-    async def _run(self, server: GearmanServer, sockets: list[socket.socket], greeting: str) -> None:
+    async def _run(
+        self,
+        server: GearmanServer,
+        sockets: list[socket.socket],
+        http_sockets: list[socket.socket],
+        greeting: str,
+    ) -> None:
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
-        await server.serve(sockets, stopped, ready=lambda: self._greet(greeting))
+        # As gearmand: serve until no job is left.
+        loop.add_signal_handler(signal.SIGUSR1, server.shut_down, Shutdown.GRACEFUL)
+        await server.serve(sockets, stopped, http_sockets=http_sockets, ready=lambda: self._greet(greeting))
 
     def _greet(self, greeting: str) -> None:
         self.stdout.write(greeting)
@@ -172,6 +274,32 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+def _tls(options: dict[str, Any], settings: conf.GearmanSettings) -> ssl.SSLContext | None:
+    """What the port speaks; None for plain text, which is only spoken when nothing asks for TLS."""
+    given = [options["tls_certificate"], options["tls_key"], options["tls_ca_file"]]
+    if "" in given:
+        raise CommandError("The name of a TLS file is empty.")
+    configured = [settings.tls_certificate, settings.tls_key, settings.tls_ca]
+    certificate, key, ca = (ours or theirs or None for ours, theirs in zip(given, configured, strict=True))
+    open_door: bool = options["tls_no_client_certificates"]
+    if not (options["tls"] or open_door or certificate or key or ca):
+        return None
+    if not certificate or not key:
+        raise CommandError(
+            "TLS needs a certificate and its key: --tls-certificate and --tls-key, "
+            "or TLS_CERTIFICATE and TLS_KEY."
+        )
+    if not ca and not open_door:
+        raise CommandError(
+            "TLS needs the CA that signs the certificates of clients and workers: --tls-ca-file, or TLS_CA. "
+            "(Or --tls-no-client-certificates, to let in whoever comes.)"
+        )
+    try:
+        return server_context(certificate, key, None if open_door else ca)
+    except TLSFilesError as error:
+        raise CommandError(f"TLS does not work: {error}.") from error
+
+
 def _shown(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -185,6 +313,12 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise ArgumentTypeError(f"{text!r} is not a port: use a number from 0 to 65535")
     return port
+
+
+def _host(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or not text or set(text) & set(" :/@[]"):
+        raise ArgumentTypeError(f"{text!r} is not a host's name: give it without port, in ASCII")
+    return text
 
 
 def _count(text: str) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from argparse import ArgumentParser, ArgumentTypeError
 from functools import partial
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
@@ -62,6 +64,11 @@ class Command(BaseCommand):
         functions = self._functions(options["functions"], options["queues"])
         servers: list[tuple[str, int]] = options["servers"]
         processes: int = options["processes"]
+        settings = conf.settings_for()
+        try:
+            tls = conf.client_tls(settings)
+        except ImproperlyConfigured as error:
+            raise CommandError(str(error)) from error
         self.stdout.write(
             f"gearman_worker: {processes} {'process serves' if processes == 1 else 'processes serve'} "
             f"{', '.join(sorted(functions))} for {', '.join(f'{host}:{port}' for host, port in servers)}."
@@ -69,7 +76,7 @@ class Command(BaseCommand):
         self.stdout.flush()
         # A connection must not be shared with a child.
         connections.close_all()
-        work = partial(_work, functions, servers, conf.settings_for())
+        work = partial(_work, functions, servers, settings, tls)
         killed = Supervisor(work, processes, grace=options["grace"]).run()
         if killed:
             self.stdout.write(f"gearman_worker stopped; {killed} jobs went back to the queue.")
@@ -100,6 +107,7 @@ def _work(
     functions: dict[str, WorkerFunction],
     servers: list[tuple[str, int]],
     settings: conf.GearmanSettings,
+    tls: ssl.SSLContext | None,
     slot: int,
     control: int,
 ) -> None:
@@ -111,6 +119,7 @@ def _work(
         describe=describe_exception,
         connect_timeout=settings.connect_timeout,
         max_packet=settings.max_packet,
+        tls=tls,
     )
     try:
         worker.run(control)
