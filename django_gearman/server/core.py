@@ -20,12 +20,14 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from datetime import tzinfo
 from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
 from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
 from ..protocol.reader import Packet
+from .cron import next_match
 from .entries import (
     Entry,
     JobDue,
@@ -70,6 +72,17 @@ _SUBMISSIONS: dict[PacketType, tuple[int, bool]] = {
 }
 
 
+class FunctionOrder(Enum):
+    """Which function's job a worker gets, of those that it offers. PROTOCOL section 5.3."""
+
+    FAIR = "fair"
+    """The highest priority first, then in turn; a job that comes back is the next. As gearmand 2.0."""
+    GEARMAND = "gearmand"
+    """The function registered last first, whatever the priorities; a job that comes back goes behind."""
+    ROUND_ROBIN = "round-robin"
+    """So too, but a function that gave a job is the last of its worker's from then. gearmand's -R."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """What a job server may be told; the command line is built from it."""
@@ -91,6 +104,12 @@ class ServerOptions:
 
     timeout_in_seconds: bool = False
     """Whether CAN_DO_TIMEOUT counts seconds, as Perl's workers and old servers do, and not milliseconds."""
+
+    zone: tzinfo | None = None
+    """Whose clock the fields of SUBMIT_JOB_SCHED mean; None for this machine's."""
+
+    function_order: FunctionOrder = FunctionOrder.FAIR
+    """Which of a worker's functions gives it the next job."""
 
     exceptions: bool = False
     """Whether every connection gets WORK_EXCEPTION without asking for it."""
@@ -239,6 +258,7 @@ class JobServer:
         self._served = 0
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
+        self._fair = self.options.function_order is FunctionOrder.FAIR
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -494,6 +514,10 @@ class JobServer:
         if not function.waiting:
             del self.ready[function]
         self._served = function.served = self._served + 1
+        if self.options.function_order is FunctionOrder.ROUND_ROBIN:
+            # To the far end of what ``_best_function`` looks through.
+            del peer.abilities[function.name]
+            peer.abilities = {function.name: function} | peer.abilities
         function.running += 1
         job.state = RUNNING
         job.worker = peer
@@ -509,12 +533,15 @@ class JobServer:
         """
         The function whose job the peer gets next: highest priority first, then in turn.
 
-        gearmand 1.1 looks at priority inside one function only; 2.0 does as we do.
+        gearmand 1.1 looks at priority inside one function only; 2.0 does as we do. In its order the
+        function that registered last is asked first.
         """
         abilities = peer.abilities
         ready = self.ready
         if not ready:
             return None
+        if not self._fair:
+            return next((function for function in reversed(abilities.values()) if function.waiting), None)
         if len(abilities) == 1:
             (function,) = abilities.values()
             return function if function.waiting else None
@@ -601,6 +628,16 @@ class JobServer:
         """In the background, of normal priority, not before a time; what is no number is no time."""
         name, unique, epoch, workload = arguments
         due = float(min(atoi(epoch), LATEST))
+        self._submit(peer, [name, unique, workload], NORMAL, background=True, due=due)
+
+    def _submit_sched(self, peer: Peer, arguments: list[bytes]) -> None:
+        """In the background, once, at the next moment that five cron fields name. In no C server."""
+        name, unique, *fields, workload = arguments
+        try:
+            due = next_match(fields, self.now, self.options.zone)
+        except ValueError as error:
+            self.refuse(peer, b"INVALID_ARGUMENT", str(error).encode())
+            return
         self._submit(peer, [name, unique, workload], NORMAL, background=True, due=due)
 
     def _submit_reduce(self, peer: Peer, arguments: list[bytes], *, background: bool) -> None:
@@ -876,7 +913,10 @@ class JobServer:
             job.progress_unsaved = False
             job.state = READY
             function = job.function
-            function.put_back(job)
+            if self._fair:
+                function.put_back(job)
+            else:
+                function.put(job)
             self.ready[function] = None
             if job.recorded:
                 self.entries.append(JobRequeued(job.handle))
@@ -1076,6 +1116,7 @@ class JobServer:
         handlers[PacketType.CAN_DO_TIMEOUT] = self._can_do_timeout
         handlers[PacketType.ALL_YOURS] = self._all_yours
         handlers[PacketType.SUBMIT_JOB_EPOCH] = self._submit_epoch
+        handlers[PacketType.SUBMIT_JOB_SCHED] = self._submit_sched
         handlers[PacketType.SUBMIT_REDUCE_JOB] = self._submit_reduce_job
         handlers[PacketType.SUBMIT_REDUCE_JOB_BACKGROUND] = self._submit_reduce_job_background
         handlers[PacketType.GET_STATUS_UNIQUE] = self._get_status_unique

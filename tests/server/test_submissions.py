@@ -92,21 +92,6 @@ class TestSubmission:
         assert handle(1).startswith(b"H:test:1:7.")
 
 
-class TestNotBuiltYet:
-    """PROTOCOL section 2: what this server does not serve answers INVALID_COMMAND."""
-
-    @pytest.mark.parametrize(
-        ("kind", "arguments"),
-        [(P.SUBMIT_JOB_SCHED, [b"f", b"u", b"", b"", b"", b"", b"", b"w"])],
-    )
-    def test_connection_hears_an_error_and_goes_on(self, kind, arguments):
-        wire = Wire()
-        client = wire.connect()
-        assert client(kind, *arguments) == [UNEXPECTED]
-        assert client(P.ECHO_REQ, b"still here") == [(P.ECHO_RES, b"still here")]
-        assert wire.core.functions == {}
-
-
 class TestCoalescing:
     """PROTOCOL section 5.1."""
 

@@ -3,8 +3,9 @@
 import pytest
 
 from django_gearman.protocol.packets import PacketType
+from django_gearman.server.core import FunctionOrder
 
-from .harness import Wire, handle
+from .harness import Caller, Wire, handle
 
 P = PacketType
 MISSING = b"Job does not exist on server"
@@ -335,3 +336,65 @@ class TestLostWorker:
         both.leaves()
         assert wire.core.jobs == {}
         assert wire.core.peers == {}
+
+
+class TestOrderOfGearmand:
+    """PROTOCOL section 5.3 as gearmand 1.1 has it, for those who ask for it."""
+
+    def fill(self, wire: Wire) -> None:
+        client = wire.connect()
+        for kind in (P.SUBMIT_JOB_LOW_BG, P.SUBMIT_JOB_BG, P.SUBMIT_JOB_HIGH_BG):
+            for function in (b"a", b"b", b"c"):
+                client(kind, function, b"", b"%d" % kind)
+
+    def given(self, worker: Caller) -> list[bytes]:
+        given = []
+        while (heard := worker(P.GRAB_JOB)[0]) != (P.NO_JOB,):
+            given.append(heard[2])
+        return given
+
+    def test_last_registered_first_whatever_the_priorities(self):
+        wire = Wire(function_order=FunctionOrder.GEARMAND)
+        self.fill(wire)
+        worker = wire.worker(b"a", b"b", b"c")
+        assert self.given(worker) == [b"c"] * 3 + [b"b"] * 3 + [b"a"] * 3
+
+    def test_priority_counts_inside_a_function(self):
+        wire = Wire(function_order=FunctionOrder.GEARMAND)
+        self.fill(wire)
+        worker = wire.worker(b"a")
+        assert [worker(P.GRAB_JOB)[0][3] for _ in range(3)] == [b"32", b"18", b"34"]
+
+    def test_round_robin_puts_behind_what_gave_a_job(self):
+        wire = Wire(function_order=FunctionOrder.ROUND_ROBIN)
+        self.fill(wire)
+        worker = wire.worker(b"a", b"b", b"c")
+        assert self.given(worker) == [b"c", b"b", b"a"] * 3
+        assert worker.line(b"workers").splitlines()[1].endswith(b" c b a")
+
+    def test_each_worker_has_a_round_of_its_own(self):
+        wire = Wire(function_order=FunctionOrder.ROUND_ROBIN)
+        self.fill(wire)
+        one, other = wire.worker(b"a", b"b", b"c"), wire.worker(b"a", b"b", b"c")
+        assert [one(P.GRAB_JOB)[0][2], other(P.GRAB_JOB)[0][2]] == [b"c", b"c"]
+        assert [one(P.GRAB_JOB)[0][2], other(P.GRAB_JOB)[0][2]] == [b"b", b"b"]
+
+    @pytest.mark.parametrize("order", [FunctionOrder.GEARMAND, FunctionOrder.ROUND_ROBIN])
+    def test_jobs_of_a_lost_worker_go_to_the_end_the_last_grabbed_first(self, order):
+        wire = Wire(function_order=order)
+        client = wire.connect()
+        for _ in range(4):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        worker = wire.worker(b"f")
+        assert [worker.grabs(), worker.grabs()] == [handle(1), handle(2)]
+        worker.leaves()
+        other = wire.worker(b"f")
+        assert [other.grabs() for _ in range(4)] == [handle(3), handle(4), handle(2), handle(1)]
+
+    def test_ability_can_be_withdrawn_in_any_round(self):
+        wire = Wire(function_order=FunctionOrder.ROUND_ROBIN)
+        self.fill(wire)
+        worker = wire.worker(b"a", b"b", b"c")
+        assert worker(P.GRAB_JOB)[0][2] == b"c"
+        worker(P.CANT_DO, b"b")
+        assert self.given(worker) == [b"a", b"c", b"a", b"c", b"a"]
