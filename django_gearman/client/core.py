@@ -52,6 +52,12 @@ class JobRequest:
     """high, normal or low."""
 
     background: bool = False
+    epoch: int | None = None
+    """Seconds since 1970 before which it must not run; such jobs are background ones of normal priority."""
+
+    reducer: bytes | None = None
+    """Function that puts together what this one makes; such jobs are of normal priority."""
+
     on_data: DataHandler | None = None
     on_warning: DataHandler | None = None
     on_status: StatusHandler | None = None
@@ -69,9 +75,26 @@ class JobRequest:
     """The result, or the exception's data."""
 
     @property
+    def kind(self) -> PacketType:
+        """The type of its packet."""
+        if self.epoch is not None:
+            return PacketType.SUBMIT_JOB_EPOCH
+        if self.reducer is not None:
+            return (
+                PacketType.SUBMIT_REDUCE_JOB_BACKGROUND if self.background else PacketType.SUBMIT_REDUCE_JOB
+            )
+        return _SUBMISSIONS[self.priority, self.background]
+
+    @property
     def packet(self) -> bytes:
-        kind = _SUBMISSIONS[self.priority, self.background]
-        return encode_request(kind, self.function, self.unique, self.workload)
+        if self.epoch is not None:
+            options = [b"%d" % self.epoch]
+        elif self.reducer is not None:
+            # The aggregator is read by gearmand and dropped; its document leaves it out.
+            options = [self.reducer, b""]
+        else:
+            options = []
+        return encode_request(self.kind, self.function, self.unique, *options, self.workload)
 
 
 class ClientProtocol:

@@ -7,6 +7,7 @@ they are first needed, one per process and thread.
 
 from __future__ import annotations
 
+import math
 import os
 import ssl
 import threading
@@ -17,9 +18,18 @@ from time import monotonic
 from typing import Final
 
 from ..addresses import DEFAULT_PORT, split_address
-from ..exceptions import ConnectionFailed, ConnectionLost, JobFailed, ProtocolError, ServerError
+from ..exceptions import (
+    CommandNotSupported,
+    ConnectionFailed,
+    ConnectionLost,
+    GearmanError,
+    JobFailed,
+    ProtocolError,
+    ServerError,
+)
 from ..protocol.packets import CLAIM, PacketType
 from ..protocol.reader import MAX_BODY
+from .admin_client import AdminClient
 from .connection import Connection
 from .core import ClientProtocol, DataHandler, JobRequest, Question, StatusHandler
 
@@ -27,6 +37,12 @@ DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
 CIRCUIT: Final = 5.0
 """Seconds during which a server that could not be reached is not tried when there is a choice."""
+
+LATEST: Final = 253_370_764_800
+"""The year 9999 in seconds since 1970; gearmand closes the connection on numbers too large for it."""
+
+_UNKNOWN_PACKET: Final = (b"INVALID_COMMAND", b"SERVER_ERROR")
+"""Codes, in upper case, of the ERROR for a type that a server does not take: gearmand's and ours, Perl's."""
 
 NUDGE_TIMEOUT: Final = 0.2
 """Seconds that telling a server about new rows may take: it finds them by itself soon after."""
@@ -42,11 +58,20 @@ class JobStatus:
     denominator: int
 
 
+@dataclass(frozen=True)
+class UniqueStatus(JobStatus):
+    """What a server knows of the job of a unique. PROTOCOL: STATUS_RES_UNIQUE."""
+
+    clients: int
+    """How many wait for its end; 0 for a background job that nobody joined."""
+
+
 class _Session:
     """A connection with its protocol; belongs to one thread of one process."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, server: str) -> None:
         self.connection = connection
+        self.server = server
         self.protocol = ClientProtocol()
         self.pid = os.getpid()
 
@@ -196,6 +221,57 @@ class Client:
         """As ``do_background``, after jobs of normal priority. PROTOCOL: SUBMIT_JOB_LOW_BG."""
         return self._submit(self._request(function, workload, unique, "low", background=True))
 
+    def do_epoch(self, function: str, workload: bytes = b"", *, epoch: float, unique: str = "") -> str:
+        """
+        As ``do_background``, not before a time.
+
+        Args:
+            epoch: That time in seconds since 1970; the wire carries whole ones, so
+                a part of a second is one more. What is past means at once.
+        Raises:
+            CommandNotSupported: The server knows no such jobs; ``version`` says what it is.
+            ValueError: ``epoch`` is no such time.
+        PROTOCOL: SUBMIT_JOB_EPOCH, which has normal priority.
+        """
+        if not 0 <= epoch <= LATEST:
+            raise ValueError(f"epoch is a time in seconds since 1970, up to the year 9999, not {epoch!r}")
+        request = self._request(function, workload, unique, "normal", background=True)
+        request.epoch = math.ceil(epoch)
+        return self._submit(request)
+
+    # Reduce jobs.
+
+    def do_reduce(
+        self,
+        function: str,
+        workload: bytes = b"",
+        *,
+        reducer: str,
+        unique: str = "",
+        timeout: float | None = None,
+        on_data: DataHandler | None = None,
+        on_warning: DataHandler | None = None,
+        on_status: StatusHandler | None = None,
+    ) -> bytes:
+        """
+        As ``do``; a worker that asks for it also gets the name of a function to put the parts together.
+
+        Raises:
+            CommandNotSupported: The server knows no such jobs; ``version`` says what it is.
+        PROTOCOL: SUBMIT_REDUCE_JOB, which has normal priority.
+        """
+        request = self._request(function, workload, unique, "normal", background=False)
+        request.reducer = _argument("reducer", reducer)
+        return self._run(request, timeout, on_data, on_warning, on_status)
+
+    def do_reduce_background(
+        self, function: str, workload: bytes = b"", *, reducer: str, unique: str = ""
+    ) -> str:
+        """As ``do_background``, with a reducer. PROTOCOL: SUBMIT_REDUCE_JOB_BACKGROUND."""
+        request = self._request(function, workload, unique, "normal", background=True)
+        request.reducer = _argument("reducer", reducer)
+        return self._submit(request)
+
     # Questions.
 
     def job_status(self, handle: str) -> JobStatus:
@@ -203,6 +279,25 @@ class Client:
         _, arguments = self._ask(PacketType.GET_STATUS, handle.encode(), answers=PacketType.STATUS_RES)
         _, known, running, numerator, denominator = arguments
         return JobStatus(known == b"1", running == b"1", int(numerator), int(denominator))
+
+    def job_status_unique(self, unique: str) -> UniqueStatus:
+        """
+        What the server knows of the job of a unique, whichever its function.
+
+        A job without one, or with ``-``, is not found. gearmand takes uniques
+        of 63 bytes at the most here, and closes the connection on longer ones.
+
+        Raises:
+            CommandNotSupported: The server cannot tell; ``version`` says what it is.
+        PROTOCOL: GET_STATUS_UNIQUE.
+        """
+        _, arguments = self._ask(
+            PacketType.GET_STATUS_UNIQUE,
+            _argument("unique", unique),
+            answers=PacketType.STATUS_RES_UNIQUE,
+        )
+        _, known, running, numerator, denominator, clients = arguments
+        return UniqueStatus(known == b"1", running == b"1", int(numerator), int(denominator), int(clients))
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
@@ -254,13 +349,10 @@ class Client:
                 f"max_packet={self._max_packet}; "
                 "pass a reference, such as a key or a path"
             )
-        for name, text in (("function", function), ("unique", unique)):
-            if "\0" in text:
-                raise ValueError(f"{name} {text!r} has a NUL, which ends an argument on the wire")
         return JobRequest(
-            function=function.encode(),
+            function=_argument("function", function),
             workload=workload,
-            unique=unique.encode(),
+            unique=_argument("unique", unique),
             priority=priority,
             background=background,
         )
@@ -294,7 +386,7 @@ class Client:
         deadline = answer_by if deadline is None else min(deadline, answer_by)
         while request.handle is None:
             if request.error is not None:
-                raise self._server_error(session, *request.error)
+                raise self._server_error(session, request.kind, *request.error)
             session.protocol.receive(session.connection.receive(deadline))
         return request.handle
 
@@ -302,21 +394,32 @@ class Client:
         with self._session() as session:
             question, data = session.protocol.ask(kind, *arguments, answers=answers)
             session.connection.send(data)
-            return self._answered(session, question)
+            return self._answered(session, kind, question)
 
-    def _answered(self, session: _Session, question: Question) -> tuple[int, list[bytes]]:
+    def _answered(self, session: _Session, asked: PacketType, question: Question) -> tuple[int, list[bytes]]:
         deadline = monotonic() + self._timeout
         while question.answer is None:
             session.protocol.receive(session.connection.receive(deadline))
         kind, arguments = question.answer
         if kind == PacketType.ERROR:
-            raise self._server_error(session, arguments[0], arguments[1])
+            raise self._server_error(session, asked, arguments[0], arguments[1])
         return kind, arguments
 
-    def _server_error(self, session: _Session, code: bytes, text: bytes) -> ServerError:
-        return ServerError(
-            session.connection.server, code.decode(errors="replace"), text.decode(errors="replace")
-        )
+    def _server_error(self, session: _Session, asked: PacketType, code: bytes, text: bytes) -> ServerError:
+        told = session.connection.server, code.decode(errors="replace"), text.decode(errors="replace")
+        if code.upper() in _UNKNOWN_PACKET:
+            return CommandNotSupported(*told, command=asked.name, version=self._version(session.server))
+        return ServerError(*told)
+
+    def _version(self, server: str) -> str:
+        """What a server says that it is; empty when it does not."""
+        try:
+            with AdminClient(
+                server, connect_timeout=self._connect_timeout, timeout=self._timeout, tls=self._tls
+            ) as admin:
+                return admin.version()
+        except GearmanError:
+            return ""
 
     @contextmanager
     def _session(self, *, nudge: bool = False) -> Iterator[_Session]:
@@ -364,7 +467,7 @@ class Client:
                 failure = failure or error
                 continue
             avoid.pop(server, None)
-            session = _Session(connection)
+            session = _Session(connection, server)
             self._ask_for_exceptions(session)
             return session
         raise failure or ConnectionFailed(", ".join(servers), "tried a moment ago")
@@ -373,3 +476,10 @@ class Client:
         # Nobody waits for the answer: it is taken when it comes, before that of the next question.
         _, data = session.protocol.ask(PacketType.OPTION_REQ, b"exceptions", answers=PacketType.OPTION_RES)
         session.connection.send(data)
+
+
+def _argument(name: str, text: str) -> bytes:
+    """A text as an argument of a packet."""
+    if "\0" in text:
+        raise ValueError(f"{name} {text!r} has a NUL, which ends an argument on the wire")
+    return text.encode()

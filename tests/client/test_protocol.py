@@ -43,6 +43,26 @@ class TestSubmissions:
         )
         assert protocol.submit(request) == encode_request(kind, b"f", b"u", b"w\0w")
 
+    def test_a_job_for_later(self, protocol: ClientProtocol) -> None:
+        """PROTOCOL 2: SUBMIT_JOB_EPOCH."""
+        request = JobRequest(
+            function=b"f", unique=b"u", workload=b"w\0w", background=True, epoch=1_800_000_000
+        )
+        assert protocol.submit(request) == encode_request(
+            P.SUBMIT_JOB_EPOCH, b"f", b"u", b"1800000000", b"w\0w"
+        )
+
+    @pytest.mark.parametrize(
+        ("background", "kind"),
+        [(False, P.SUBMIT_REDUCE_JOB), (True, P.SUBMIT_REDUCE_JOB_BACKGROUND)],
+    )
+    def test_a_reduce_job(self, protocol: ClientProtocol, background: bool, kind: PacketType) -> None:
+        """PROTOCOL 3, "Reduce jobs": gearmand wants the fourth argument that its document leaves out."""
+        request = JobRequest(
+            function=b"f", unique=b"u", workload=b"w\0w", background=background, reducer=b"r"
+        )
+        assert protocol.submit(request) == encode_request(kind, b"f", b"u", b"r", b"", b"w\0w")
+
     def test_answers_come_in_order(self, protocol: ClientProtocol) -> None:
         first, second = JobRequest(function=b"a"), JobRequest(function=b"b")
         protocol.submit(first)

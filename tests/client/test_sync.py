@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from django_gearman.client.connection import Connection
-from django_gearman.client.sync import Client, JobStatus
+from django_gearman.client.sync import Client, JobStatus, UniqueStatus
 from django_gearman.exceptions import (
+    CommandNotSupported,
     ConnectionFailed,
     ConnectionLost,
     GearmanError,
@@ -127,6 +128,146 @@ class TestBackground:
         handles = {client.do_background("nobody serves this", unique="one") for _ in range(3)}
         assert len(handles) == 1
         assert client.do_background("nobody serves this") not in handles
+
+
+class TestLater:
+    """PROTOCOL 5.6: SUBMIT_JOB_EPOCH."""
+
+    def test_not_before_its_time(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        ran: list[float] = []
+
+        def note(job: AssignedJob) -> bytes:
+            ran.append(time.time())
+            return b""
+
+        with harness.worker_thread({"later": note}, server):
+            epoch = time.time() + 1.2
+            assert client.do_epoch("later", epoch=epoch).startswith("H:")
+            harness.wait_until(lambda: ran)
+        assert ran[0] >= epoch
+
+    def test_what_is_past_runs_at_once(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        ran: list[bytes] = []
+
+        def note(job: AssignedJob) -> bytes:
+            ran.append(job.workload)
+            return b""
+
+        with harness.worker_thread({"past": note}, server):
+            client.do_epoch("past", b"w\0w", epoch=0)
+            harness.wait_until(lambda: ran)
+        assert ran == [b"w\0w"]
+
+    @pytest.mark.parametrize("epoch", [-1, float("nan"), float("inf"), 1_800_000_000_000])
+    def test_no_time(self, epoch: float) -> None:
+        with pytest.raises(ValueError, match="epoch is a time in seconds since 1970"):
+            Client().do_epoch("f", epoch=epoch)
+
+
+class TestReduce:
+    """PROTOCOL 3, "Reduce jobs"."""
+
+    @pytest.mark.usefixtures("worker")
+    def test_result(self, client: Client) -> None:
+        told: list[bytes] = []
+        assert client.do_reduce("tell", reducer="sum", timeout=10, on_data=told.append) == b"end"
+        assert told == [b"part"]
+
+    def test_the_worker_gets_the_reducer(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        handle = client.do_reduce_background("to reduce", b"w", reducer="s\u00fcm", unique="u")
+        with closing(Connection("127.0.0.1", server.port)) as worker:
+            worker.send(encode_request(P.CAN_DO, b"to reduce") + encode_request(P.GRAB_JOB_ALL))
+            packet = worker.receive(time.monotonic() + 10)
+            worker.send(encode_request(P.WORK_COMPLETE, handle.encode(), b""))
+        assert packet == (
+            P.JOB_ASSIGN_ALL,
+            [handle.encode(), b"to reduce", b"u", "s\u00fcm".encode(), b"w"],
+        )
+
+    def test_nuls(self) -> None:
+        with pytest.raises(ValueError, match=r"reducer 'a.x00b' has a NUL"):
+            Client().do_reduce_background("f", reducer="a\0b")
+
+
+class TestUniqueStatus:
+    """PROTOCOL 3, "GET_STATUS_UNIQUE"."""
+
+    def test_unknown(self, client: Client) -> None:
+        assert client.job_status_unique("nobody's") == UniqueStatus(False, False, 0, 0, 0)
+
+    def test_waiting(self, client: Client) -> None:
+        client.do_background("nobody serves this", unique="known \u00fc")
+        assert client.job_status_unique("known \u00fc") == UniqueStatus(True, False, 0, 0, 0)
+
+    def test_running_with_clients(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            job.send_status(2, 5)
+            go_on.wait(20)
+            return b""
+
+        def wait() -> None:
+            with Client([server.address], timeout=10) as other:
+                other.do("counted", unique="counted", timeout=20)
+
+        with harness.worker_thread({"counted": work}, server), ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(wait) for _ in range(2)]
+            try:
+                status = UniqueStatus(known=True, running=True, numerator=2, denominator=5, clients=2)
+                harness.wait_until(lambda: client.job_status_unique("counted") == status)
+            finally:
+                go_on.set()
+            for each in waiting:
+                each.result(20)
+
+
+class TestOtherServers:
+    """What a server does not take is told with its version."""
+
+    @pytest.mark.parametrize(
+        ("refusal", "call"),
+        [
+            ((b"server_error", b"no"), lambda client: client.do_epoch("f", epoch=1)),
+            ((b"INVALID_COMMAND", b"no"), lambda client: client.do_reduce("f", reducer="r", timeout=10)),
+            ((b"server_error", b"no"), lambda client: client.do_reduce_background("f", reducer="r")),
+            ((b"server_error", b"no"), lambda client: client.do_low_background("f")),
+            ((b"server_error", b"no"), lambda client: client.job_status_unique("u")),
+        ],
+    )
+    def test_version(self, refusal: tuple[bytes, bytes], call: Any) -> None:
+        asked: list[PacketType] = []
+
+        def refuse(peer: Peer) -> None:
+            peer.expect(P.OPTION_REQ)
+            peer.send(P.OPTION_RES, b"exceptions")
+            asked.append(peer.receive()[0])
+            peer.send(P.ERROR, *refusal)
+
+        def tell_version(peer: Peer) -> None:
+            assert peer.receive_line() == b"version"
+            peer.socket.sendall(b"v1.130.1\n")
+            peer.wait_for_end()
+
+        with (
+            fake_server(refuse, tell_version) as port,
+            Client([f"127.0.0.1:{port}"], timeout=10) as client,
+            pytest.raises(CommandNotSupported) as caught,
+        ):
+            call(client)
+        assert caught.value.version == "v1.130.1"
+        assert caught.value.command == asked[0].name
+        assert f"of version v1.130.1, does not know the command '{asked[0].name}'" in str(caught.value)
+
+    def test_another_refusal_asks_nothing(self) -> None:
+        script = play(P.SUBMIT_JOB_EPOCH, (P.ERROR, b"QUEUE_ERROR", b"full"), None)
+        with (
+            fake_server(script) as port,
+            Client([f"127.0.0.1:{port}"], timeout=10) as client,
+            pytest.raises(ServerError, match="QUEUE_ERROR: full") as caught,
+        ):
+            client.do_epoch("f", epoch=1)
+        assert type(caught.value) is ServerError
 
 
 class TestQuestions:
