@@ -25,6 +25,7 @@ from .addresses import DEFAULT_PORT, split_address
 from .tls import TLSFilesError, client_context
 
 DEFAULT_ALIAS = "default"
+ENQUEUE_DOORS = ("database", "wire")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class GearmanSettings:
 
     database: str = "default"
     """Alias of the database that keeps the jobs."""
+
+    enqueue: str = "database"
+    """How ``enqueue`` submits: "database" for a row that our own servers find, "wire" for any job server."""
 
     connect_timeout: float = 1.0
     """Seconds to wait for a connection."""
@@ -105,6 +109,9 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif isinstance(field.default, int | float):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ImproperlyConfigured(f"{where} must be a number above 0, not {value!r}")
+        elif field.name == "enqueue":
+            if value not in ENQUEUE_DOORS:
+                raise ImproperlyConfigured(f"{where} must be 'database' or 'wire', not {value!r}")
         elif field.name.startswith("tls_") and isinstance(value, os.PathLike):
             value = os.fspath(value)
         elif isinstance(field.default, str) and not isinstance(value, str):

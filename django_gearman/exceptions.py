@@ -14,6 +14,7 @@ Every error of django_gearman, as one tree.
     ├── JobNotFinished             a return value was asked for too early
     ├── JobResultDoesNotExist      no record with that id
     ├── JobResultMismatch          the record is of another function
+    ├── ResultNotKept              the job went to a server that keeps no results
     ├── InvalidJob                 a @job that cannot be what it was declared to be
     └── StoreError                 the durable store cannot do its work
         └── LeaseLost              another server took this server's place
@@ -170,6 +171,22 @@ class JobResultMismatch(GearmanError, LookupError):
 
     def __str__(self) -> str:
         return f"job {self.id} is of {self.function}, not of {self.expected}"
+
+
+class ResultNotKept(GearmanError, LookupError):
+    """A job server that keeps no results was asked for one; ``version`` says what it is."""
+
+    def __init__(self, id: str, server: str, version: str) -> None:
+        self.id = id
+        self.server = server
+        self.version = version
+
+    def __str__(self) -> str:
+        return (
+            f"nothing is known of job {self.id}: with ENQUEUE = 'wire' it went to the job server at "
+            f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait for a "
+            "value with run(), or use our own server and ENQUEUE = 'database'"
+        )
 
 
 class InvalidJob(GearmanError, TypeError):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -51,6 +52,7 @@ from .exceptions import (
     JobResultDoesNotExist,
     JobResultMismatch,
     ResponseTimeout,
+    ResultNotKept,
     WaitInTransaction,
 )
 from .models import JobRecord
@@ -272,6 +274,50 @@ class JobResult(Generic[R]):
         return f"{self.id} ({self._record.function})"
 
 
+class WireJobResult(JobResult[R]):
+    """
+    A job that was submitted to any Gearman server, by ``ENQUEUE = "wire"``.
+
+    Such a server tells whether a job waits or runs, and forgets it at its end:
+    there is no value to wait for, and a failure looks like a success.
+    """
+
+    @property
+    def id(self) -> str:
+        """The job's unique."""
+        return self._record.unique
+
+    @property
+    def return_value(self) -> R:
+        raise self._not_kept()
+
+    def refresh(self) -> None:
+        """
+        Ask the server; before the transaction commits, nothing is there to ask for.
+
+        Raises:
+            ResultNotKept: It knows the job no more: it has ended, or was lost.
+        """
+        record = self._record
+        if record.handle is None:
+            return
+        standing = client_for().job_status_unique(record.unique)
+        if not standing.known:
+            raise self._not_kept()
+        if standing.running:
+            record.status = JobRecord.Status.RUNNING
+        if standing.denominator:
+            record.numerator, record.denominator = standing.numerator, standing.denominator
+
+    def get(self, timeout: float | None = None) -> R:
+        """Not to be had: raises ``ResultNotKept``; wait with ``run``."""
+        raise self._not_kept()
+
+    def _not_kept(self) -> ResultNotKept:
+        server = conf.settings_for().servers[0]
+        return ResultNotKept(self.id, server, client_for().server_version(server))
+
+
 _STANDING: Final = (
     "status",
     "handle",
@@ -367,6 +413,11 @@ class Job(Generic[P, R]):
         The job is a row of the database, inserted here: it exists exactly if
         the current transaction commits. No job server needs to be up.
 
+        With ``ENQUEUE = "wire"`` it is submitted to a job server when the
+        current transaction has committed; if that fails, the commit stays, the
+        job is not, and who committed gets the error: ``ConnectionFailed``, or
+        ``ConnectionLost`` and ``ResponseTimeout`` when the server may have it.
+
         Raises:
             TypeError: The arguments do not fit the function, or JSON cannot carry one.
         """
@@ -374,6 +425,11 @@ class Job(Generic[P, R]):
         now = timezone.now()
         run_after = now + self.run_after if isinstance(self.run_after, timedelta) else self.run_after
         is_later = run_after is not None and run_after > now
+        if is_later and self.priority and options.enqueue == "wire":
+            raise ValueError(
+                f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
+                "the protocol has no such submission; leave out run_after or the priority"
+            )
         record = JobRecord(
             function=self.name,
             queue_name=self.queue_name,
@@ -384,6 +440,11 @@ class Job(Generic[P, R]):
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
         )
+        if options.enqueue == "wire":
+            # gearmand's stores would overwrite jobs without a unique.
+            record.unique = uuid.uuid4().hex
+            transaction.on_commit(partial(_submit, record), using=options.database)
+            return WireJobResult(record)
         record.save(using=options.database, force_insert=True)
         _nudge_after_commit(options.database)
         return JobResult(record)
@@ -423,7 +484,12 @@ class Job(Generic[P, R]):
         Raises:
             JobResultDoesNotExist: There is none.
             JobResultMismatch: It is of another function.
+            ResultNotKept: With ``ENQUEUE = "wire"``, it has ended, or there was none.
         """
+        if conf.settings_for().enqueue == "wire":
+            found: WireJobResult[R] = WireJobResult(JobRecord(function=self.name, unique=id, handle=""))
+            found.refresh()
+            return found
         records = JobRecord.objects.using(conf.settings_for().database)
         try:
             record = records.get(pk=int(id))
@@ -654,6 +720,23 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
         return job.perform(assigned.workload, context)
     finally:
         close_old_connections()
+
+
+# The wire door, after the commit.
+
+
+def _submit(record: JobRecord) -> None:
+    client = client_for()
+    function, workload, unique = record.function, bytes(record.workload), record.unique
+    if record.status == JobRecord.Status.SCHEDULED:
+        assert record.run_after is not None, "scheduled for a moment"
+        record.handle = client.do_epoch(function, workload, epoch=record.run_after.timestamp(), unique=unique)
+    elif record.priority > 0:
+        record.handle = client.do_high_background(function, workload, unique=unique)
+    elif record.priority < 0:
+        record.handle = client.do_low_background(function, workload, unique=unique)
+    else:
+        record.handle = client.do_background(function, workload, unique=unique)
 
 
 # The nudge: rows wait at the database door.

@@ -84,6 +84,7 @@ class TestValues:
             ({"default": {"TIMEOUT": float("nan")}}, "must be a number above 0, not nan"),
             ({"default": {"TIMEOUT": float("inf")}}, "must be a number above 0, not inf"),
             ({"default": {"AUTODISCOVER": 1}}, "must be True or False, not 1"),
+            ({"default": {"ENQUEUE": "redis"}}, r"\['ENQUEUE'\] must be 'database' or 'wire', not 'redis'"),
             ({"default": {"DATABASE": None}}, "must be a string, not None"),
         ],
     )

@@ -1,0 +1,194 @@
+"""``ENQUEUE = "wire"``: jobs that go to any Gearman server once their transaction has committed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Protocol
+
+import pytest
+from django.db import transaction
+from django.utils import timezone
+
+from django_gearman import jobs as machinery
+from django_gearman.encoding import describe_exception
+from django_gearman.exceptions import ConnectionFailed, ResultNotKept
+from django_gearman.jobs import WireJobResult
+from django_gearman.models import JobRecord
+from django_gearman.worker.loop import AssignedJob
+from tests import harness
+
+from .app import jobs
+
+
+class Server(Protocol):
+    port: int
+
+
+class Gearmand:
+    """The C job server, which keeps nothing, on a free port."""
+
+    def __init__(self, program: str) -> None:
+        self.port = harness.free_port()
+        self._process = subprocess.Popen(
+            [program, "-L", "127.0.0.1", "-p", str(self.port), "-l", "none"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def answers(self) -> bool:
+        try:
+            return harness.ask(self.port, "version").startswith("OK")
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(params=["ours", "gearmand"])
+def server(request: pytest.FixtureRequest, settings: Any) -> Iterator[Server]:
+    """A job server that has no part in the database."""
+    if request.param == "ours":
+        with harness.server(store="memory") as process:
+            settings.GEARMAN = {"default": {"SERVERS": [process.address], "ENQUEUE": "wire"}}
+            yield process
+            settings.GEARMAN = {}
+        return
+    program = shutil.which("gearmand", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+    if program is None:
+        assert not os.environ.get("CI"), "gearmand is not installed (Debian: gearman-job-server)"
+        pytest.skip("gearmand is not installed (Debian: gearman-job-server)")
+    gearmand = Gearmand(program)
+    try:
+        harness.wait_until(gearmand.answers, what="gearmand")
+        settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{gearmand.port}"], "ENQUEUE": "wire"}}
+        yield gearmand
+        settings.GEARMAN = {}
+    finally:
+        gearmand.stop()
+
+
+def waiting(server: Server) -> dict[str, int]:
+    rows = [line.split("\t") for line in harness.ask(server.port, "status").splitlines() if "\t" in line]
+    return {row[0]: int(row[1]) - int(row[2]) for row in rows if int(row[1])}
+
+
+class Worker:
+    """Runs jobs of the test's app in a thread, and keeps what they returned."""
+
+    def __init__(self, *functions: Any) -> None:
+        self.results: list[bytes] = []
+        self.functions = {each.name: self._function(each) for each in functions}
+
+    def _function(self, job: Any) -> Any:
+        def perform(assigned: AssignedJob) -> bytes:
+            self.results.append(result := machinery.perform_assigned(job, assigned))
+            return result
+
+        return perform
+
+
+@pytest.mark.django_db(transaction=True)
+class TestEnqueue:
+    def test_nothing_is_submitted_before_the_commit(self, server: Server):
+        with transaction.atomic():
+            result = jobs.add.enqueue(1, right=2)
+            assert waiting(server) == {}
+            assert result.handle == ""
+            result.refresh()
+            assert result.status == "READY"
+        assert waiting(server) == {jobs.add.name: 1}
+        assert isinstance(result, WireJobResult)
+        assert result.handle.startswith("H:")
+        assert not JobRecord.objects.exists()
+
+    def test_rollback_leaves_no_job(self, server: Server):
+        with pytest.raises(KeyError), transaction.atomic():
+            jobs.add.enqueue(1)
+            raise KeyError
+        with transaction.atomic():
+            with pytest.raises(KeyError), transaction.atomic():
+                jobs.add.enqueue(2)
+                raise KeyError
+            jobs.shout.enqueue(b"kept")
+        assert waiting(server) == {"shout": 1}
+
+    def test_worker_runs_them_by_priority(self, server: Server):
+        for priority in (0, -1, 7):
+            jobs.add.using(priority=priority).enqueue(priority, 0)
+        worker = Worker(jobs.add)
+        with harness.worker_thread(worker.functions, server.port, describe=describe_exception):
+            harness.wait_until(lambda: len(worker.results) == 3)
+        assert worker.results == [b"7", b"0", b"-1"]
+
+    def test_equal_jobs_are_two(self, server: Server):
+        first, second = jobs.shout.enqueue(b"same"), jobs.shout.enqueue(b"same")
+        assert first.id != second.id
+        assert waiting(server) == {"shout": 2}
+
+    def test_later_is_not_before(self, server: Server):
+        moment = timezone.now() + timedelta(seconds=1)
+        ran: dict[bytes, float] = {}
+
+        def perform(assigned: AssignedJob) -> bytes:
+            ran[assigned.workload] = time.time()
+            return b""
+
+        result = jobs.shout.using(run_after=moment).enqueue(b"later")
+        assert result.status == "SCHEDULED"
+        with harness.worker_thread({"shout": perform}, server.port):
+            jobs.shout.enqueue(b"now")
+            harness.wait_until(lambda: b"now" in ran and time.time() > moment.timestamp() + 1)
+            # gearmand wakes nobody when a job is due: its workers find it when they come for another.
+            jobs.shout.enqueue(b"another")
+            harness.wait_until(lambda: len(ran) == 3)
+        assert ran[b"now"] < moment.timestamp() <= ran[b"later"]
+
+    def test_later_with_a_priority_is_not_possible(self, server: Server):
+        later = jobs.add.using(run_after=timedelta(hours=1), priority=5)
+        with pytest.raises(ValueError, match=r"add cannot be for later and of priority 5 .*leave out"):
+            later.enqueue(1)
+        assert waiting(server) == {}
+
+    def test_standing_while_it_is_there_and_a_clear_error_when_it_is_gone(self, server: Server):
+        result = jobs.report.enqueue(1)
+        result.refresh()
+        assert result.status == "READY"
+        (found, running) = (jobs.report.get_result(result.id), [])
+
+        def perform(assigned: AssignedJob) -> bytes:
+            assigned.send_status(1, 4)
+            harness.wait_until(lambda: (result.refresh(), result.progress == (1, 4))[1])
+            running.append(result.status)
+            return b"null"
+
+        with harness.worker_thread({jobs.report.name: perform}, server.port):
+            harness.wait_until(lambda: running)
+            harness.wait_until(lambda: not waiting(server))
+        assert running == ["RUNNING"]
+        assert found.status == "READY"
+        version = harness.ask(server.port, "version").split()[1]
+        for ask in (result.get, result.refresh, found.refresh, lambda: result.return_value):
+            with pytest.raises(ResultNotKept, match="forgets a job at its end") as caught:
+                ask()
+            assert caught.value.version == version
+            assert version in str(caught.value)
+        with pytest.raises(ResultNotKept):
+            jobs.report.get_result("never")
+
+
+@pytest.mark.django_db(transaction=True)
+class TestNoServer:
+    def test_who_commits_gets_the_error_and_the_commit_stays(self, settings: Any):
+        settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{harness.free_port()}"], "ENQUEUE": "wire"}}
+        with pytest.raises(ConnectionFailed), transaction.atomic():
+            JobRecord.objects.create(function="of the view", workload=b"")
+            jobs.add.enqueue(1)
+        assert JobRecord.objects.get().function == "of the view"
