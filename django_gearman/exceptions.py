@@ -184,8 +184,8 @@ class ResultNotKept(GearmanError, LookupError):
     def __str__(self) -> str:
         return (
             f"nothing is known of job {self.id}: with ENQUEUE = 'wire' it went to the job server at "
-            f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait for "
-            "a value with run(), or use our own server and ENQUEUE = 'database'"
+            f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait "
+            "for a value with run(), or use our own server and ENQUEUE = 'database'"
         )
 
 
