@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["AdminClient", "Client", "Job", "JobContext", "JobResult", "job"]
+__all__ = ["AdminClient", "Client", "Discard", "Job", "JobContext", "JobResult", "Retry", "job"]
 
 _HOMES = {
     "AdminClient": "client.admin_client",
     "Client": "client.sync",
+    "Discard": "exceptions",
     "Job": "jobs",
     "JobContext": "jobs",
     "JobResult": "jobs",
+    "Retry": "exceptions",
     "job": "jobs",
 }
 
 if TYPE_CHECKING:
     from .client.admin_client import AdminClient as AdminClient
     from .client.sync import Client as Client
+    from .exceptions import Discard as Discard
+    from .exceptions import Retry as Retry
     from .jobs import Job as Job
     from .jobs import JobContext as JobContext
     from .jobs import JobResult as JobResult

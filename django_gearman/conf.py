@@ -53,6 +53,9 @@ class GearmanSettings:
     max_packet: int = 64 * 1024 * 1024
     """Bytes of the largest packet body that is sent or taken."""
 
+    job_retries: int = 3
+    """How often a job is handed out that has no ``max_attempts`` and loses its workers; 0 for no limit."""
+
     record_foreground: bool = True
     """Whether foreground jobs leave records too."""
 
@@ -103,6 +106,9 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
             raise ImproperlyConfigured(f"{where} is not a setting; {hint}")
         if field.name == "servers":
             value = _servers(where, value)
+        elif field.name == "job_retries":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ImproperlyConfigured(f"{where} must be a whole number from 0, not {value!r}")
         elif isinstance(field.default, bool):
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f"{where} must be True or False, not {value!r}")

@@ -15,13 +15,17 @@ Every error of django_gearman, as one tree.
     ├── JobResultDoesNotExist      no record with that id
     ├── JobResultMismatch          the record is of another function
     ├── ResultNotKept              the job went to a server that keeps no results
+    ├── Retry                      raised by a job that wants another attempt
+    ├── Discard                    raised by a job that wants none
     ├── InvalidJob                 a @job that cannot be what it was declared to be
     └── StoreError                 the durable store cannot do its work
         └── LeaseLost              another server took this server's place
 
-Imports nothing. Each error carries its data as attributes and says in its
+Imports nothing of ours. Each error carries its data as attributes and says in its
 sentence what can be done.
 """
+
+from datetime import timedelta
 
 
 class GearmanError(Exception):
@@ -187,6 +191,34 @@ class ResultNotKept(GearmanError, LookupError):
             f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait "
             "for a value with run(), or use our own server and ENQUEUE = 'database'"
         )
+
+
+class Retry(GearmanError):
+    """
+    Raise it in a job to be run again later, as long as it has attempts left.
+
+    Args:
+        message: Why; kept with the attempt.
+        after: Seconds until the next attempt, or a timedelta; None for the job's ``backoff``.
+    """
+
+    def __init__(self, message: str = "", *, after: float | timedelta | None = None) -> None:
+        super().__init__(message)
+        self.after = after.total_seconds() if isinstance(after, timedelta) else after
+
+    def __str__(self) -> str:
+        return str(self.args[0]) or "the job asked for another attempt"
+
+
+class Discard(GearmanError):
+    """Raise it in a job to fail at once, whatever attempts are left. ``reason`` is kept."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason or "the job was discarded"
 
 
 class InvalidJob(GearmanError, TypeError):

@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import logging
 import math
 import os
+import random
 import socket
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
@@ -30,6 +32,7 @@ from typing import (
     Literal,
     ParamSpec,
     Protocol,
+    TypeAlias,
     TypedDict,
     TypeVar,
     Unpack,
@@ -46,6 +49,7 @@ from . import conf
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
+    Discard,
     InvalidJob,
     JobFailed,
     JobNotFinished,
@@ -53,9 +57,12 @@ from .exceptions import (
     JobResultMismatch,
     ResponseTimeout,
     ResultNotKept,
+    Retry,
     WaitInTransaction,
 )
 from .models import JobRecord
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,11 +89,22 @@ class JobContext:
     Attributes:
         handle: The Gearman handle; empty when the function was called in-process.
         unique: The submitter's key, empty when it gave none.
+        attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
+        max_attempts: How many there are; None when the job has no number of its own.
     """
 
-    def __init__(self, handle: str = "", unique: str = "", reports: Reports | None = None) -> None:
+    def __init__(
+        self,
+        handle: str = "",
+        unique: str = "",
+        reports: Reports | None = None,
+        attempt: int = 1,
+        max_attempts: int | None = None,
+    ) -> None:
         self.handle = handle
         self.unique = unique
+        self.attempt = attempt
+        self.max_attempts = max_attempts
         self._reports = reports
         self._reported_at = -math.inf
         self._unreported: tuple[int, int] | None = None
@@ -205,11 +223,13 @@ class JobResult(Generic[R]):
 
     @property
     def errors(self) -> list[JobError]:
-        """Why it failed; empty unless it did."""
+        """Why each attempt failed, in order; the last of a job that failed is why it did."""
         record = self._record
-        if record.status not in JobRecord.FAILURES:
-            return []
-        return [JobError(record.exception, record.message, record.traceback)]
+        past = record.past_attempts.order_by("number") if record.attempts > 1 or not self.is_finished else ()
+        told = [JobError(each.exception, each.message, each.traceback) for each in past]
+        if record.status in JobRecord.FAILURES:
+            told.append(JobError(record.exception, record.message, record.traceback))
+        return told
 
     @property
     def attempts(self) -> int:
@@ -335,6 +355,18 @@ _STANDING: Final = (
 """Fields of a record that change after it was made."""
 
 
+Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelta | None]"
+"""Seconds until the next attempt of a job that raised; None when there is to be none."""
+
+LONGEST_PAUSE: Final = 3600.0
+"""Seconds between two attempts at the most, where no ``backoff`` says otherwise."""
+
+
+def exponential(attempt: int) -> float:
+    """Seconds until the next attempt: about 2, 4, 8, ... and an hour at the most, never all at once."""
+    return float(min(2 ** min(attempt, 20), LONGEST_PAUSE) * random.uniform(0.75, 1.25))  # noqa: S311
+
+
 class JobOptions(TypedDict, total=False):
     """What ``@job`` may be told beside ``takes_context``."""
 
@@ -342,6 +374,9 @@ class JobOptions(TypedDict, total=False):
     raw: bool
     queue_name: str
     priority: int
+    max_attempts: int
+    backoff: Backoff
+    timeout: int
 
 
 class Job(Generic[P, R]):
@@ -360,6 +395,9 @@ class Job(Generic[P, R]):
         queue_name: str = "default",
         priority: int = 0,
         takes_context: bool = False,
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
+        timeout: int | None = None,
     ) -> None:
         thing: object = function
         if isinstance(thing, type | Job) or not callable(thing) or not hasattr(thing, "__qualname__"):
@@ -370,6 +408,9 @@ class Job(Generic[P, R]):
         self.queue_name = queue_name
         self.priority = priority
         self.takes_context = takes_context
+        self.max_attempts = max_attempts
+        self.backoff = backoff
+        self.timeout = timeout
         self.run_after: datetime | timedelta | None = None
         self._signature = self._inspect()
         self._validate()
@@ -437,6 +478,8 @@ class Job(Generic[P, R]):
             priority=self.priority,
             client=_identity(os.getpid()),
             run_after=run_after,
+            max_attempts=self.max_attempts,
+            timeout=self.timeout,
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
         )
@@ -591,6 +634,17 @@ class Job(Generic[P, R]):
             raise InvalidJob(
                 f"queue_name of {self.name} must be 1 to 100 characters, not {self.queue_name!r}"
             )
+        for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
+            number = getattr(self, option)
+            if number is not None and (type(number) is not int or not 1 <= number <= highest):
+                raise InvalidJob(
+                    f"{option} of {self.name} must be a whole number from 1 to {highest}, not {number!r}"
+                )
+        if self.backoff is not None and not callable(self.backoff):
+            raise InvalidJob(
+                f"backoff of {self.name} must be a function of the exception and the JobResult, "
+                f"not {self.backoff!r}"
+            )
         run_after: object = self.run_after
         if isinstance(run_after, datetime):
             _refuse_wrong_zone(self.name, run_after)
@@ -657,6 +711,11 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         queue_name: Workers can be told which queues to serve.
         priority: -100 to 100, higher first; on the wire below, at or above 0 is low, normal or high.
         takes_context: The function's first argument is a ``JobContext`` named ``context``.
+        max_attempts: How often it is run at the most, when it raises or its worker is lost. Without
+            it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
+        backoff: Called with the exception and the ``JobResult``; seconds until the next
+            attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
+        timeout: Seconds that one attempt may take.
     Raises:
         InvalidJob: The function cannot be that, or the name is taken.
     """
@@ -707,6 +766,10 @@ class Assigned(Reports, Protocol):
     def unique(self) -> bytes: ...
     @property
     def workload(self) -> bytes: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def max_attempts(self) -> int | None: ...
 
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
@@ -715,11 +778,53 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     close_old_connections()
     try:
         context = JobContext(
-            assigned.handle.decode(errors="replace"), assigned.unique.decode(errors="replace"), assigned
+            assigned.handle.decode(errors="replace"),
+            assigned.unique.decode(errors="replace"),
+            assigned,
+            assigned.attempt,
+            assigned.max_attempts or job.max_attempts,
         )
         return job.perform(assigned.workload, context)
     finally:
         close_old_connections()
+
+
+def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
+    """
+    What becomes of a job that raised: seconds until its next attempt, or None when it has failed.
+
+    The job's own ``max_attempts`` counts; only ``Retry`` has attempts without.
+    """
+    if isinstance(error, Discard):
+        return None
+    budget = assigned.max_attempts or job.max_attempts
+    if budget is None:
+        budget = (conf.settings_for().job_retries or math.inf) if isinstance(error, Retry) else 1
+    if assigned.attempt >= budget:
+        return None
+    if isinstance(error, Retry) and error.after is not None:
+        return max(error.after, 0.0)
+    if job.backoff is None:
+        return exponential(assigned.attempt)
+    try:
+        pause = job.backoff(error, _result_of(job, assigned))
+        if isinstance(pause, timedelta):
+            pause = pause.total_seconds()
+        return None if pause is None else max(float(pause), 0.0)
+    except Exception:
+        logger.exception("The backoff of %s failed; its default is taken", job.name)
+        return exponential(assigned.attempt)
+
+
+def _result_of(job: Job[Any, Any], assigned: Assigned) -> JobResult[Any]:
+    handle = assigned.handle.decode(errors="replace")
+    record = JobRecord.objects.using(conf.settings_for().database).filter(handle=handle).first()
+    if record is None:
+        # It came over the wire, to a server that keeps no records here.
+        record = JobRecord(function=job.name, handle=handle)
+    # The server writes it a moment later.
+    record.attempts = assigned.attempt
+    return JobResult(record)
 
 
 # The wire door, after the commit.

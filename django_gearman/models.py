@@ -183,3 +183,38 @@ class JobRecord(models.Model):
         if self.last_attempted_at is None:
             return None
         return (self.finished_at or timezone.now()) - self.last_attempted_at
+
+
+class JobAttempt(models.Model):
+    """
+    One attempt at a job that came to nothing: its worker was lost, or it raised and is tried again.
+
+    The last attempt of each job stands in its ``JobRecord``.
+    """
+
+    job = models.ForeignKey(
+        JobRecord,
+        models.CASCADE,
+        verbose_name=_("job"),
+        related_name="past_attempts",
+        db_index=False,  # the constraint's index serves it
+    )
+    number = models.PositiveIntegerField(_("attempt"))
+    """From 1."""
+
+    worker = models.CharField(_("worker"), max_length=128, blank=True, default="")
+    started_at = models.DateTimeField(_("started at"), null=True, blank=True)
+    finished_at = models.DateTimeField(_("finished at"))
+    exception = models.CharField(_("exception"), max_length=512, blank=True, default="")
+    """Import path of the exception's class; empty when the server told the reason."""
+
+    message = models.TextField(_("message"), blank=True, default="")
+    traceback = models.TextField(_("traceback"), blank=True, default="")
+
+    class Meta:
+        verbose_name = _("job attempt")
+        verbose_name_plural = _("job attempts")
+        constraints = [models.UniqueConstraint(fields=["job", "number"], name="job_attempt_unique")]
+
+    def __str__(self) -> str:
+        return f"attempt {self.number} of #{self.job_id}"

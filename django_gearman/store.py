@@ -24,7 +24,7 @@ from django.utils import timezone
 
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
-from .models import JobRecord, ServerLease
+from .models import JobAttempt, JobRecord, ServerLease
 from .server.entries import (
     Entry,
     JobDue,
@@ -47,6 +47,7 @@ RENEW_INTERVAL: Final = 5.0
 _READY: Final = Status.READY.value
 _SCHEDULED: Final = Status.SCHEDULED.value
 _RUNNING: Final = Status.RUNNING.value
+_RETRYING: Final = Status.RETRYING.value
 _MAX_PROGRESS: Final = 2**63 - 1
 
 
@@ -103,6 +104,7 @@ class DatabaseStore:
             ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
             owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
             owned.filter(background=False).update(status=Status.CANCELLED, **ended)
+            self._execute(sql.keep_interrupted, [self._now(), self._lease_id])
             owned.filter(status=_RUNNING).update(
                 status=_READY, server_epoch=self.epoch, numerator=None, denominator=None
             )
@@ -113,7 +115,7 @@ class DatabaseStore:
         sql = self._sql
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
-            now = self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
+            now = self._now()
             is_due = bool(self._execute(sql.due, [now]))
             rows = [] if is_due else self._unclaimed(limit, full)
         if not rows and not is_due and monotonic() - self._renewed < RENEW_INTERVAL:
@@ -124,6 +126,10 @@ class DatabaseStore:
                 self._execute(sql.make_ready, [now])
                 rows = self._unclaimed(limit, full)
             return self._take(rows)
+
+    def _now(self) -> Any:
+        """This machine's time, as the driver takes it."""
+        return self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
 
     def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Any]:
         names = [name.decode() for name in full]
@@ -169,6 +175,22 @@ class DatabaseStore:
             self._insert([row | common for row in queued.values()])
         for columns, changes in batch.changes_by_columns():
             self._update(columns, changes)
+        if batch.attempts:
+            self._keep_attempts(batch.attempts)
+
+    def _keep_attempts(self, attempts: list[JobRequeued]) -> None:
+        prepare = self._preparer()
+        rows = []
+        for entry in attempts:
+            values = [
+                entry.attempt,
+                text_of(entry.worker)[:128],
+                _moment(entry.started_at),
+                _moment(entry.at),
+                *_failure(entry).values(),
+            ]
+            rows.append([*map(prepare, values), text_of(entry.handle), self._lease_id, entry.attempt])
+        self._execute_many(self._sql.keep_attempt, rows)
 
     def _write_one_by_one(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
         """A row of the batch is bad: find it, without refusing its neighbours."""
@@ -327,6 +349,21 @@ class _Statements:
             f"UPDATE {table} SET {columns['handle']} = %s, {server} = %s, {columns['server_epoch']} = %s "  # noqa: S608
             f"WHERE {columns['id']} = %s AND {unclaimed}"
         )
+        attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
+        kept = quote(JobAttempt._meta.db_table)
+        what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
+        # Not twice, when a batch is written again because nobody knows what became of it.
+        self.keep_attempt = (
+            f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, {', '.join(['%s'] * len(_ATTEMPT_FIELDS))} "  # noqa: S608
+            f"FROM {table} WHERE {columns['handle']} = %s AND {server} = %s AND NOT EXISTS (SELECT 1 FROM {kept} "
+            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = %s)"
+        )
+        self.keep_interrupted = (
+            f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, {columns['attempts']}, {columns['worker']}, "  # noqa: S608
+            f"{columns['last_attempted_at']}, %s, '', 'The job server ended before the job did', '' "
+            f"FROM {table} WHERE {server} = %s AND {status} = '{_RUNNING}' AND NOT EXISTS (SELECT 1 FROM {kept} "
+            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = {columns['attempts']})"
+        )
         self._unclaimed = f"SELECT {job} FROM {by('job_claim')} WHERE {unclaimed}"  # noqa: S608
         self._not_in = f" AND {columns['function']} NOT IN "
         self._first = f" {order} LIMIT %s"
@@ -355,6 +392,18 @@ _JOB_FIELDS: Final = (
     "max_attempts",
     "reducer",
     "run_after",
+    "timeout",
+)
+
+
+_ATTEMPT_FIELDS: Final = (
+    "number",
+    "worker",
+    "started_at",
+    "finished_at",
+    "exception",
+    "message",
+    "traceback",
 )
 
 
@@ -376,12 +425,13 @@ class _Folded:
     A batch as one final state per job, so that each row is written once.
 
     ``queued`` are rows to insert, ``changed`` the columns to set in rows that
-    are there: {handle: {column: value}}.
+    are there: {handle: {column: value}}. ``attempts`` are those that came to nothing.
     """
 
     def __init__(self, entries: Sequence[Entry], queue_of: Callable[[str], str]) -> None:
         self.queued: dict[bytes, Row] = {}
         self.changed: dict[bytes, Row] = {}
+        self.attempts: list[JobRequeued] = []
         self._queue_of = queue_of
         for entry in entries:
             if type(entry) is JobQueued:
@@ -391,6 +441,8 @@ class _Folded:
                 if row is None:
                     row = self.changed.setdefault(entry.handle, {})
                 _change(row, entry)
+            if type(entry) is JobRequeued:
+                self.attempts.append(entry)
 
     def is_there(self, handle: bytes) -> None:
         """The row was inserted by an earlier attempt; only what happened since is to be written."""
@@ -440,6 +492,8 @@ def _change(row: Row, entry: Entry) -> None:
             row.update(numerator=_progress(entry.numerator), denominator=_progress(entry.denominator))
         case JobRequeued():
             row.update(status=_READY, numerator=None, denominator=None)
+            if entry.run_after > entry.at:
+                row.update(status=_RETRYING, run_after=_moment(entry.run_after))
         case JobDue():
             row["status"] = _READY
         case JobKept():
@@ -452,8 +506,8 @@ def _change(row: Row, entry: Entry) -> None:
                 row.update(_failure(entry))
 
 
-def _failure(entry: JobFinished) -> Row:
-    """The three columns that say why a job failed, from what the worker or the server told."""
+def _failure(entry: JobFinished | JobRequeued) -> Row:
+    """The three columns that say why an attempt failed, from what the worker or the server told."""
     if not entry.data:
         return {"exception": "", "message": entry.reason, "traceback": ""}
     told = exception_of(entry.data)
@@ -470,7 +524,7 @@ def _storable(text: str) -> str:
 
 
 def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
-    _, _, function, unique, workload, priority, attempts, max_attempts, reducer, run_after = row
+    _, _, function, unique, workload, priority, attempts, max_attempts, reducer, run_after, timeout = row
     return StoredJob(
         handle.encode(),
         function.encode(),
@@ -481,6 +535,7 @@ def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
         max_attempts,
         reducer.encode(),
         _seconds(run_after),
+        timeout,
     )
 
 

@@ -23,6 +23,23 @@ A function that our job server serves itself: submitted in the background, it
 makes the server look for new rows in its database. No import path has a colon.
 """
 
+ATTEMPTS = b"attempts"
+"""
+An option of our job server: the worker speaks of attempts.
+
+It is then sent OPTION_RES ``attempt N M`` ahead of each job that is not simply
+handed out for the first time: the N-th of M attempts, M 0 when the job has no
+number of its own. No other server knows the option; all answer UNKNOWN_OPTION.
+"""
+
+RETRY = b"retry "
+"""
+OPTION_REQ ``retry MILLISECONDS HANDLE``, from a worker that speaks of attempts.
+
+The WORK_EXCEPTION of the job that follows is not its end: a background job with
+attempts left waits so long and is handed out again. Has no answer.
+"""
+
 _header = Struct(">4sII")
 _size = Struct(">I")
 

@@ -25,7 +25,7 @@ from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
-from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
+from ..protocol.packets import ATTEMPTS, CLAIM, HIGHEST_TYPE, RETRY, PacketType, encode_response
 from ..protocol.reader import Packet
 from .cron import next_match
 from .entries import (
@@ -56,6 +56,9 @@ PENDING, DELAYED, READY, RUNNING, GONE = JobState
 
 SECOND: Final = 1000
 """Milliseconds; gearmand takes no shorter time limit."""
+
+LONGEST_RETRY: Final = 10 * 365 * 86_400.0
+"""Seconds; a worker's number is not trusted to be a time."""
 
 LATEST: Final = 253_370_764_800
 """The year 9999, in seconds since 1970: as late as a database's column goes."""
@@ -159,6 +162,7 @@ class Peer:
         "abilities",
         "address",
         "asleep",
+        "attempts",
         "cancelled",
         "client_id",
         "enlisted",
@@ -168,6 +172,7 @@ class Peer:
         "listens",
         "number",
         "output",
+        "retry",
         "running",
         "shell",
         "timeouts",
@@ -188,6 +193,10 @@ class Peer:
         """Whether it stands among the sleepers of every function it offers."""
         self.running: dict[bytes, Job] = {}
         self.listens: set[Job] = set()
+        self.attempts = False
+        """Whether it speaks of attempts: the extension that ``packets.ATTEMPTS`` tells of."""
+        self.retry: tuple[bytes, float] | None = None
+        """Handle of the job whose exception comes next and is not its end; seconds until another attempt."""
         self.excused: bytes | None = None
         """Handle of its last WORK_EXCEPTION: Perl's workers send WORK_FAIL after it."""
         self.cancelled: dict[bytes, None] = {}
@@ -360,6 +369,7 @@ class JobServer:
             job.due = stored.run_after
             job.attempts = stored.attempts
             job.max_attempts = stored.max_attempts
+            job.timeout = stored.timeout
             key = self._unique_key(stored.unique, stored.workload)
             if key is not None and key not in function.uniques:
                 job.key = key
@@ -522,9 +532,16 @@ class JobServer:
         job.state = RUNNING
         job.worker = peer
         job.attempts += 1
+        job.started_at = self.now
         peer.running[job.handle] = job
-        if peer.timeouts is not None and function.name in peer.timeouts:
-            self._limited[job] = self.clock + peer.timeouts[function.name]
+        if peer.timeouts is not None or job.timeout is not None:
+            limits = [job.timeout, (peer.timeouts or {}).get(function.name)]
+            given = [limit for limit in limits if limit is not None]
+            if given:
+                self._limited[job] = self.clock + min(given)
+        if peer.attempts and (job.attempts > 1 or job.max_attempts is not None):
+            told = b"attempt %d %d" % (job.attempts, job.max_attempts or 0)
+            self._send(peer, encode_response(PacketType.OPTION_RES, told))
         if job.recorded:
             self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
         return job
@@ -610,6 +627,10 @@ class JobServer:
             self._refuse_result(peer, handle, b"An exception was received for a job that does not exist")
             return
         peer.excused = handle
+        retry, peer.retry = peer.retry, None
+        if retry is not None and retry[0] == handle and self._may_try_again(job):
+            self._requeue(job, "", data, self.now + retry[1])
+            return
         failed = encode_response(PacketType.WORK_FAIL, handle)
         exception = encode_response(PacketType.WORK_EXCEPTION, handle, data)
         for listener in job.listeners or ():
@@ -786,7 +807,14 @@ class JobServer:
         peer.client_id = bytes(byte if byte >= 0x20 and byte != 0x7F else 0x3F for byte in arguments[0][:127])
 
     def _option_req(self, peer: Peer, arguments: list[bytes]) -> None:
-        if arguments[0].rstrip(b"\0").lower() == b"exceptions":
+        option = arguments[0]
+        if option == ATTEMPTS:
+            peer.attempts = True
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif peer.attempts and option.startswith(RETRY):
+            delay, _, handle = option.removeprefix(RETRY).partition(b" ")
+            peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
+        elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
         else:
@@ -902,26 +930,43 @@ class JobServer:
 
     def _lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
         """The worker left, gave the job back or took too long: no outcome, so it waits again."""
-        self._release(job)
         limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
             self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
         elif limit and job.attempts >= limit:
             self._fail(job, Outcome.DEAD, f"{cause} at the last of {job.attempts} attempts")
         else:
-            job.numerator = job.denominator = b"0"
-            job.progress_unsaved = False
-            job.state = READY
-            function = job.function
-            if self._fair:
-                function.put_back(job)
-            else:
-                function.put(job)
-            self.ready[function] = None
-            if job.recorded:
-                self.entries.append(JobRequeued(job.handle))
-            if function.sleepers:
-                self._wake(function)
+            self._requeue(job, cause)
+
+    def _may_try_again(self, job: Job) -> bool:
+        """Whether its worker may ask for another attempt: a client that waits wants the exception."""
+        return job.background and (job.max_attempts is None or job.attempts < job.max_attempts)
+
+    def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
+        """An attempt came to nothing: the job waits again, before all others or for its time."""
+        assert job.worker is not None, "only a job that runs comes back"
+        if job.recorded:
+            self.entries.append(
+                JobRequeued(
+                    job.handle, job.worker.identity, job.attempts, job.started_at, self.now, reason, data, due
+                )
+            )
+        self._release(job)
+        job.numerator = job.denominator = b"0"
+        job.progress_unsaved = False
+        if due > self.now:
+            job.due = due
+            self._admit(job)
+            return
+        job.state = READY
+        function = job.function
+        if self._fair:
+            function.put_back(job)
+        else:
+            function.put(job)
+        self.ready[function] = None
+        if function.sleepers:
+            self._wake(function)
 
     def _release(self, job: Job) -> None:
         if job.worker is not None:

@@ -70,9 +70,24 @@ class JobProgress(NamedTuple):
 
 
 class JobRequeued(NamedTuple):
-    """The worker left without an outcome; the job waits again."""
+    """
+    An attempt came to nothing, and the job waits again.
+
+    ``data`` is the exception's when the worker wants another attempt; ``reason``
+    is the server's own word when the worker was lost.
+    """
 
     handle: bytes
+    worker: bytes
+    attempt: int
+    """Which attempt it was, from 1."""
+
+    started_at: float
+    at: float
+    reason: str
+    data: bytes = b""
+    run_after: float = 0.0
+    """Wall time before which there is no other attempt; 0 for none."""
 
 
 class JobFinished(NamedTuple):
@@ -106,3 +121,5 @@ class StoredJob(NamedTuple):
     max_attempts: int | None
     reducer: bytes = b""
     run_after: float = 0.0
+    timeout: int | None = None
+    """Seconds that one attempt may take."""

@@ -52,7 +52,9 @@ class Job:
         "recorded",
         "reducer",
         "serial",
+        "started_at",
         "state",
+        "timeout",
         "unique",
         "worker",
         "workload",
@@ -93,7 +95,11 @@ class Job:
         """JOB_CREATED replies that wait for the commit; None when there is nothing to wait for."""
         self.attempts = 0
         self.max_attempts: int | None = None
-        """How many workers may be lost to it; None for the server's own limit."""
+        """How often it may be handed out; None for the server's own limit."""
+        self.timeout: int | None = None
+        """Seconds that one attempt may take."""
+        self.started_at = 0.0
+        """Wall time of the last hand-out."""
         self.numerator = b"0"
         self.denominator = b"0"
         self.progress_at = 0.0

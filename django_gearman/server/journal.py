@@ -25,7 +25,7 @@ from typing import Final, Protocol
 
 from ..exceptions import LeaseLost, StoreError
 from .core import JobServer
-from .entries import Entry, JobFinished, JobKept, JobQueued, JobStarted, Outcome, StoredJob
+from .entries import Entry, JobFinished, JobKept, JobQueued, JobRequeued, JobStarted, Outcome, StoredJob
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,9 @@ class MemoryStore:
                 for jobs in (self.jobs, self._foreground):
                     if handle in jobs:
                         jobs[handle] = jobs[handle]._replace(attempts=entry.attempts)
+            elif isinstance(entry, JobRequeued):
+                if handle in self.jobs and entry.run_after:
+                    self.jobs[handle] = self.jobs[handle]._replace(run_after=entry.run_after)
             elif isinstance(entry, JobFinished):
                 self.jobs.pop(handle, None)
                 self._foreground.pop(handle, None)

@@ -18,7 +18,7 @@ from typing import Final
 
 from ..client.connection import Connection
 from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
-from ..protocol.packets import PacketType, encode_request
+from ..protocol.packets import ATTEMPTS, RETRY, PacketType, encode_request
 from ..protocol.reader import MAX_BODY, Packet
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,32 @@ _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 class AssignedJob:
     """A job as the function that runs it sees it."""
 
-    __slots__ = ("_link", "function", "handle", "unique", "workload")
+    __slots__ = ("_link", "attempt", "function", "handle", "max_attempts", "unique", "workload")
 
-    def __init__(self, link: _Link, handle: bytes, function: bytes, unique: bytes, workload: bytes) -> None:
+    def __init__(
+        self,
+        link: _Link,
+        handle: bytes,
+        function: bytes,
+        unique: bytes,
+        workload: bytes,
+        attempt: int = 1,
+        max_attempts: int | None = None,
+    ) -> None:
         self._link = link
         self.handle = handle
         self.function = function
         self.unique = unique
         self.workload = workload
+        self.attempt = attempt
+        """Which hand-out of the job this is, from 1; always 1 where the server does not tell."""
+        self.max_attempts = max_attempts
+        """How many it may have; None where the job has no number of its own."""
+
+    @property
+    def may_return(self) -> bool:
+        """Whether its server hands a job out again that raised."""
+        return self._link.tells_attempts
 
     def send_status(self, numerator: int, denominator: int) -> None:
         """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
@@ -70,6 +88,8 @@ class JobRefused(Exception):
 
 
 WorkerFunction = Callable[[AssignedJob], bytes]
+RetryPolicy = Callable[[AssignedJob, BaseException], float | None]
+"""Seconds until a job that raised is tried again; None when it has failed."""
 
 
 class _Link:
@@ -82,6 +102,8 @@ class _Link:
         self.asleep_since: float | None = None
         """When it last had no job for us; None when it is worth asking."""
         self.retry_at = 0.0
+        self.tells_attempts = False
+        """Whether the server is ours, and speaks of attempts."""
         self._pause = FIRST_PAUSE
 
     def __str__(self) -> str:
@@ -90,6 +112,7 @@ class _Link:
     def connected(self, connection: Connection) -> None:
         self.connection = connection
         self.asleep_since = None
+        self.tells_attempts = False
 
     def answered(self) -> None:
         """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
@@ -124,6 +147,7 @@ class Worker:
         servers: Host and port of each job server.
         client_id: What the servers' ``workers`` listing calls this worker.
         describe: An exception as the data of WORK_EXCEPTION.
+        retry: What becomes of a job that raised, at servers that take it back; None when all have failed.
         connect_timeout: Seconds to wait for a connection.
         max_packet: Bytes of the largest packet body taken.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
@@ -136,6 +160,7 @@ class Worker:
         *,
         client_id: str,
         describe: Callable[[BaseException], bytes],
+        retry: RetryPolicy | None = None,
         connect_timeout: float = 1.0,
         max_packet: int = MAX_BODY,
         tls: ssl.SSLContext | None = None,
@@ -144,6 +169,7 @@ class Worker:
         self._links = [_Link(host, port) for host, port in servers]
         self._client_id = client_id.encode()
         self._describe = describe
+        self._retry = retry
         self._connect_timeout = connect_timeout
         self._max_packet = max_packet
         self._tls = tls
@@ -202,9 +228,12 @@ class Worker:
 
     def _introduction(self) -> bytes:
         """What a server must know of a worker, again after each reconnect."""
-        return encode_request(PacketType.SET_CLIENT_ID, self._client_id) + b"".join(
-            encode_request(PacketType.CAN_DO, name) for name in self._functions
-        )
+        packets = [encode_request(PacketType.SET_CLIENT_ID, self._client_id)]
+        if self._retry is not None:
+            # Answered before any job; other servers answer ERROR and go on.
+            packets.append(encode_request(PacketType.OPTION_REQ, ATTEMPTS))
+        packets += [encode_request(PacketType.CAN_DO, name) for name in self._functions]
+        return b"".join(packets)
 
     def _next_link(self) -> _Link | None:
         """The next server to ask: each in turn, those not that said they would wake us."""
@@ -237,11 +266,18 @@ class Worker:
     def _assignment(self, link: _Link, connection: Connection) -> AssignedJob | None:
         """The job that the server gives; None when it has none, after telling it that we sleep."""
         deadline = monotonic() + ANSWER_LIMIT
+        attempt, max_attempts = 1, 0
         while True:
             kind, arguments = connection.receive(deadline)
             link.answered()
             if kind == PacketType.JOB_ASSIGN_UNIQ:
-                return AssignedJob(link, *arguments)
+                return AssignedJob(link, *arguments, attempt, max_attempts or None)
+            if kind == PacketType.OPTION_RES:
+                if arguments[0] == ATTEMPTS:
+                    link.tells_attempts = True
+                else:
+                    attempt, max_attempts = _attempt(arguments[0])
+                continue
             if kind == PacketType.NO_JOB:
                 connection.send(_PRE_SLEEP)
                 link.asleep_since = monotonic()
@@ -250,7 +286,7 @@ class Worker:
 
     def _note(self, packet: Packet) -> None:
         kind, arguments = packet
-        if kind == PacketType.ERROR:
+        if kind == PacketType.ERROR and arguments[0].upper() != b"UNKNOWN_OPTION":
             logger.warning("The job server answered %s", b": ".join(arguments).decode(errors="replace"))
 
     def _wait(self) -> None:
@@ -304,9 +340,22 @@ class Worker:
             raise
         except BaseException as error:  # whatever a job raises ends the job, not the worker
             report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(error))
-            logger.error(
-                "Job %s (%s) failed after %.2f s: %s", handle, name, monotonic() - started, _told(error)
-            )
+            delay = self._retry(job, error) if self._retry is not None and job.may_return else None
+            if delay is None:
+                logger.error(
+                    "Job %s (%s) failed after %.2f s: %s", handle, name, monotonic() - started, _told(error)
+                )
+            else:
+                report = encode_request(PacketType.OPTION_REQ, RETRY + b"%d %s" % (delay * 1000, job.handle)) + report
+                logger.warning(
+                    "Job %s (%s) failed after %.2f s at attempt %d and is tried again in %.1f s: %s",
+                    handle,
+                    name,
+                    monotonic() - started,
+                    job.attempt,
+                    delay,
+                    _told(error),
+                )
         else:
             if len(result) + len(job.handle) + 1 > self._max_packet:
                 problem = ValueError(
@@ -320,6 +369,14 @@ class Worker:
                 logger.info("Job %s (%s) succeeded in %.2f s", handle, name, monotonic() - started)
         self.jobs_done += 1
         return report
+
+
+def _attempt(told: bytes) -> tuple[int, int]:
+    """``attempt N M`` as numbers; of anything else, the first of no number."""
+    words = told.split(b" ")
+    if len(words) == 3 and words[0] == b"attempt" and words[1].isdigit() and words[2].isdigit():
+        return int(words[1]), int(words[2])
+    return 1, 0
 
 
 def _told(error: BaseException) -> str:

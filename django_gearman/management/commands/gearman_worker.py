@@ -16,8 +16,8 @@ from django.db import connections
 from ... import conf
 from ...addresses import split_address
 from ...encoding import describe_exception
-from ...jobs import Job, perform_assigned, registry
-from ...worker.loop import Worker, WorkerFunction
+from ...jobs import Job, pause_before_retry, perform_assigned, registry
+from ...worker.loop import AssignedJob, Worker, WorkerFunction
 from ...worker.supervisor import Supervisor
 from ..console import log_to_terminal
 
@@ -117,6 +117,7 @@ def _work(
         servers,
         client_id=f"{socket.gethostname()}:{os.getpid()}",
         describe=describe_exception,
+        retry=_pause_before_retry,
         connect_timeout=settings.connect_timeout,
         max_packet=settings.max_packet,
         tls=tls,
@@ -125,6 +126,11 @@ def _work(
         worker.run(control)
     finally:
         connections.close_all()
+
+
+def _pause_before_retry(assigned: AssignedJob, error: BaseException) -> float | None:
+    job = registry.get(assigned.function.decode(errors="replace"))
+    return None if job is None else pause_before_retry(job, assigned, error)
 
 
 def _cores() -> int:
