@@ -331,6 +331,12 @@ class HTTPConnection(Connection):
         self._blocked = False
         self._go_on()
 
+    def close(self) -> None:
+        self._conversation.now = self._server.core.now
+        self._conversation.end()
+        self._send()
+        self._transport.close()
+
 
 class GearmanServer:
     """
