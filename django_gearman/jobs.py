@@ -799,8 +799,8 @@ def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseExcept
         return None
     budget = assigned.max_attempts or job.max_attempts
     if budget is None:
-        budget = (conf.settings_for().job_retries or math.inf) if isinstance(error, Retry) else 1
-    if assigned.attempt >= budget:
+        budget = conf.settings_for().job_retries if isinstance(error, Retry) else 1
+    if 0 < budget <= assigned.attempt:
         return None
     if isinstance(error, Retry) and error.after is not None:
         return max(error.after, 0.0)

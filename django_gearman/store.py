@@ -352,17 +352,21 @@ class _Statements:
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
         what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
+        marks = ", ".join(["%s"] * len(_ATTEMPT_FIELDS))
+        insert = f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, "
         # Not twice, when a batch is written again because nobody knows what became of it.
+        unless_kept = (
+            f"NOT EXISTS (SELECT 1 FROM {kept} "  # noqa: S608
+            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = "
+        )
         self.keep_attempt = (
-            f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, {', '.join(['%s'] * len(_ATTEMPT_FIELDS))} "  # noqa: S608
-            f"FROM {table} WHERE {columns['handle']} = %s AND {server} = %s AND NOT EXISTS (SELECT 1 FROM {kept} "
-            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = %s)"
+            f"{insert}{marks} FROM {table} "
+            f"WHERE {columns['handle']} = %s AND {server} = %s AND {unless_kept}%s)"
         )
         self.keep_interrupted = (
-            f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, {columns['attempts']}, {columns['worker']}, "  # noqa: S608
-            f"{columns['last_attempted_at']}, %s, '', 'The job server ended before the job did', '' "
-            f"FROM {table} WHERE {server} = %s AND {status} = '{_RUNNING}' AND NOT EXISTS (SELECT 1 FROM {kept} "
-            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = {columns['attempts']})"
+            f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
+            f"'', 'The job server ended before the job did', '' FROM {table} "
+            f"WHERE {server} = %s AND {status} = '{_RUNNING}' AND {unless_kept}{columns['attempts']})"
         )
         self._unclaimed = f"SELECT {job} FROM {by('job_claim')} WHERE {unclaimed}"  # noqa: S608
         self._not_in = f" AND {columns['function']} NOT IN "

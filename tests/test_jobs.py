@@ -22,15 +22,17 @@ from django_gearman import JobContext, job
 from django_gearman import jobs as machinery
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
+    Discard,
     InvalidJob,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
     ResponseTimeout,
+    Retry,
     WaitInTransaction,
 )
-from django_gearman.jobs import Job, perform_assigned, queue_of
+from django_gearman.jobs import Job, JobResult, pause_before_retry, perform_assigned, queue_of
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 
@@ -75,6 +77,8 @@ class Reports:
     handle = b"H:one:1.1"
     unique = b"key"
     workload = b'{"args": [1], "kwargs": {}}'
+    attempt = 1
+    max_attempts: int | None = None
 
     def __init__(self, workload: bytes = workload) -> None:
         self.workload = workload
@@ -860,3 +864,86 @@ class TestThreads:
         first = machinery.client_for()
         settings.GEARMAN = {"default": {"TIMEOUT": 7}}
         assert machinery.client_for() is not first
+
+
+class TestAttempts:
+    """What becomes of a job that raised."""
+
+    @staticmethod
+    def assigned(attempt: int = 1, max_attempts: int | None = None) -> Reports:
+        reports = Reports()
+        reports.attempt, reports.max_attempts = attempt, max_attempts
+        return reports
+
+    def test_without_a_number_it_has_failed(self) -> None:
+        assert pause_before_retry(jobs.add, self.assigned(), ValueError()) is None
+
+    def test_pauses_grow_and_differ(self, registry: dict[str, Any]) -> None:
+        patient = job(max_attempts=100)(plain)
+        for attempt, middle in ((1, 2), (2, 4), (5, 32), (11, 2048), (12, 3600), (99, 3600)):
+            pauses = {pause_before_retry(patient, self.assigned(attempt), OSError()) for _ in range(20)}
+            assert len(pauses) > 10
+            assert all(pause is not None and 0.75 * middle <= pause <= 1.25 * middle for pause in pauses)
+
+    def test_number_of_the_row_counts_before_that_of_the_function(self, registry: dict[str, Any]) -> None:
+        patient = job(max_attempts=5)(plain)
+        assert pause_before_retry(patient, self.assigned(2, 2), OSError()) is None
+        assert pause_before_retry(patient, self.assigned(5, 6), OSError()) is not None
+        assert pause_before_retry(patient, self.assigned(5), OSError()) is None
+
+    def test_backoff_decides(self, registry: dict[str, Any], transactional_db: None) -> None:
+        told: list[tuple[BaseException, int, str]] = []
+
+        def backoff(error: BaseException, result: JobResult[Any]) -> float | datetime.timedelta | None:
+            told.append((error, result.attempts, result.function))
+            return {1: 7.5, 2: HOUR, 3: -1.0}.get(result.attempts)
+
+        patient = job(max_attempts=9, backoff=backoff)(plain)
+        error = OSError()
+        pauses = [pause_before_retry(patient, self.assigned(attempt), error) for attempt in (1, 2, 3, 4)]
+        assert pauses == [7.5, 3600.0, 0.0, None]
+        assert told[0] == (error, 1, "tests.test_jobs.plain")
+
+    def test_backoff_that_fails_is_told_and_the_default_taken(
+        self, registry: dict[str, Any], transactional_db: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        patient = job(max_attempts=9, backoff=lambda error, result: 1 / 0)(plain)
+        pause = pause_before_retry(patient, self.assigned(), OSError())
+        assert pause is not None
+        assert 1.5 <= pause <= 2.5
+        assert "The backoff of tests.test_jobs.plain failed" in caplog.text
+
+    def test_retry_without_a_number_has_those_of_the_setting(self, settings: Any) -> None:
+        again = Retry(after=datetime.timedelta(minutes=1))
+        assert pause_before_retry(jobs.add, self.assigned(2), again) == 60.0
+        assert pause_before_retry(jobs.add, self.assigned(3), again) is None
+        settings.GEARMAN = {"default": {"JOB_RETRIES": 0}}
+        assert pause_before_retry(jobs.add, self.assigned(1000), again) == 60.0
+
+    def test_retry_without_a_time_takes_the_backoff(self, registry: dict[str, Any]) -> None:
+        pause = pause_before_retry(job(plain), self.assigned(1), Retry("later"))
+        assert pause is not None
+        assert 1.5 <= pause <= 2.5
+
+    def test_discard_is_the_end(self, registry: dict[str, Any]) -> None:
+        patient = job(max_attempts=5)(plain)
+        assert pause_before_retry(patient, self.assigned(), Discard("no")) is None
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_attempts": 0}, "max_attempts of .*plain must be a whole number from 1 to 32767, not 0"),
+            ({"max_attempts": True}, "not True"),
+            ({"max_attempts": "3"}, "not '3'"),
+            ({"timeout": 0.5}, "timeout of .*plain must be a whole number from 1 to 2147483647, not 0.5"),
+            ({"backoff": 3}, "backoff of .*plain must be a function of the exception and the JobResult"),
+        ],
+    )
+    def test_bad_options(self, registry: dict[str, Any], options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidJob, match=message):
+            job(**options)(plain)
+
+    def test_row_has_them(self, registry: dict[str, Any], transactional_db: None) -> None:
+        job(max_attempts=7, timeout=30)(plain).enqueue(1)
+        record = JobRecord.objects.get()
+        assert (record.max_attempts, record.timeout) == (7, 30)

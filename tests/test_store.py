@@ -14,6 +14,7 @@ from django.db import connection, connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.models import JobRecord, ServerLease
 from django_gearman.server.core import LATEST
@@ -58,6 +59,11 @@ def finished(
     number: int = 1, outcome: Outcome = Outcome.SUCCESSFUL, data: bytes = b"cba", reason: str = ""
 ) -> JobFinished:
     return JobFinished(b"H:one:1.%d" % number, outcome, data, reason, AT + 2)
+
+
+def requeued(attempt: int = 1, **fields: Any) -> JobRequeued:
+    made = JobRequeued(queued().handle, b"worker.7", attempt, AT + 1, AT + 2, "The worker was lost")
+    return made._replace(**fields)
 
 
 class MemoryHouse:
@@ -138,7 +144,7 @@ class TestReplay:
 
     def test_a_started_job_comes_back_with_its_attempts(self, house: House) -> None:
         write(house.store, queued(), started())
-        write(house.store, JobRequeued(queued().handle), started(attempts=2))
+        write(house.store, requeued(), started(attempts=2))
         assert [job.attempts for job in house.restart().replay()] == [2]
 
     @pytest.mark.parametrize("outcome", Outcome)
@@ -229,7 +235,7 @@ class TestAgain:
     BATCHES = (
         pytest.param([queued()], id="queued"),
         pytest.param([queued(), started()], id="started"),
-        pytest.param([queued(), started(), JobRequeued(queued().handle)], id="requeued"),
+        pytest.param([queued(), started(), requeued()], id="requeued"),
         pytest.param([queued(), started(), finished(), queued(2)], id="finished"),
         pytest.param([queued(background=False), JobKept(queued().handle)], id="kept"),
         pytest.param(
@@ -356,7 +362,7 @@ class TestRows:
 
     def test_the_second_attempt_keeps_the_first_start(self, database: DatabaseHouse) -> None:
         write(database.store, queued(), started())
-        write(database.store, JobRequeued(queued().handle), started(attempts=2, at=AT + 60))
+        write(database.store, requeued(), started(attempts=2, at=AT + 60))
         record = row()
         assert record.started_at == datetime.fromtimestamp(AT + 1, UTC)
         assert record.last_attempted_at == datetime.fromtimestamp(AT + 60, UTC)
@@ -381,8 +387,43 @@ class TestRows:
 
     def test_a_requeued_job_has_no_progress(self, database: DatabaseHouse) -> None:
         write(database.store, queued(), started(), JobProgress(queued().handle, b"1", b"2"))
-        write(database.store, JobRequeued(queued().handle))
+        write(database.store, requeued())
         assert (row().status, row().numerator, row().denominator) == (Status.READY, None, None)
+
+    def test_an_attempt_that_came_to_nothing_is_kept(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started(), requeued())
+        told = describe_exception(ValueError("no\0way"))
+        write(database.store, started(attempts=2), requeued(2, reason="", data=told, run_after=AT + 100.5))
+        record = row()
+        assert (record.status, record.run_after) == (
+            Status.RETRYING,
+            datetime.fromtimestamp(AT + 100.5, UTC),
+        )
+        first, second = record.past_attempts.order_by("number")
+        assert (first.number, first.worker, first.message) == (1, "worker.7", "The worker was lost")
+        assert first.started_at == datetime.fromtimestamp(AT + 1, UTC)
+        assert first.finished_at == datetime.fromtimestamp(AT + 2, UTC)
+        assert (second.exception, second.message) == ("builtins.ValueError", "no\\0way")
+        assert "ValueError" in second.traceback
+        (job,) = database.restart().replay()
+        assert (job.attempts, job.run_after) == (2, AT + 100.5)
+        write(database.store, JobDue(queued().handle))
+        assert row().status == Status.READY
+
+    def test_an_attempt_that_the_server_did_not_outlive_is_kept_once(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(), started())
+        for _ in range(2):
+            database.restart().replay()
+        (attempt,) = row().past_attempts.all()
+        assert (attempt.number, attempt.worker) == (1, "worker.7")
+        assert attempt.message == "The job server ended before the job did"
+        assert attempt.started_at == datetime.fromtimestamp(AT + 1, UTC)
+
+    def test_a_batch_written_again_keeps_its_attempts_once(self, database: DatabaseHouse) -> None:
+        batch = [queued(), started(), requeued(), started(attempts=2), requeued(2)]
+        write(database.store, *batch)
+        write(database.store, *batch, again=True)
+        assert [each.number for each in row().past_attempts.order_by("number")] == [1, 2]
 
     def test_successful(self, database: DatabaseHouse) -> None:
         write(database.store, queued(), started())

@@ -5,29 +5,45 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     dependencies = [
-        ('django_gearman', '0001_initial'),
+        ("django_gearman", "0001_initial"),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='JobAttempt',
+            name="JobAttempt",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('number', models.PositiveIntegerField(verbose_name='attempt')),
-                ('worker', models.CharField(blank=True, default='', max_length=128, verbose_name='worker')),
-                ('started_at', models.DateTimeField(blank=True, null=True, verbose_name='started at')),
-                ('finished_at', models.DateTimeField(verbose_name='finished at')),
-                ('exception', models.CharField(blank=True, default='', max_length=512, verbose_name='exception')),
-                ('message', models.TextField(blank=True, default='', verbose_name='message')),
-                ('traceback', models.TextField(blank=True, default='', verbose_name='traceback')),
-                ('job', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='past_attempts', to='django_gearman.jobrecord', verbose_name='job')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("number", models.PositiveIntegerField(verbose_name="attempt")),
+                ("worker", models.CharField(blank=True, default="", max_length=128, verbose_name="worker")),
+                ("started_at", models.DateTimeField(blank=True, null=True, verbose_name="started at")),
+                ("finished_at", models.DateTimeField(verbose_name="finished at")),
+                (
+                    "exception",
+                    models.CharField(blank=True, default="", max_length=512, verbose_name="exception"),
+                ),
+                ("message", models.TextField(blank=True, default="", verbose_name="message")),
+                ("traceback", models.TextField(blank=True, default="", verbose_name="traceback")),
+                (
+                    "job",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="past_attempts",
+                        to="django_gearman.jobrecord",
+                        verbose_name="job",
+                    ),
+                ),
             ],
             options={
-                'verbose_name': 'job attempt',
-                'verbose_name_plural': 'job attempts',
-                'constraints': [models.UniqueConstraint(fields=('job', 'number'), name='job_attempt_unique')],
+                "verbose_name": "job attempt",
+                "verbose_name_plural": "job attempts",
+                "constraints": [models.UniqueConstraint(fields=("job", "number"), name="job_attempt_unique")],
             },
         ),
     ]

@@ -271,7 +271,8 @@ class Worker:
             kind, arguments = connection.receive(deadline)
             link.answered()
             if kind == PacketType.JOB_ASSIGN_UNIQ:
-                return AssignedJob(link, *arguments, attempt, max_attempts or None)
+                handle, function, unique, workload = arguments
+                return AssignedJob(link, handle, function, unique, workload, attempt, max_attempts or None)
             if kind == PacketType.OPTION_RES:
                 if arguments[0] == ATTEMPTS:
                     link.tells_attempts = True
@@ -346,7 +347,10 @@ class Worker:
                     "Job %s (%s) failed after %.2f s: %s", handle, name, monotonic() - started, _told(error)
                 )
             else:
-                report = encode_request(PacketType.OPTION_REQ, RETRY + b"%d %s" % (delay * 1000, job.handle)) + report
+                report = (
+                    encode_request(PacketType.OPTION_REQ, RETRY + b"%d %s" % (delay * 1000, job.handle))
+                    + report
+                )
                 logger.warning(
                     "Job %s (%s) failed after %.2f s at attempt %d and is tried again in %.1f s: %s",
                     handle,

@@ -1,11 +1,15 @@
 """Jobs that the tests enqueue and workers of the acceptance tests run."""
 
+import logging
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
-from django_gearman import JobContext, job
+from django_gearman import Discard, JobContext, JobResult, Retry, job
+
+logger = logging.getLogger("django_gearman.tests")
 
 
 @job
@@ -64,3 +68,44 @@ def wait_for_file(path: str) -> int:
 @job
 def kill_worker() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def soon(error: BaseException, result: JobResult[Any]) -> float:
+    """A backoff that says what it was told."""
+    logger.warning("backoff told of %s, attempt %d of job %s", error, result.attempts, result.id)
+    return 0.05
+
+
+@job(max_attempts=3, backoff=soon, takes_context=True)
+def fail_first(context: JobContext, times: int) -> list[int | None]:
+    if context.attempt <= times:
+        raise ValueError(f"attempt {context.attempt}")
+    return [context.attempt, context.max_attempts]
+
+
+@job(takes_context=True)
+def ask_again(context: JobContext, times: int) -> int:
+    """Ask for another attempt so often."""
+    if context.attempt <= times:
+        raise Retry("not ready", after=0.05)
+    return context.attempt
+
+
+@job(max_attempts=5)
+def discard() -> None:
+    raise Discard("the photo is gone")
+
+
+@job(max_attempts=2)
+def kill_worker_twice() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job(max_attempts=2, backoff=lambda error, result: 3600)
+def fail_for_an_hour() -> None:
+    raise ValueError("not now")
+
+
+@job(timeout=1, max_attempts=2)
+def sleep_long() -> None:
+    time.sleep(3)

@@ -373,7 +373,8 @@ class TestEntries:
         wire, _, worker = self.life()
         wire.entries()
         worker.leaves()
-        assert wire.entries() == [JobRequeued(handle(1))]
+        (entry,) = wire.entries()
+        assert entry == JobRequeued(handle(1), b"10.0.0.2", 1, 1000.0, 1000.0, "The worker was lost")
         wire.worker(b"f").grabs()
         assert wire.entries() == [JobStarted(handle(1), b"127.0.0.1", 2, 1000.0)]
 

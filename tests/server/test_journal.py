@@ -474,7 +474,10 @@ class TestMemoryStore:
             [self.queued(1), self.queued(2, priority=50), self.queued(3, background=False), self.queued(4)],
             again=False,
         )
-        store.write([JobStarted(handle(4), b"w", 2, 1000.0), JobRequeued(handle(4))], again=False)
+        store.write(
+            [JobStarted(handle(4), b"w", 2, 1000.0), JobRequeued(handle(4), b"w", 2, 1000.0, 1001.0, "lost")],
+            again=False,
+        )
         store.write([self.finished(1)], again=False)
         assert store.replay() == [
             StoredJob(handle(2), b"f", b"u", b"w", 50, 0, None),
