@@ -255,8 +255,12 @@ async def _serve(
         loop.add_signal_handler(number, stopped.set)
     # As gearmand: serve until no job is left.
     loop.add_signal_handler(signal.SIGUSR1, server.shut_down, Shutdown.GRACEFUL)
-    # logrotate sends it; else it says that the terminal is gone.
-    loop.add_signal_handler(signal.SIGHUP, stopped.set if has_terminal else console.reopen_log_files)
+    if not has_terminal:
+        # As gearmand, for logrotate.
+        loop.add_signal_handler(signal.SIGHUP, console.reopen_log_files)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # The terminal is gone; nohup would have had it ignored.
+        loop.add_signal_handler(signal.SIGHUP, stopped.set)
     await server.serve(sockets, stopped, http_sockets=http_sockets, ready=ready)
 
 
