@@ -408,10 +408,10 @@ class Client:
     def _server_error(self, session: _Session, asked: PacketType, code: bytes, text: bytes) -> ServerError:
         told = session.connection.server, code.decode(errors="replace"), text.decode(errors="replace")
         if code.upper() in _UNKNOWN_PACKET:
-            return CommandNotSupported(*told, command=asked.name, version=self._version(session.server))
+            return CommandNotSupported(*told, command=asked.name, version=self.server_version(session.server))
         return ServerError(*told)
 
-    def _version(self, server: str) -> str:
+    def server_version(self, server: str) -> str:
         """What a server says that it is; empty when it does not."""
         try:
             with AdminClient(

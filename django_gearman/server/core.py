@@ -102,6 +102,12 @@ class ServerOptions:
     record_foreground: bool = True
     """Whether foreground jobs leave entries too, without waiting for them."""
 
+    handle_prefix: str | None = None
+    """What every handle begins with, of this run of this server alone; None for the name and the epoch."""
+
+    worker_wakeup: int = 1
+    """How many sleeping workers get NOOP for a job that becomes ready; 0 for all."""
+
     job_retries: int = 5
     """How many workers a job may lose before it is given up; 0 for no limit."""
 
@@ -259,7 +265,8 @@ class JobServer:
         """Heap of jobs by the time that they are due; some may have ended."""
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
-        self._handle_prefix = f"H:{self.options.name}:{self.options.epoch}.".encode()
+        prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
+        self._handle_prefix = prefix.encode()
         self._idle: OrderedDict[Function, None] = OrderedDict()
         """Functions that were without workers and jobs when last looked at, longest first."""
         self._serial = 0
@@ -902,7 +909,9 @@ class JobServer:
         function.put(job)
         self.ready[function] = None
         if function.sleepers:
-            self._wake(function)
+            count = len(function.sleepers)
+            for _ in range(min(self.options.worker_wakeup or count, count)):
+                self._wake(function)
 
     def _wake(self, function: Function) -> None:
         """

@@ -95,7 +95,7 @@ class TestServerRefuses:
         ("option", "value"),
         [
             ("--port", "70000"),
-            ("--port", "http"),
+            ("--port", "no-such-service"),
             ("--store", "paper"),
             ("--name", "two words"),
             ("--name", ""),

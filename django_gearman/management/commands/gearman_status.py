@@ -220,22 +220,19 @@ class Command(BaseCommand):
         for view in views:
             if view.error and len(views) > 1:
                 self.stdout.write(view.error)
-        up = [view for view in views if not view.error]
-        for section in sections if up else ():
+        for section in sections:
+            able = [view for view in views if not view.error and getattr(view, section) is not None]
+            if not able:
+                continue
             columns, rows_of = TABLES[section]
-            rows = [
-                [view.server, *row]
-                for view in up
-                if getattr(view, section) is not None
-                for row in rows_of(view)
-            ]
+            rows = [[view.server, *row] for view in able for row in rows_of(view)]
             columns = ["server", *columns]
             if len(views) == 1:
                 columns, rows = columns[1:], [row[1:] for row in rows]
             self.stdout.write("")
             if rows:
                 self._write_table(columns, rows, limit)
-            elif any(getattr(view, section) is not None for view in up):
+            else:
                 self.stdout.write(f"No {section}.")
 
     def _write_table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], limit: int) -> None:
@@ -324,8 +321,10 @@ def _job_rows(view: ServerView) -> Iterable[list[Cell]]:
 
 
 def _unique_rows(view: ServerView) -> Iterable[list[Cell]]:
+    """Those that are none are left out; JSON has them, one for each job."""
     for unique in view.uniques or ():
-        yield [unique]
+        if unique:
+            yield [unique]
 
 
 TABLES: Final[dict[str, tuple[list[str], Callable[[ServerView], Iterable[list[Cell]]]]]] = {
