@@ -112,7 +112,7 @@ class DatabaseStore:
             ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
             owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
             owned.filter(background=False).update(status=Status.CANCELLED, **ended)
-            self._execute(sql.keep_interrupted, [self._now(), self._lease_id])
+            self._execute(sql.keep_interrupted, [self._now(), self.lease_id])
             owned.filter(status=_RUNNING).update(
                 status=_READY, server_epoch=self.epoch, numerator=None, denominator=None
             )
@@ -197,7 +197,7 @@ class DatabaseStore:
                 _moment(entry.at),
                 *_failure(entry).values(),
             ]
-            rows.append([*map(prepare, values), text_of(entry.handle), self._lease_id, entry.attempt])
+            rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
         self._execute_many(self._sql.keep_attempt, rows)
 
     def _write_one_by_one(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 from django.utils import timezone
 from django.utils.formats import date_format
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from django_gearman.models import JobRecord
+from django_gearman.models import JobAttempt, JobRecord
 
 NOTHING: Final = "\N{EN DASH}"
 
@@ -115,6 +116,45 @@ def job_duration(job: JobRecord) -> str:
         return NOTHING
     shown = format_html('<span class="gearman-span">{}</span>', duration(span))
     return with_remark(shown, _("so far")) if running else shown
+
+
+def past_attempts(attempts: Iterable[JobAttempt]) -> SafeString:
+    """Return a table of attempts that came to nothing; their long texts are annotated as ``…_head``."""
+    rows = [
+        (
+            attempt.number,
+            moment(attempt.started_at),
+            duration(attempt.finished_at - attempt.started_at) if attempt.started_at else NOTHING,
+            text(attempt.worker),
+            _why(attempt),
+        )
+        for attempt in attempts
+    ]
+    return format_html(
+        '<div class="gearman-payload" tabindex="0" role="region" aria-label="{}">'
+        '<table class="gearman-attempts"><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>',
+        _("Earlier attempts"),
+        format_html_join(
+            "",
+            '<th scope="col">{}</th>',
+            [(title,) for title in (_("Attempt"), _("Started"), _("Duration"), _("Worker"), _("Why"))],
+        ),
+        format_html_join(
+            "",
+            '<tr><th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>',
+            rows,
+        ),
+    )
+
+
+def _why(attempt: Any) -> str:
+    message, traceback = attempt.message_head or "", attempt.traceback_head or ""
+    line = ": ".join(part for part in (short_name(attempt.exception), message) if part)
+    if not traceback:
+        return text(line)
+    return format_html(
+        "<details><summary>{}</summary><pre>{}</pre></details>", text(line), visible(traceback)
+    )
 
 
 def status(job: JobRecord) -> SafeString:

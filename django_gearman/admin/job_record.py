@@ -9,13 +9,14 @@ from urllib.parse import urlencode
 from django.contrib import admin
 from django.contrib.admin.utils import flatten_fieldsets
 from django.core.exceptions import ValidationError
-from django.db.models import Q, QuerySet
+from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models.functions import Substr
 from django.forms.widgets import Script
 from django.http import HttpRequest, HttpResponse
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
-from django_gearman.models import JobRecord
+from django_gearman.models import JobAttempt, JobRecord
 
 from . import filters, format, payload
 from .change_list import JobChangeList
@@ -24,6 +25,9 @@ from .read_only import JobRecordModelAdmin, ReadOnly
 
 MATCHES = 1000
 """Jobs of one unique to find at most, newest first."""
+
+ATTEMPTS = 50
+"""Earlier attempts to show, the latest first."""
 
 BIGGEST_ID = 2**63 - 1
 
@@ -101,7 +105,9 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
         """Read one row; of the columns that may be huge, only the beginning."""
         jobs = self.get_queryset(request).select_related("server").defer(*payload.COLUMNS)
         try:
-            return jobs.annotate(**payload.heads()).get(pk=object_id)
+            return jobs.annotate(
+                **payload.heads(), has_past_attempts=Exists(JobAttempt.objects.filter(job=OuterRef("pk")))
+            ).get(pk=object_id)
         except (JobRecord.DoesNotExist, ValidationError, ValueError):
             return None
 
@@ -109,6 +115,9 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
         ended: tuple[str, ...] = ("result_value",)
         if obj is not None and obj.status in JobRecord.FAILURES:
             ended = ("exception_path", "message_text", "traceback_text")
+        past: tuple[Any, ...] = ()
+        if obj is not None and obj.has_past_attempts:  # type: ignore[attr-defined]  # annotated
+            past = ((gettext_lazy("Earlier attempts"), {"fields": ("earlier_attempts",)}),)
         return (
             (
                 gettext_lazy("Where it stands"),
@@ -120,6 +129,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
                 },
             ),
             (gettext_lazy("How it ended"), {"fields": ended}),
+            *past,
             (
                 gettext_lazy("What was asked"),
                 {
@@ -227,6 +237,14 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
     @admin.display(description=gettext_lazy("traceback"))
     def traceback_text(self, job: JobRecord) -> str:
         return payload.prose(job, "traceback", _("Traceback"))
+
+    @admin.display(description=gettext_lazy("attempts"))
+    def earlier_attempts(self, job: JobRecord) -> str:
+        attempts = job.past_attempts.order_by("-number").annotate(
+            message_head=Substr("message", 1, payload.SHOWN),
+            traceback_head=Substr("traceback", 1, payload.READ),
+        )
+        return format.past_attempts(attempts.defer("message", "traceback")[:ATTEMPTS])
 
     @admin.display(description=gettext_lazy("kind"))
     def kind(self, job: JobRecord) -> str:

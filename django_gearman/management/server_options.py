@@ -149,7 +149,7 @@ def _add_jobs(parser: ArgumentParser) -> None:
         "--job-retries",
         "-j",
         type=_count,
-        default=ServerOptions.job_retries,
+        default=conf.settings_for().job_retries,
         metavar="N",
         help="How many workers a job may lose before it is given up; 0 for no limit (default: %(default)s).",
     )

@@ -108,8 +108,8 @@ class ServerOptions:
     worker_wakeup: int = 1
     """How many sleeping workers get NOOP for a job that becomes ready; 0 for all."""
 
-    job_retries: int = 5
-    """How many workers a job may lose before it is given up; 0 for no limit."""
+    job_retries: int = 3
+    """How often a job without a number of its own is handed out to workers that are lost; 0 for no limit."""
 
     timeout_in_seconds: bool = False
     """Whether CAN_DO_TIMEOUT counts seconds, as Perl's workers and old servers do, and not milliseconds."""

@@ -1,5 +1,6 @@
 """The list and the page of one job, as HTML."""
 
+import datetime
 import html
 import json
 import re
@@ -7,7 +8,7 @@ import re
 import pytest
 from django.contrib.auth.models import Permission, User
 
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import JobAttempt, JobRecord, ServerLease
 
 from .conftest import LIST
 
@@ -57,6 +58,32 @@ class TestProgress:
         page = text_of(admin_page())
         assert '<progress max="6" value="6"' in page
         assert '<progress max="6" value="0"' in page
+
+
+class TestEarlierAttempts:
+    def test_job_of_one_attempt_has_none(self, admin_page, make_job):
+        assert "Earlier attempts" not in text_of(admin_page(f"{make_job('FAILED').pk}/change/"))
+
+    def test_each_says_why(self, admin_page, make_job):
+        job = make_job("RETRYING", attempts=2)
+        for number in (1, 2):
+            JobAttempt.objects.create(
+                job=job,
+                number=number,
+                worker="host:7",
+                started_at=job.enqueued_at,
+                finished_at=job.enqueued_at + datetime.timedelta(seconds=number),
+                exception="builtins.ValueError",
+                message=f"attempt {number} {HOSTILE}",
+                traceback="Traceback: " + HOSTILE,
+            )
+        page = text_of(admin_page(f"{job.pk}/change/"))
+        assert "Earlier attempts" in page
+        assert page.index("attempt 2") < page.index("attempt 1")
+        assert "ValueError: attempt 1 &lt;script&gt;" in page
+        assert "<script>alert" not in page
+        assert "Traceback: &lt;script&gt;" in page
+        assert "1.00 s" in page
 
 
 class TestPageOfOneJob:
