@@ -160,7 +160,7 @@ class TestKill:
                 )
         killer.refresh()
         assert (killer.status, killer.attempts) == (Status.DEAD, 3)
-        (error,) = killer.errors
+        *_, error = killer.errors
         assert error.message == "The worker was lost at the last of 3 attempts"
         for number, other in enumerate(others):
             other.refresh()
