@@ -151,11 +151,12 @@ class PidFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_ours and self._is_there(self._descriptor):
+        if self._is_ours:
             try:
-                os.unlink(self._path)
+                if self._is_there(self._descriptor):
+                    os.unlink(self._path)
             except OSError:
-                # The folder is not that of the user who was switched to.
+                # The folder is closed to the user who was switched to.
                 os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 

@@ -60,9 +60,13 @@ SECOND: Final = 1000
 LONGEST_RETRY: Final = 10 * 365 * 86_400.0
 """Seconds; a worker's number is not trusted to be a time."""
 
+MAX_HANDLE: Final = 63
+"""Bytes in a handle that is not ours; gearmand has no longer ones."""
+
 LATEST: Final = 253_370_764_800
 """The year 9999, in seconds since 1970: as late as a database's column goes."""
 
+_HANDLE_TOO_LARGE = b"Error occurred due to GEARMAND_JOB_HANDLE_SIZE being too small from snprintf"
 _NO_JOB = encode_response(PacketType.NO_JOB)
 _NOOP = encode_response(PacketType.NOOP)
 _SUBMISSIONS: dict[PacketType, tuple[int, bool]] = {
@@ -621,8 +625,13 @@ class JobServer:
         handle = arguments[0].rstrip(b"\0")
         job = peer.running.get(handle)
         if job is None:
-            if handle != peer.excused:
-                self._refuse_result(peer, handle, b"Job given in work result not found")
+            if handle == peer.excused:
+                return
+            if len(handle) > MAX_HANDLE and handle not in peer.cancelled:
+                # gearmand says so here alone.
+                self.refuse(peer, b"ARGUMENT_TOO_LARGE", _HANDLE_TOO_LARGE)
+                return
+            self._refuse_result(peer, handle, b"Job given in work result not found")
             return
         self._fail(job, Outcome.FAILED, "The worker reported that the job failed")
 
@@ -768,6 +777,10 @@ class JobServer:
     def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle = arguments[0].rstrip(b"\0")
         job = self.jobs.get(handle)
+        if job is None and len(handle) > MAX_HANDLE:
+            # gearmand does not answer.
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Job handle too large")
+            return
         if job is None or job.state is PENDING:
             self._send(peer, encode_response(PacketType.STATUS_RES, handle, b"0", b"0", b"0", b"0"))
             return

@@ -228,7 +228,9 @@ class TestSeveralServers:
         down = f"127.0.0.1:{harness.free_port()}"
         assert refusal("--servers", down).startswith(f"No job server answers at {down} ")
 
-    def test_one_speaks_nonsense(self):
+    def test_one_speaks_nonsense(self, settings: Any):
+        settings.GEARMAN = {"default": {"TIMEOUT": 0.5}}
+
         def script(peer: Peer) -> None:
             peer.receive_line()
             peer.socket.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")

@@ -162,8 +162,11 @@ class TestForeground:
     def test_output_comes_at_once(self, server: str, tmp_path: Path):
         out, err = tmp_path / "out", tmp_path / "err"
         go_on.clear()
+        started = command(server, "slow", "x")
+        # It would do so without us.
+        started["env"].pop("PYTHONUNBUFFERED", None)
         with out.open("wb") as stdout, err.open("wb") as stderr:
-            process = subprocess.Popen(**command(server, "slow", "x"), stdout=stdout, stderr=stderr)
+            process = subprocess.Popen(**started, stdout=stdout, stderr=stderr)
         try:
             harness.wait_until(lambda: out.read_bytes() == b"at once", LIMIT)
             harness.wait_until(lambda: err.read_text() == "50% (1/2)\n", LIMIT)

@@ -1,0 +1,41 @@
+"""Fixtures of the interoperability suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests import harness
+
+from .gearmand import Gearmand
+from .languages import Server
+
+
+@pytest.fixture(scope="module")
+def our_server() -> Iterator[harness.GearmanServerProcess]:
+    """Our job server, without a database, for all tests of a file."""
+    with harness.server(store="memory") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def their_server() -> Iterator[Gearmand]:
+    """The C gearmand, for all tests of a file."""
+    with Gearmand() as process:
+        yield process
+
+
+@pytest.fixture(scope="module", params=["ours", "gearmand"])
+def either_server(request: pytest.FixtureRequest) -> Server:
+    """Each of the two in turn: what holds with both is what programs rely on."""
+    name = "our_server" if request.param == "ours" else "their_server"
+    return request.getfixturevalue(name)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test starts, to be stopped at its end."""
+    with ExitStack() as made:
+        yield made
