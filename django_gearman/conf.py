@@ -56,6 +56,9 @@ class GearmanSettings:
     job_retries: int = 3
     """How often a job is handed out that has no ``max_attempts`` and loses its workers; 0 for no limit."""
 
+    lease: float = 15.0
+    """Seconds after which the jobs of a job server that was not heard of are taken over by another."""
+
     record_foreground: bool = True
     """Whether foreground jobs leave records too."""
 

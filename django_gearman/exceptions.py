@@ -237,6 +237,7 @@ class LeaseLost(StoreError):
 
     def __str__(self) -> str:
         return (
-            f"another job server runs under the name {self.server!r} on this database and has taken over; "
-            "give each server its own --name"
+            f"the job server {self.server!r} was replaced: another one runs under its name on this database "
+            "(give each its own --name), or nothing was heard of it for too long and its jobs were taken "
+            "over (start it again)"
         )

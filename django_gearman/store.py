@@ -8,9 +8,10 @@ journal's in ``server/entries.py``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
 from time import monotonic
 from typing import Any, Final
@@ -38,11 +39,16 @@ from .server.entries import (
     StoredJob,
 )
 
+logger = logging.getLogger(__name__)
+
 Status = JobRecord.Status
 Row = dict[str, Any]
 
-RENEW_INTERVAL: Final = 5.0
-"""Seconds after which a server with nothing to write says that it is alive."""
+LEASE: Final = 15.0
+"""Seconds after which the jobs of a server that was not heard of are taken over."""
+
+ADOPTED_AT_ONCE: Final = 10_000
+"""Rows of a dead server that are freed in one transaction."""
 
 _READY: Final = Status.READY.value
 _SCHEDULED: Final = Status.SCHEDULED.value
@@ -63,6 +69,7 @@ class DatabaseStore:
         name: The server's name, unique among the servers of the database.
         queue_of: The queue name of a function; foreign clients do not tell one.
         handle_prefix: What the handles of rows begin with; None for ``H:`` and the name.
+        lease: Seconds for which a server may be silent before others take its jobs over; of all the same.
     """
 
     def __init__(
@@ -72,12 +79,16 @@ class DatabaseStore:
         *,
         queue_of: Callable[[str], str] | None = None,
         handle_prefix: str | None = None,
+        lease: float = LEASE,
     ) -> None:
         self._using = using
         self._name = name
         self._queue_of = queue_of or (lambda function: "default")
         self._row_prefix = f"{handle_prefix or f'H:{name}'}:r"
-        self._renewed = 0.0
+        self._lease = lease
+        self._looked_for_dead = 0.0
+        self.renewed = 0.0
+        """Monotonic time at which the lease was last proved to be ours."""
         self.lease_id = 0
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
@@ -92,6 +103,7 @@ class DatabaseStore:
         Raises:
             StoreError: The database is out of reach or not migrated.
         """
+        began = monotonic()
         with self._transaction():
             leases = ServerLease.objects.using(self._using)
             lease, _ = leases.get_or_create(name=self._name)
@@ -101,21 +113,14 @@ class DatabaseStore:
             lease.refresh_from_db(using=self._using)
         self.lease_id = lease.pk
         self.epoch = lease.epoch
+        self.renewed = self._looked_for_dead = began
         return lease.epoch
 
     def replay(self) -> list[StoredJob]:
         sql = self._sql
         with self._transaction():
             self._prove_lease()
-            owned = self._records().filter(server_id=self.lease_id, status__in=JobRecord.LIVE)
-            # The clients of foreground jobs left with the last run.
-            ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
-            owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
-            owned.filter(background=False).update(status=Status.CANCELLED, **ended)
-            self._execute(sql.keep_interrupted, [self._now(), self.lease_id])
-            owned.filter(status=_RUNNING).update(
-                status=_READY, server_epoch=self.epoch, numerator=None, denominator=None
-            )
+            self._end_attempts(self.lease_id, server_epoch=self.epoch)
             rows = self._execute(sql.owned, [self.lease_id])
         return [_stored_job(str(row[1]), row) for row in rows]
 
@@ -126,7 +131,10 @@ class DatabaseStore:
             now = self._now()
             is_due = bool(self._execute(sql.due, [now]))
             rows = [] if is_due else self._unclaimed(limit, full)
-        if not rows and not is_due and monotonic() - self._renewed < RENEW_INTERVAL:
+        if monotonic() - self._looked_for_dead >= self._lease / 3:
+            self._free_jobs_of_the_dead()
+            rows = [] if is_due else self._unclaimed(limit, full)
+        if not rows and not is_due and monotonic() - self.renewed < self._lease / 3:
             return []
         with self._transaction():
             self._prove_lease()
@@ -134,6 +142,55 @@ class DatabaseStore:
                 self._execute(sql.make_ready, [now])
                 rows = self._unclaimed(limit, full)
             return self._take(rows)
+
+    def _free_jobs_of_the_dead(self) -> None:
+        """
+        Lay the jobs of servers whose leases ran out at the door, for every server to claim.
+
+        The compare-and-set raises the dead server's epoch: should it only have
+        been asleep, it can write nothing any more.
+        """
+        leases = ServerLease.objects.using(self._using)
+        silent = leases.filter(renewed_at__lt=_Now() - timedelta(seconds=self._lease))
+        with self._database_errors():
+            dead = [lease for lease in silent.exclude(pk=self.lease_id) if self._held(lease.pk, 1)]
+        more = False
+        for lease in dead:
+            with self._transaction():
+                self._prove_lease()
+                if silent.filter(pk=lease.pk, epoch=lease.epoch).update(epoch=F("epoch") + 1):
+                    more |= self._free_jobs_of(lease)
+        if not more:
+            self._looked_for_dead = monotonic()
+
+    def _free_jobs_of(self, lease: ServerLease) -> bool:
+        """Free a part of its jobs; whether there may be more."""
+        self._end_attempts(lease.pk)
+        some = self._held(lease.pk, ADOPTED_AT_ONCE)
+        for start in range(0, len(some), 500):
+            self._records().filter(pk__in=some[start : start + 500]).update(server=None, server_epoch=None)
+        if some:
+            logger.warning(
+                "The job server %s was not heard of for %g s: %d of its jobs were freed",
+                lease.name,
+                self._lease,
+                len(some),
+            )
+        return len(some) == ADOPTED_AT_ONCE
+
+    def _held(self, lease_id: int, limit: int) -> list[int]:
+        """Ids of so many live jobs of a server, the oldest first."""
+        return [id for (id,) in self._execute(self._sql.held, [lease_id, limit])]
+
+    def _end_attempts(self, lease_id: int, **changes: Any) -> None:
+        """The server ended: foreground jobs ended with it, background ones that ran wait again."""
+        owned = self._records().filter(server_id=lease_id, status__in=JobRecord.LIVE)
+        # The clients of foreground jobs left with it.
+        ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
+        owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
+        owned.filter(background=False).update(status=Status.CANCELLED, **ended)
+        self._execute(self._sql.keep_interrupted, [self._now(), lease_id])
+        owned.filter(status=_RUNNING).update(status=_READY, numerator=None, denominator=None, **changes)
 
     def _now(self) -> Any:
         """This machine's time, as the driver takes it."""
@@ -147,8 +204,9 @@ class DatabaseStore:
         """Make rows ours; those that somebody else was quicker to take stay his."""
         if not rows:
             return []
-        jobs = {row[0]: _stored_job(f"{self._row_prefix}{row[0]}", row) for row in rows}
-        # Of a row's id, which is never used twice; handles of the wire door have an epoch there.
+        # Of a row's id, which is never used twice; handles of the wire door have an epoch there. A job
+        # that another server had keeps the handle that its client knows.
+        jobs = {row[0]: _stored_job(row[1] or f"{self._row_prefix}{row[0]}", row) for row in rows}
         handles = [[text_of(job.handle), self.lease_id, self.epoch, id] for id, job in jobs.items()]
         taken = self._execute_many(self._sql.take, handles)
         if taken == len(rows):
@@ -275,11 +333,12 @@ class DatabaseStore:
 
     def _prove_lease(self) -> None:
         """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
+        began = monotonic()
         with self._connection.cursor() as cursor:
             cursor.execute(self._sql.renew, [self.lease_id, self.epoch])
             if not cursor.rowcount:
                 raise LeaseLost(self._name)
-        self._renewed = monotonic()
+        self.renewed = began
 
     @cached_property
     def _sql(self) -> _Statements:
@@ -352,6 +411,10 @@ class _Statements:
         self.make_ready = f"UPDATE {by('job_due')} SET {status} = '{_READY}' WHERE {later}"  # noqa: S608
         self.owned = (
             f"SELECT {job} FROM {by('job_owned')} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
+        )
+        self.held = (
+            f"SELECT {columns['id']} FROM {by('job_owned')} WHERE {server} = %s AND {status} IN ({live}) "  # noqa: S608
+            f"ORDER BY {columns['id']} LIMIT %s"
         )
         self.take = (
             f"UPDATE {table} SET {columns['handle']} = %s, {server} = %s, {columns['server_epoch']} = %s "  # noqa: S608

@@ -75,6 +75,8 @@ GEARMAN: dict[str, dict[str, Any]] = {
     "default": {"SERVERS": [os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9")]}
 }
 
+if "GEARMAN_TEST_LEASE" in os.environ:
+    GEARMAN["default"]["LEASE"] = float(os.environ["GEARMAN_TEST_LEASE"])
 if "GEARMAN_TEST_TLS" in os.environ:
     # Servers and workers that a test starts speak TLS, with the files of this folder.
     _folder = Path(os.environ["GEARMAN_TEST_TLS"])

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from django.db import connection, connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from django_gearman import store as store_module
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.models import JobRecord, ServerLease
@@ -227,6 +229,92 @@ class TestClaim:
         write(house.store, JobStarted(job.handle, b"w", 1, AT))
         write(house.store, JobFinished(job.handle, Outcome.SUCCESSFUL, b"cba", "", AT))
         assert house.restart().replay() == []
+
+
+class TestTakeOver:
+    """Several servers on one database: who is not heard of loses its jobs, and can write nothing more."""
+
+    @pytest.fixture
+    def other(self, database: DatabaseHouse) -> DatabaseStore:
+        return DatabaseHouse("other").store
+
+    def silence(self, other: DatabaseStore, seconds: float = 16.0) -> None:
+        """The first server was not heard of for so long, and it is time for the other to look."""
+        other._looked_for_dead -= 5.0
+        lease = ServerLease.objects.get(name="one")
+        assert lease.renewed_at is not None
+        ServerLease.objects.filter(pk=lease.pk).update(
+            renewed_at=lease.renewed_at - timedelta(seconds=seconds)
+        )
+
+    def test_jobs_of_a_server_that_is_silent_go_to_another(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        database.put(b"claimed")
+        (claimed,) = database.store.claim(10, [])
+        write(database.store, queued(1, priority=50), queued(2), started(2), queued(3, run_after=AT + 1e9))
+        self.silence(other)
+        taken = other.claim(10, [])
+        assert [(job.handle, job.attempts) for job in taken] == [
+            (queued(1).handle, 0),
+            (claimed.handle, 0),
+            (queued(2).handle, 1),
+        ]
+        assert JobRecord.objects.get(handle="H:one:1.3").server is None
+        (attempt,) = row(2).past_attempts.all()
+        assert attempt.message == "The job server ended before the job did"
+        with pytest.raises(LeaseLost):
+            write(database.store, finished(2))
+        assert row(2).status == Status.READY
+        write(other, started(2)._replace(attempts=2), finished(2))
+        assert row(2).status == Status.SUCCESSFUL
+
+    def test_server_that_is_heard_of_keeps_its_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        write(database.store, queued())
+        self.silence(other, seconds=14.0)
+        assert other.claim(10, []) == []
+        write(database.store, started())
+
+    def test_silent_server_without_jobs_is_left_alone(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        self.silence(other, seconds=3600)
+        assert other.claim(10, []) == []
+        write(database.store, queued())
+
+    def test_foreground_jobs_end_with_their_server(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        write(database.store, queued(1, background=False), queued(2, background=False), started(2))
+        self.silence(other)
+        assert other.claim(10, []) == []
+        assert (row(1).status, row(2).status) == (Status.CANCELLED, Status.DEAD)
+
+    def test_many_are_freed_in_parts(
+        self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "ADOPTED_AT_ONCE", 3)
+        write(database.store, *(queued(number) for number in range(1, 8)))
+        self.silence(other)
+        taken = [job.handle for _ in range(3) for job in other.claim(10, [])]
+        assert taken == [queued(number).handle for number in range(1, 8)]
+
+    def test_server_of_its_name_that_comes_back_has_what_nobody_claimed(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        write(database.store, queued(1), queued(2))
+        self.silence(other)
+        assert [job.handle for job in other.claim(1, [])] == [queued(1).handle]
+        again = database.restart()
+        assert again.replay() == []
+        assert [job.handle for job in again.claim(10, [])] == [queued(2).handle]
+
+    def test_proof_of_the_lease_is_dated_from_before_it(self, database: DatabaseHouse) -> None:
+        before = monotonic()
+        write(database.store, queued())
+        assert before <= database.store.renewed <= monotonic()
 
 
 class TestAgain:
@@ -586,7 +674,7 @@ class TestLease:
     def test_an_idle_server_says_that_it_is_alive(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        now = 1000.0
+        now = monotonic() + 1000.0
         monkeypatch.setattr("django_gearman.store.monotonic", lambda: now)
         database.store.claim(10, [])
         ServerLease.objects.update(renewed_at=None)
@@ -602,7 +690,8 @@ class TestLease:
     ) -> None:
         old = database.store
         database.restart()
-        monkeypatch.setattr("django_gearman.store.RENEW_INTERVAL", 0.0)
+        later = monotonic() + 5.0
+        monkeypatch.setattr("django_gearman.store.monotonic", lambda: later)
         with pytest.raises(LeaseLost):
             old.claim(10, [])
 

@@ -251,6 +251,8 @@ class JobServer:
         self.options = options or ServerOptions()
         self.now = 0.0
         self.clock = 0.0
+        self.hand_out_until = math.inf
+        """The clock's time from which jobs that are kept may be another server's: none is handed out."""
         self.peers: dict[Peer, None] = {}
         self.functions: dict[bytes, Function] = {}
         self.jobs: dict[bytes, Job] = {}
@@ -531,7 +533,7 @@ class JobServer:
         if function is None:
             self._send(peer, _NO_JOB)
             return None
-        job = function.take()
+        job = function.take() if self.clock < self.hand_out_until else function.take_foreground()
         if not function.waiting:
             del self.ready[function]
         self._served = function.served = self._served + 1
@@ -568,6 +570,8 @@ class JobServer:
         ready = self.ready
         if not ready:
             return None
+        if self.clock >= self.hand_out_until:
+            return next((each for each in abilities.values() if each.has_foreground()), None)
         if not self._fair:
             return next((function for function in reversed(abilities.values()) if function.waiting), None)
         if len(abilities) == 1:

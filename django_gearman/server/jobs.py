@@ -220,3 +220,22 @@ class Function:
         level = self.levels[self.best_priority()]
         self.waiting -= 1
         return level.popleft()
+
+    def has_foreground(self) -> bool:
+        """Whether a job waits that is not kept. Looks through all of them."""
+        return self._first_foreground() is not None
+
+    def take_foreground(self) -> Job:
+        """The next job that is not kept; only to be called when it ``has_foreground``."""
+        job = self._first_foreground()
+        assert job is not None, "asked for a job that is not there"
+        self.levels[job.priority].remove(job)
+        self.waiting -= 1
+        return job
+
+    def _first_foreground(self) -> Job | None:
+        for priority in self.priorities:
+            for job in self.levels[-priority]:
+                if job.state is JobState.READY and not job.background:
+                    return job
+        return None

@@ -51,6 +51,9 @@ class JobStore(Protocol):
     written, or it is unknown) and ``LeaseLost`` when it is for good.
     """
 
+    renewed: float
+    """Monotonic time at which this server last proved that its jobs are its own; infinite without rivals."""
+
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
         """
         Write a batch in one transaction, in order.
@@ -84,6 +87,8 @@ class MemoryStore:
     The contract of ``JobStore`` in its shortest form, for tests and for
     embedding; ``gearman_server --store memory`` needs no store at all.
     """
+
+    renewed = math.inf
 
     def __init__(self) -> None:
         self.jobs: dict[bytes, StoredJob] = {}
@@ -155,6 +160,8 @@ class Batch:
     refused: dict[int, str] = field(default_factory=dict)
     claimed: list[StoredJob] = field(default_factory=list)
     written: bool = False
+    renewed: float = math.inf
+    """When the store last proved that the jobs are this server's."""
     error: StoreError | None = None
 
     def perform(self, store: JobStore) -> None:
@@ -167,6 +174,7 @@ class Batch:
                 self.claimed = store.claim(CLAIM_LIMIT, self.full)
         except StoreError as error:
             self.error = error
+        self.renewed = store.renewed
 
 
 class Journal:
@@ -177,6 +185,8 @@ class Journal:
         server: Told of everything that was committed, rejected or claimed.
         claim_interval: Seconds between two looks at the database door when nobody calls.
         submit_limit: Seconds that a background submission waits for a store that is out of reach.
+        hold: Seconds after the last proof of its lease during which the server may hand out what it keeps:
+            then others may be about to take it over.
     """
 
     def __init__(
@@ -185,10 +195,12 @@ class Journal:
         *,
         claim_interval: float = 1.0,
         submit_limit: float = 10.0,
+        hold: float = math.inf,
     ) -> None:
         self._server = server
         self._claim_interval = claim_interval
         self._submit_limit = submit_limit
+        self._hold = hold
         self._gathering: deque[Entry] = deque()
         self._failed: Batch | None = None
         self._in_flight = False
@@ -265,6 +277,7 @@ class Journal:
         """The writer is back: tell the core what became of it."""
         self._in_flight = False
         server = self._server
+        server.hand_out_until = batch.renewed + self._hold
         if batch.error is None:
             self._pause = 0.0
         if batch.written:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import socket
 import ssl
 import sys
@@ -377,6 +378,7 @@ class GearmanServer:
         limits: What a connection may ask for.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
         http_hosts: Names by which HTTP clients may call this server, beside ``localhost`` and IP addresses.
+        hold: As of ``Journal``.
     """
 
     def __init__(
@@ -386,6 +388,7 @@ class GearmanServer:
         limits: TransportLimits | None = None,
         tls: ssl.SSLContext | None = None,
         http_hosts: Collection[str] = (),
+        hold: float = math.inf,
     ) -> None:
         self.core = core
         self.limits = limits or TransportLimits()
@@ -394,7 +397,7 @@ class GearmanServer:
         self.loop: asyncio.AbstractEventLoop
         self._store = store
         self._tls = tls
-        self._journal = Journal(core)
+        self._journal = Journal(core, hold=hold)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
         self._ended: asyncio.Future[None]

@@ -414,3 +414,39 @@ class TestEntries:
         worker(P.WORK_STATUS, handle(1), b"1", b"2")
         worker(P.WORK_COMPLETE, handle(1), b"")
         assert wire.entries() == []
+
+
+class TestHold:
+    """A server whose lease may be another's hands out nothing that is kept."""
+
+    def wire(self) -> Wire:
+        wire = Wire(durable=True)
+        client = wire.connect()
+        client(P.SUBMIT_JOB_HIGH_BG, b"f", b"", b"kept")
+        wire.commit()
+        client(P.SUBMIT_JOB, b"f", b"", b"foreground")
+        wire.core.hand_out_until = 10.0
+        return wire
+
+    def test_kept_jobs_wait_and_foreground_jobs_do_not(self):
+        wire = self.wire()
+        worker = wire.worker(b"f")
+        wire.core.clock = 10.0
+        assert worker.grabs() == handle(2)
+        assert worker(P.GRAB_JOB) == [(P.NO_JOB,)]
+        assert worker(P.PRE_SLEEP) == []
+        wire.core.tick()
+        # It may be woken in vain, and sleeps again.
+        worker.hears()
+        assert worker(P.GRAB_JOB) == [(P.NO_JOB,)]
+        assert worker(P.PRE_SLEEP) == []
+        wire.core.hand_out_until = 20.0
+        wire.core.tick()
+        assert worker.hears() == [(P.NOOP,)]
+        assert worker.grabs() == handle(1)
+
+    def test_until_then_all_are_handed_out(self):
+        wire = self.wire()
+        wire.core.clock = 9.9
+        worker = wire.worker(b"f")
+        assert [worker.grabs(), worker.grabs()] == [handle(1), handle(2)]

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -105,9 +106,13 @@ class Command(BaseCommand):
             store = None
             if options["store"] == "database":
                 console.require_tables(settings.database)
-                store = DatabaseStore(settings.database, name, queue_of=queue_of, handle_prefix=prefix)
+                store = DatabaseStore(
+                    settings.database, name, queue_of=queue_of, handle_prefix=prefix, lease=settings.lease
+                )
+            # Silent for so long it may still hand out; then others are about to take its jobs over.
+            hold = math.inf if store is None else settings.lease * 2 / 3
             core = _core(store, name, _shown(sockets[0]), options, settings)
-            server = GearmanServer(core, store, limits, tls, http_hosts=options["http_host"])
+            server = GearmanServer(core, store, limits, tls, http_hosts=options["http_host"], hold=hold)
             doors = _shown(sockets[0]) + (" (TLS)" if tls else "")
             if http_sockets:
                 doors += f", for HTTP on {_shown(http_sockets[0])}"
