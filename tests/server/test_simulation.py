@@ -11,6 +11,7 @@ the runs longer.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import Counter, deque
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from django_gearman.exceptions import StoreError
-from django_gearman.protocol.packets import PacketType
+from django_gearman.protocol.packets import ATTEMPTS, PacketType
 from django_gearman.server import core, text
 from django_gearman.server.core import HIGH, LOW, NORMAL, JobServer, ServerOptions
 from django_gearman.server.entries import Entry, JobKept, JobQueued, Outcome, StoredJob
@@ -123,6 +124,9 @@ class ModelPeer:
     excused: bytes | None = None
     cancelled: set[bytes] = field(default_factory=set)
     """Jobs that were cancelled while it ran them."""
+    limits: dict[bytes, float] = field(default_factory=dict)
+    """Seconds that it may take for a job of a function."""
+    tells_attempts: bool = False
 
     def expects(self, *packet: bytes | PacketType) -> None:
         self.line.append(Slot(packet))
@@ -143,6 +147,12 @@ class ModelJob:
     slots: list[Slot] | None = None
     recorded: bool = False
     attempts: int = 0
+    max_attempts: int | None = None
+    due: float = 0.0
+    timeout: int | None = None
+    up: float = math.inf
+    """When the time of its worker is up."""
+    serial: int = 0
     taken: int = 0
     """Serial of its hand-out."""
     numbers: tuple[bytes, bytes] = (b"0", b"0")
@@ -186,13 +196,14 @@ class World:
         server.world = self
         self.wire = Wire(server)
         self.core = server
-        self.core.now = self.now
+        self.core.now = self.core.clock = self.now
         self.operator = self.wire.connect()
         self.journal = Journal(server, submit_limit=5.0)
         self.batch: Batch | None = None
         self.created = 0
         self.served: Counter[bytes] = Counter()
         self.serial = 0
+        self.held = 0
         self.peers: list[ModelPeer] = []
         self.jobs: dict[bytes, ModelJob] = {}
         self.queues: dict[bytes, list[ModelJob]] = {function: [] for function in FUNCTIONS}
@@ -210,8 +221,16 @@ class World:
         return (unique,) if unique else None
 
     def enqueue(self, job: ModelJob) -> None:
+        if job.due > self.now:
+            job.state = "delayed"
+            return
         job.state = "ready"
         self.queues[job.function].append(job)
+
+    def hold(self, job: ModelJob) -> None:
+        self.held += 1
+        job.serial = self.held
+        self.jobs[job.handle] = job
 
     def end(self, job: ModelJob, outcome: Outcome) -> None:
         if job.state == "ready":
@@ -235,12 +254,20 @@ class World:
         job.worker = None
         if not job.background and not job.listeners:
             self.end(job, Outcome.CANCELLED)
-        elif job.attempts >= RETRIES:
+        elif job.attempts >= (job.max_attempts or RETRIES):
             job.tell(P.WORK_FAIL)
             self.end(job, Outcome.DEAD)
         else:
+            self.put_back(job)
+
+    def put_back(self, job: ModelJob, due: float = 0.0) -> None:
+        job.worker = None
+        job.numbers = (b"0", b"0")
+        if due > self.now:
+            job.due = due
+            job.state = "delayed"
+        else:
             job.state = "ready"
-            job.numbers = (b"0", b"0")
             self.queues[job.function].insert(0, job)
 
     def held_by(self, peer: ModelPeer) -> list[ModelJob]:
@@ -279,11 +306,14 @@ class World:
             stored.handle, stored.function, stored.unique, stored.workload, stored.priority, background=True
         )
         job.attempts = stored.attempts
+        job.max_attempts = stored.max_attempts
+        job.timeout = stored.timeout
+        job.due = stored.run_after
         job.recorded = True
         key = self.key(stored.unique, stored.workload)
         if self.live(stored.function, key) is None:
             job.key = key
-        self.jobs[job.handle] = job
+        self.hold(job)
         self.acknowledged.add(job.handle)
         self.enqueue(job)
 
@@ -308,10 +338,15 @@ class World:
             self.check_somebody_is_awake(peer.woken_for)
 
     def submit(self, peer: ModelPeer) -> None:
-        kind = self.dice.choice(list(SUBMISSIONS))
+        kind = self.dice.choice([*SUBMISSIONS, P.SUBMIT_JOB_EPOCH])
         function = self.dice.choice(FUNCTIONS)
         unique, workload = self.dice.choice(UNIQUES), self.dice.choice(WORKLOADS)
-        priority, background = SUBMISSIONS[kind]
+        priority, background = SUBMISSIONS.get(kind, (NORMAL, True))
+        options = []
+        due = 0.0
+        if kind == P.SUBMIT_JOB_EPOCH:
+            due = float(int(self.now) + self.dice.choice([0, 1, 2, 7]))
+            options = [b"%d" % due]
         key = self.key(unique, workload)
         job = self.live(function, key)
         slot = Slot()
@@ -321,7 +356,8 @@ class World:
             handle = b"H:test:1:%d.%d" % (self.epoch, self.created)
             job = ModelJob(handle, function, unique, workload, priority, background, key)
             job.recorded = self.durable if background else self.record_foreground
-            self.jobs[handle] = job
+            job.due = due
+            self.hold(job)
             if background and self.durable:
                 job.state = "pending"
                 job.slots = []
@@ -338,7 +374,7 @@ class World:
             slot.packet = (P.JOB_CREATED, job.handle)
         if not background:
             job.listeners.append(peer)
-        self.say(peer, kind, function, unique, workload)
+        self.say(peer, kind, function, unique, *options, workload)
 
     def offer(self, peer: ModelPeer) -> None:
         function = self.dice.choice(peer.trade)
@@ -347,11 +383,19 @@ class World:
             if function not in peer.abilities:
                 peer.abilities.append(function)
                 peer.woken_for = None
-            self.say(peer, P.CAN_DO, function)
+            peer.limits.pop(function, None)
+            if self.dice.random() < 0.3:
+                peer.limits[function] = self.dice.choice([1.0, 3.0])
+                self.say(peer, P.CAN_DO_TIMEOUT, function, b"%d" % (peer.limits[function] * 1000))
+            else:
+                self.say(peer, P.CAN_DO, function)
 
     def withdraw(self, peer: ModelPeer) -> None:
         withdrawn = [self.dice.choice(FUNCTIONS)] if self.dice.random() < 0.8 else list(FUNCTIONS)
         peer.abilities = [function for function in peer.abilities if function not in withdrawn]
+        peer.limits = {
+            function: limit for function, limit in peer.limits.items() if function not in withdrawn
+        }
         for job in reversed(self.held_by(peer)):
             if job.function in withdrawn:
                 self.lose(job)
@@ -386,7 +430,7 @@ class World:
         if not candidates:
             assert heard == [(P.NO_JOB,)]
             return
-        ((_, handle, function, *rest),) = heard
+        *told, (_, handle, function, *rest) = heard
         job = self.jobs[handle]
         assert job in candidates, f"{handle} was handed out before its turn"
         unique = [] if kind == P.GRAB_JOB else [job.unique]
@@ -399,6 +443,10 @@ class World:
         job.state = "running"
         job.worker = peer
         job.attempts += 1
+        is_told = peer.tells_attempts and (job.attempts > 1 or job.max_attempts is not None)
+        attempt = b"attempt %d %d" % (job.attempts, job.max_attempts or 0)
+        assert told == ([(P.OPTION_RES, attempt)] if is_told else [])
+        job.up = self.now + min(job.timeout or math.inf, peer.limits.get(function, math.inf))
 
     def sleep(self, peer: ModelPeer) -> None:
         if peer.line:
@@ -443,11 +491,19 @@ class World:
             job.tell(P.WORK_COMPLETE, b"result")
             self.end(job, Outcome.SUCCESSFUL)
             self.say(peer, P.WORK_COMPLETE, handle, b"result")
-        elif luck < 0.9:
+        elif luck < 0.87:
             job.tell(P.WORK_FAIL)
             self.end(job, Outcome.FAILED)
             self.say(peer, P.WORK_FAIL, handle)
         else:
+            if peer.tells_attempts and luck < 0.96:
+                delay = self.dice.choice([0, 0, 1500, 4000])
+                self.say(peer, P.OPTION_REQ, b"retry %d %s" % (delay, handle))
+                if job.background and (job.max_attempts is None or job.attempts < job.max_attempts):
+                    peer.excused = handle
+                    self.put_back(job, self.now + delay / 1000)
+                    self.say(peer, P.WORK_EXCEPTION, handle, b"boom")
+                    return
             for listener in job.listeners:
                 if listener.exceptions:
                     listener.expects(P.WORK_EXCEPTION, handle, b"boom")
@@ -462,6 +518,10 @@ class World:
             data = b"%d" % self.dice.randrange(1000)
             peer.expects(P.ECHO_RES, data)
             self.say(peer, P.ECHO_REQ, data)
+        elif self.dice.random() < 0.1:
+            peer.tells_attempts = True
+            peer.expects(P.OPTION_RES, ATTEMPTS)
+            self.say(peer, P.OPTION_REQ, ATTEMPTS)
         elif self.dice.random() < 0.1:
             peer.exceptions = True
             peer.expects(P.OPTION_RES, b"exceptions")
@@ -490,6 +550,13 @@ class World:
 
     def tick(self) -> None:
         self.pass_time(self.dice.choice([0.1, 0.5, 1.0, 2.0]))
+        jobs = sorted(self.jobs.values(), key=lambda job: (job.due, job.serial))
+        for job in jobs:
+            if job.state == "delayed" and job.due <= self.now:
+                self.enqueue(job)
+        for job in sorted(self.jobs.values(), key=lambda job: job.taken):
+            if job.worker is not None and job.up <= self.now:
+                self.lose(job)
         asleep = {
             function: [peer for peer in self.peers if peer.asleep and function in peer.abilities]
             for function in FUNCTIONS
@@ -511,7 +578,7 @@ class World:
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
-        self.core.now = self.now
+        self.core.now = self.core.clock = self.now
 
     def write(self) -> None:
         """One half of a trip to the store."""
@@ -536,7 +603,8 @@ class World:
                 b"row",
                 self.dice.choice([HIGH, NORMAL, LOW]),
                 0,
-                None,
+                self.dice.choice([None, None, 1, 2, 4]),
+                timeout=self.dice.choice([None, None, 2]),
             )
         )
 
@@ -605,11 +673,16 @@ class World:
             assert sum(job.state is JobState.READY for job in lying) == function.waiting
             assert states[function, JobState.READY] == function.waiting == len(self.queues[function.name])
             assert states[function, JobState.RUNNING] == function.running
+            assert states[function, JobState.DELAYED] == function.delayed
             assert function.held == sum(job.function is function for job in server.jobs.values())
             assert all(job.key == key and job.handle in server.jobs for key, job in function.uniques.items())
             assert set(function.sleepers) <= set(function.workers)
             workers = sum(function.name in peer.abilities for peer in self.peers)
-            rows[function.name] = (function.waiting + function.running, function.running, workers)
+            delayed = [job for job in self.jobs.values() if job.state == "delayed"]
+            total = (
+                function.waiting + function.running + sum(job.function == function.name for job in delayed)
+            )
+            rows[function.name] = (total, function.running, workers)
         lines = text.answer(server, self.operator.peer, b"status").splitlines()
         assert lines == [*(b"%s\t%d\t%d\t%d" % (name, *numbers) for name, numbers in rows.items()), b"."]
         for peer in self.peers:
@@ -663,6 +736,7 @@ class World:
             for _ in range(10 if self.durable else 0):
                 self.write()
                 self.hear()
+            self.tick()
             while self.candidates(helper):
                 self.grab(helper)
                 (job,) = self.held_by(helper)
