@@ -518,7 +518,7 @@ class World:
             data = b"%d" % self.dice.randrange(1000)
             peer.expects(P.ECHO_RES, data)
             self.say(peer, P.ECHO_REQ, data)
-        elif self.dice.random() < 0.1:
+        elif self.dice.random() < 0.4:
             peer.tells_attempts = True
             peer.expects(P.OPTION_RES, ATTEMPTS)
             self.say(peer, P.OPTION_REQ, ATTEMPTS)
