@@ -520,9 +520,11 @@ def as_user(user: pwd.struct_passwd, what: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def connections(limits: TransportLimits) -> Iterator[Callable[[], socket.socket]]:
+def connections(
+    limits: TransportLimits, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> Iterator[Callable[[], socket.socket]]:
     """A server in this process; calling what it yields connects, and gives the server's end."""
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         loop = runner.get_loop()
         stopped = asyncio.Event()
         house = GearmanServer(JobServer(), None, limits)
@@ -566,8 +568,11 @@ class TestKeepalive:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert self.values(sock) == self.values(fresh)
 
-    def test_told(self):
-        with connections(TransportLimits(keepalive=Keepalive(idle=17, interval=5, count=4))) as connect:
+    @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+    def test_told(self, loop: str):
+        factory = None if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+        limits = TransportLimits(keepalive=Keepalive(idle=17, interval=5, count=4))
+        with connections(limits, factory) as connect:
             sock = connect()
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert self.values(sock) == [17, 5, 4]
@@ -628,6 +633,12 @@ class TestDescriptors:
     def test_more_than_the_system_has(self):
         line = refused("gearman_server", "--port=0", "--file-descriptors=2147483647")
         assert "2147483647 file descriptors" in line
+
+    def test_core_dumps(self):
+        with server("--coredump") as process:
+            limits = Path(f"/proc/{process.pid}/limits").read_text()
+        ((soft, hard),) = re.findall(r"^Max core file size\s+(\S+)\s+(\S+)", limits, re.MULTILINE)
+        assert soft == hard
 
     def test_too_few(self):
         with pytest.raises(CommandError, match=r"--file-descriptors.*'100'.*use 128 or more"):
@@ -707,7 +718,16 @@ class TestCheckArgs:
         assert not path.exists()
 
     @pytest.mark.parametrize(
-        "words", [["--backlog=many"], ["--user=no-such-user"], ["--ssl"], ["--ssl-key=/nothing"], ["more"]]
+        "words",
+        [
+            ["--backlog=many"],
+            ["--user=no-such-user"],
+            ["--ssl"],
+            ["--ssl-key=/nothing"],
+            ["--listen=0.0.0.0"],
+            ["-rhttp", "--http-listen=0.0.0.0"],
+            ["more"],
+        ],
     )
     def test_wrong(self, words: list[str]):
         assert refused("gearman_server", "--check-args", *words)
