@@ -469,6 +469,7 @@ class JobServer:
     def _pre_sleep(self, peer: Peer, arguments: list[bytes]) -> None:
         if self._best_function(peer) is not None:
             # The job came between NO_JOB and now: no sleep.
+            peer.asleep = False
             self._send(peer, _NOOP)
             return
         peer.asleep = True
