@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -39,3 +41,29 @@ def stack() -> Iterator[ExitStack]:
     """What a test starts, to be stopped at its end."""
     with ExitStack() as made:
         yield made
+
+
+@pytest.fixture
+def site_server(transactional_db: None, settings: Any) -> Iterator[harness.GearmanServerProcess]:
+    """Our job server on the test's database, which ``settings.GEARMAN`` leads to."""
+    with harness.server() as process:
+        settings.GEARMAN = process.setting
+        yield process
+
+
+@pytest.fixture
+def background_program() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Start programs that run until the test ends."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
