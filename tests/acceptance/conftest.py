@@ -6,9 +6,13 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests import harness
 
 SITE = {"DJANGO_SETTINGS_MODULE": "tests.acceptance.site.settings"}
 """Environment of servers and workers that know the jobs of ``tests.acceptance.site``."""
@@ -43,6 +47,14 @@ def call(
     right = done.returncode != 0 if code is None else done.returncode == code
     assert right, f"{command[:6]} ended with {done.returncode}: {done.stdout[:500]!r} {done.stderr[:500]!r}"
     return done
+
+
+@pytest.fixture
+def site_server(transactional_db: None, settings: Any) -> Iterator[harness.GearmanServerProcess]:
+    """A job server on the test's database, which ``settings.GEARMAN`` leads to."""
+    with harness.server(env=SITE) as process:
+        settings.GEARMAN = process.setting
+        yield process
 
 
 class Trace:
