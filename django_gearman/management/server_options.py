@@ -317,7 +317,7 @@ def _add_without_effect(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
         "of gearmand, without effect",
         "Accepted, so that its service and configuration files can stay as they are; so are the options of "
-        "its queues: " + ", ".join(f"--{queue}-..." for queue in _OF_OTHER_QUEUES) + ".",
+        "its queues: " + ", ".join(f"--{queue}-..." for queue in _OF_OTHER_QUEUES),
     )
     parser.set_defaults(without_effect=[])
 
