@@ -7,7 +7,9 @@ The others: test_submissions.py (5.1, 5.2), test_durability.py (5.1, before it i
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests import harness
 from .harness import Caller, Wire, handle
 from .test_section_2 import H
 from .test_time import passes
+from .test_transport import hall, in_a_loop
 
 NOOP = [(P.NOOP,)]
 FOREGROUND = [P.SUBMIT_JOB, P.SUBMIT_JOB_HIGH, P.SUBMIT_JOB_LOW]
@@ -350,6 +353,35 @@ class TestJobsForLater:
         full = [(P.ERROR, b"QUEUE_ERROR", b"Job queue is full")]
         assert client(P.SUBMIT_JOB_EPOCH, b"f", b"", b"1010", b"w") == full
         assert submit(client, P.SUBMIT_JOB_EPOCH, unique=b"u") == H
+
+
+class TestTimeOnSockets:
+    """Sections 5.5 and 5.6: nobody has to say anything for it to happen, and it is at most a second late."""
+
+    @in_a_loop
+    async def test_due_job_wakes_a_sleeping_worker(self):
+        async with hall() as place:
+            worker = await place.worker(b"f")
+            worker.say(P.PRE_SLEEP)
+            client = await place.connect()
+            due = math.ceil(time.time() + 0.2)
+            await client.ask(P.SUBMIT_JOB_EPOCH, b"f", b"", b"%d" % due, b"w")
+            assert await worker.hear() == [(P.NOOP, [b""])]
+            assert due <= time.time() < due + 1
+            assert await worker.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [H, b"f", b"w"])
+
+    @in_a_loop
+    async def test_job_whose_time_is_up_goes_to_another_worker(self):
+        async with hall() as place:
+            slow, other, client = await place.connect(), await place.worker(b"f"), await place.connect()
+            slow.say(P.CAN_DO_TIMEOUT, b"f", b"1000")
+            await client.ask(P.SUBMIT_JOB, b"f", b"", b"w")
+            began = time.monotonic()
+            assert (await slow.ask(P.GRAB_JOB))[0] == P.JOB_ASSIGN
+            other.say(P.PRE_SLEEP)
+            assert await other.hear() == [(P.NOOP, [b""])]
+            assert 1 <= time.monotonic() - began < 3
+            assert await other.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [H, b"f", b"w"])
 
 
 @pytest.mark.acceptance
