@@ -23,6 +23,9 @@ A function that our job server serves itself: submitted in the background, it
 makes the server look for new rows in its database. No import path has a colon.
 """
 
+CLAIMED = b"claim"
+"""What the handle ends with that our server answers then; gearmand's end with a number."""
+
 _header = Struct(">4sII")
 _size = Struct(">I")
 

@@ -25,7 +25,7 @@ from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
-from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
+from ..protocol.packets import CLAIM, CLAIMED, HIGHEST_TYPE, PacketType, encode_response
 from ..protocol.reader import Packet
 from .cron import next_match
 from .entries import (
@@ -752,7 +752,7 @@ class JobServer:
 
     def _claim(self, peer: Peer) -> None:
         self.claim_wanted = True
-        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + b"claim"))
+        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + CLAIMED))
 
     def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle = arguments[0].rstrip(b"\0")
