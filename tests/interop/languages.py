@@ -9,10 +9,11 @@ functions begin with a prefix. The programs lie in ``programs``.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -366,8 +367,9 @@ class ForeignWorker:
 
     def __exit__(self, *exc: object) -> None:
         for process in self._processes:
-            # What it runs, too.
-            os.killpg(process.pid, 9)
+            with suppress(ProcessLookupError):
+                # What it runs, too.
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._stderr.close()
 

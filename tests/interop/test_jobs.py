@@ -15,6 +15,7 @@ import pytest
 from django_gearman import Client
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
+from tests.acceptance.conftest import call
 
 from .languages import (
     CLIENTS,
@@ -28,6 +29,7 @@ from .languages import (
     Server,
     client_of,
     read_events,
+    require_perl,
     start_worker,
     wait_for_pids,
     whole,
@@ -137,20 +139,6 @@ class TestUniques:
             client.background(either_server, function, workload, unique="-")
         assert total(either_server, function) == 2
 
-    @pytest.mark.parametrize("language", WORKERS)
-    def test_long_ones_and_long_handles_do_no_harm(self, language: str, stack: ExitStack):
-        """libgearman keeps 64 bytes of each."""
-        server = stack.enter_context(harness.server(store="memory", name="n" * 40))
-        start_worker(stack, language, server)
-        for client in map(client_of, CLIENTS):
-            unique = "u" * 255 if client.language in ("perl", "ours") else "u" * 63
-            function = f"{language}.reverse"
-            assert client.run(server, function, b"abc", unique=unique) == [Event("complete", b"cba")]
-        handles = {name: client_of(name).background(server, "nobody") for name in (*SCRIPTS, "ours")}
-        for client in map(client_of, handles):
-            for handle in handles.values():
-                assert client.status(server, handle) == (1, 0, 0, 0)
-
 
 class TestStatus:
     def test_everybody_is_told_the_same(self, either_server: Server):
@@ -184,6 +172,34 @@ class TestStatus:
         for language in ("php", "c"):
             for data in (b"a", bytes(range(256)), b"\0" * 70_000):
                 ScriptClient(language).ask(either_server, "echo", workload=data)
+
+
+class TestNames:
+    def test_long_uniques_and_handles_do_no_harm(self, stack: ExitStack):
+        """libgearman keeps 64 bytes of each."""
+        server = stack.enter_context(harness.server(store="memory", name="n" * 40))
+        for language in WORKERS:
+            start_worker(stack, language, server)
+            for client in (client_of(language), OurClient()):
+                unique = "u" * 255 if client.language in ("perl", "ours") else "u" * 63
+                events = client.run(server, f"{language}.reverse", b"abc", unique=unique)
+                assert events == [Event("complete", b"cba")]
+        clients = [*map(ScriptClient, SCRIPTS), OurClient()]
+        handle = clients[0].background(server, "nobody")
+        assert len(handle) > 50
+        assert [client.status(server, handle) for client in clients] == [(1, 0, 0, 0)] * 4
+
+    def test_prefix_of_perl_is_refused(self, our_server: Server):
+        """It puts a tab into the name, which would forge the columns of ``status``."""
+        script = f"""
+            use Gearman::Client;
+            my $client = Gearman::Client->new(
+                job_servers => ["127.0.0.1:{our_server.port}"], prefix => "mine");
+            $client->dispatch_background("reverse", "abc");
+        """
+        done = call([require_perl(), "-e", script], code=None)
+        assert b"INVALID_FUNCTION_NAME" in done.stderr
+        assert not any("mine" in name for name in our_server.status())
 
 
 class TestTime:
@@ -244,8 +260,11 @@ class TestTime:
                 assert waiting.result(LIMIT)[-1] == Event("complete", b"in time")
             assert taken[0] > 0.9
         path.touch()
-        if language != "perl":
-            # Perl's worker ends on the ERROR that answers its late result.
+        if language == "perl":
+            # It ends on the ERROR that answers its late result.
+            harness.wait_until(lambda: not slow.is_alive, what="the end of Perl's worker")
+            assert "JOB_NOT_FOUND" in slow.stderr
+        else:
             assert client_of("ours").run(server, f"{prefix}reverse", b"abc") == [Event("complete", b"cba")]
             assert slow.is_alive
 
