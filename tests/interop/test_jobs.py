@@ -354,18 +354,18 @@ class TestLostWorkers:
         assert int(again[1]) != pid
 
     @pytest.mark.parametrize("language", [*SCRIPTS, "tool"])
-    def test_job_of_a_client_that_left_is_not_run(self, language: str, stack: ExitStack):
+    def test_job_of_a_client_that_left_is_not_run(self, our_server: Server, language: str):
         """gearmand keeps it in its listings until a worker would have had it."""
-        server = stack.enter_context(harness.server(store="memory"))
+        function = f"left-{language}"
         client = client_of(language)
         if language == "tool":
-            command = client.command(server, "-f", "left", "a")
+            command = client.command(our_server, "-f", function, "a")
         else:
-            command = client.command(server, "task", "normal", "left", "")
+            command = client.command(our_server, "task", "normal", function, "")
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
             assert process.stdin is not None
             process.stdin.write(b"a")
             process.stdin.close()
-            harness.wait_until(lambda: total(server, "left") == 1, what="the job")
+            harness.wait_until(lambda: total(our_server, function) == 1, what="the job")
             process.kill()
-        harness.wait_until(lambda: total(server, "left") == 0, what="its end")
+        harness.wait_until(lambda: total(our_server, function) == 0, what="its end")
