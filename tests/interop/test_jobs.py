@@ -342,7 +342,9 @@ class TestLostWorkers:
             waiting = pool.submit(client.run, either_server, f"{prefix}hold", str(path).encode())
             (pid,) = wait_for_pids(path, 1)
             start_worker(stack, other, either_server, prefix)
-            assert either_server.status()[f"{prefix}hold"] == (1, 1, 2)
+            harness.wait_until(
+                lambda: either_server.status()[f"{prefix}hold"] == (1, 1, 2), what="the second worker"
+            )
             first.kill()
             again = wait_for_pids(path, 2)
             path.touch()
