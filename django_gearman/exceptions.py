@@ -111,7 +111,7 @@ class ResponseTimeout(GearmanError, TimeoutError):
         self.timeout = timeout
 
     def __str__(self) -> str:
-        return f"{self.what} took longer than {self.timeout:g} s"
+        return f"{self.what} took longer than {round(self.timeout, 3):g} s"
 
 
 class JobFailed(GearmanError):

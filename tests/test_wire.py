@@ -185,6 +185,19 @@ class TestEnqueue:
 
 
 @pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("server", ["gearmand"], indirect=True)
+def test_gearmand_without_the_setting(server: Server, settings: Any, caplog: pytest.LogCaptureFixture):
+    """Rows that nobody would ever look at; who enqueues them is told, and gearmand does not fill up."""
+    settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{server.port}"]}}
+    for number in range(5):
+        jobs.add.enqueue(number)
+        assert machinery.client_for().echo(b"x") == b"x"
+    assert waiting(server) == {"gearman:claim": 1}
+    version = harness.ask(server.port, "version").split()[1]
+    assert caplog.text.count(f"of version {version}, does not look into the database") == 1
+
+
+@pytest.mark.django_db(transaction=True)
 class TestNoServer:
     def test_who_commits_gets_the_error_and_the_commit_stays(self, settings: Any):
         settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{harness.free_port()}"], "ENQUEUE": "wire"}}

@@ -69,7 +69,7 @@ def log_to_file(path: str) -> None:
         handler = WatchedFileHandler(path, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"Cannot write the log file {path}: {error.strerror}.") from error
-    _add(handler, logging.Formatter(_LINE))
+    _add(handler, logging.Formatter(_LINE), apart=True)
 
 
 def log_to_syslog(program: str, address: str = SYSLOG) -> None:
@@ -92,12 +92,12 @@ def log_to_syslog(program: str, address: str = SYSLOG) -> None:
             raise FileNotFoundError(f"there is no socket {address}")
     except (OSError, ValueError) as error:
         raise CommandError(f"Syslog is out of reach at {address!r}: {error}.") from error
-    _add(handler, logging.Formatter(f"{program}[%(process)d]: %(levelname)s %(message)s"))
+    _add(handler, logging.Formatter(f"{program}[%(process)d]: %(levelname)s %(message)s"), apart=True)
 
 
 def log_nowhere() -> None:
     """Keep Python from showing warnings on stderr because nobody else shows them."""
-    _add(logging.NullHandler(), None)
+    _add(logging.NullHandler(), None, apart=True)
 
 
 def reopen_log_files() -> None:
@@ -107,9 +107,12 @@ def reopen_log_files() -> None:
             handler.reopenIfNeeded()
 
 
-def _add(handler: logging.Handler, formatter: logging.Formatter | None) -> None:
+def _add(handler: logging.Handler, formatter: logging.Formatter | None, *, apart: bool = False) -> None:
     handler.setFormatter(formatter)
     logging.getLogger(APP_LABEL).addHandler(handler)
+    if apart:
+        # Its warnings would go to stderr, where nobody looks now.
+        logging.getLogger("asyncio").addHandler(handler)
 
 
 def require_tables(using: str) -> None:

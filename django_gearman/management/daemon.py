@@ -220,6 +220,8 @@ def allow_descriptors(number: int | None, wanted: int) -> int:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     except (OSError, ValueError) as error:
+        if number is None:
+            return soft
         raise CommandError(
             f"{limit} file descriptors are more than this process may have: lower --file-descriptors, "
             "or raise the limit (LimitNOFILE of systemd, ulimit -Hn of the shell)."

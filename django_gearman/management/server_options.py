@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import django
+
 from .. import __version__, conf
 from ..addresses import split_address
 from ..server.core import FunctionOrder, ServerOptions
@@ -315,7 +317,7 @@ def _add_without_effect(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(
         "of gearmand, without effect",
         "Accepted, so that its service and configuration files can stay as they are; so are the options of "
-        "its queues: " + ", ".join(f"--{queue}-..." for queue in _OF_OTHER_QUEUES) + ".",
+        "its queues: " + ", ".join(f"--{queue}-..." for queue in _OF_OTHER_QUEUES),
     )
     parser.set_defaults(without_effect=[])
 
@@ -352,7 +354,7 @@ class _WithoutEffect(Action):
 
 
 def version() -> str:
-    return f"gearman_server (django-gearman) {__version__}"
+    return f"gearman_server (django-gearman) {__version__}, Django {django.get_version()}"
 
 
 def http_port(options: dict[str, Any]) -> int | None:

@@ -40,6 +40,9 @@ The WORK_EXCEPTION of the job that follows is not its end: a background job with
 attempts left waits so long and is handed out again. Has no answer.
 """
 
+CLAIMED = b"claim"
+"""What the handle ends with that our server answers then; gearmand's end with a number."""
+
 _header = Struct(">4sII")
 _size = Struct(">I")
 

@@ -25,7 +25,15 @@ from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
-from ..protocol.packets import ATTEMPTS, CLAIM, HIGHEST_TYPE, RETRY, PacketType, encode_response
+from ..protocol.packets import (
+    ATTEMPTS,
+    CLAIM,
+    CLAIMED,
+    HIGHEST_TYPE,
+    RETRY,
+    PacketType,
+    encode_response,
+)
 from ..protocol.reader import Packet
 from .cron import next_match
 from .entries import (
@@ -481,6 +489,7 @@ class JobServer:
     def _pre_sleep(self, peer: Peer, arguments: list[bytes]) -> None:
         if self._best_function(peer) is not None:
             # The job came between NO_JOB and now: no sleep.
+            peer.asleep = False
             self._send(peer, _NOOP)
             return
         peer.asleep = True
@@ -776,7 +785,7 @@ class JobServer:
 
     def _claim(self, peer: Peer) -> None:
         self.claim_wanted = True
-        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + b"claim"))
+        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + CLAIMED))
 
     def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle = arguments[0].rstrip(b"\0")

@@ -27,10 +27,10 @@ from django_gearman.protocol.packets import PacketType, encode_request
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
 from tests.client.fake_server import Peer, fake_server, play
+from tests.interop.gearmand import Gearmand
 from tests.test_tls import Files
 
 from .conftest import LIMIT
-from .test_gearmand import Gearmand
 
 pytestmark = pytest.mark.acceptance
 
@@ -48,10 +48,8 @@ def ours() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def gearmand() -> Iterator[str]:
-    server = Gearmand()
-    server.start()
-    yield server.address
-    server.stop()
+    with Gearmand() as server:
+        yield server.address
 
 
 @pytest.fixture(params=["ours", pytest.param("gearmand", marks=pytest.mark.foreign)])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 
@@ -39,3 +43,35 @@ def stack() -> Iterator[ExitStack]:
     """What a test starts, to be stopped at its end."""
     with ExitStack() as made:
         yield made
+
+
+@pytest.fixture
+def site_server(transactional_db: None, settings: Any) -> Iterator[harness.GearmanServerProcess]:
+    """Our job server on the test's database, which ``settings.GEARMAN`` leads to."""
+    with harness.server() as process:
+        settings.GEARMAN = process.setting
+        yield process
+
+
+@pytest.fixture
+def background_program() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Start programs that run until the test ends."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            # What it runs, too.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -9,10 +9,11 @@ functions begin with a prefix. The programs lie in ``programs``.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -319,8 +320,7 @@ class ForeignWorker:
         self._commands = commands
 
     def start(self) -> None:
-        function = f"{self.prefix}{FUNCTIONS[self.language][-1]}"
-        before = self._server.status().get(function, (0, 0, 0))[2]
+        before = self._server.status()
         for command in self._commands:
             self._processes.append(
                 subprocess.Popen(
@@ -332,11 +332,12 @@ class ForeignWorker:
                 )
             )
         names = [self.prefix + name for name in FUNCTIONS[self.language]]
+        none = (0, 0, 0)
 
         def is_there() -> bool:
             status = self._server.status()
             assert self.is_alive, self.stderr
-            return all(status.get(name, (0, 0, 0))[2] > before for name in names)
+            return all(status.get(name, none)[2] > before.get(name, none)[2] for name in names)
 
         harness.wait_until(is_there, what=f"the worker of {self.language}")
 
@@ -366,8 +367,9 @@ class ForeignWorker:
 
     def __exit__(self, *exc: object) -> None:
         for process in self._processes:
-            # What it runs, too.
-            os.killpg(process.pid, 9)
+            with suppress(ProcessLookupError):
+                # What it runs, too.
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._stderr.close()
 

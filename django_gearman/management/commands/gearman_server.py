@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 import math
 import os
@@ -15,10 +14,10 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-import django
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
@@ -56,7 +55,7 @@ class Command(BaseCommand):
     """Whether the log goes elsewhere than what the command says."""
 
     def get_version(self) -> str:
-        return f"{server_options.version()}, Django {django.get_version()}"
+        return server_options.version()
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
         # The beginning of an option's name may be that of another one's; gearmand takes none either.
@@ -81,6 +80,7 @@ class Command(BaseCommand):
             raise CommandError("--config-file is for the command line; give the options themselves here.")
         settings = conf.settings_for()
         tls = _tls(options, settings)
+        _check_reach(options, tls)
         if options["user"]:
             check_user(options["user"])
         if options["check_args"]:
@@ -91,9 +91,9 @@ class Command(BaseCommand):
             limits = _limits(options, settings)
             if options["coredump"]:
                 allow_core_dumps()
-            sockets, http_sockets = self._bind_all(options, tls)
-            for sock in [*sockets, *http_sockets]:
-                held.callback(sock.close)
+            http_port = server_options.http_port(options)
+            sockets = _bind(options["listen"], options["port"], held)
+            http_sockets = [] if http_port is None else _bind(options["http_listen"], http_port, held)
             pid_file = held.enter_context(PidFile(options["pid_file"])) if options["pid_file"] else None
             if options["user"]:
                 # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
@@ -146,23 +146,6 @@ class Command(BaseCommand):
                     logger.critical("The server ends by an error of its own", exc_info=True)
                 raise
             self._say(f"{PROGRAM} stopped.")
-
-    def _bind_all(
-        self, options: dict[str, Any], tls: ssl.SSLContext | None
-    ) -> tuple[list[socket.socket], list[socket.socket]]:
-        """The sockets of Gearman, and those of HTTP."""
-        insecure: bool = options["insecure"]
-        are_known = tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
-        sockets = _bind(options["listen"], options["port"], insecure=insecure or are_known)
-        http_port = server_options.http_port(options)
-        if http_port is None:
-            return sockets, []
-        try:
-            return sockets, _bind(options["http_listen"], http_port, insecure=insecure, http=True)
-        except CommandError:
-            for sock in sockets:
-                sock.close()
-            raise
 
     def _set_up_log(self, options: dict[str, Any]) -> None:
         file: str | None = options["log_file"]
@@ -290,28 +273,51 @@ def _limits(options: dict[str, Any], settings: conf.GearmanSettings) -> Transpor
     )
 
 
-def _bind(host: str, port: int, *, insecure: bool, http: bool = False) -> list[socket.socket]:
+def _check_reach(options: dict[str, Any], tls: ssl.SSLContext | None) -> None:
+    """Refuse addresses that strangers may reach, unless they are asked for certificates."""
+    if options["insecure"]:
+        return
+    strangers = _first_reachable(options["listen"], options["port"])
+    if strangers and (tls is None or tls.verify_mode is not ssl.CERT_REQUIRED):
+        raise CommandError(
+            f"Whoever reaches {strangers} could submit and take jobs: nobody there is asked for a "
+            "certificate. Listen on 127.0.0.1, use --tls-certificate, --tls-key and --tls-ca-file, "
+            "or add --insecure if the network is yours alone."
+        )
+    http_port = server_options.http_port(options)
+    strangers = None if http_port is None else _first_reachable(options["http_listen"], http_port)
+    if strangers:
+        raise CommandError(
+            f"Whoever reaches {strangers} could submit jobs over HTTP, which asks nobody who they "
+            "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
+            "network is yours alone."
+        )
+
+
+def _first_reachable(host: str, port: int) -> str | None:
+    """The first of a host's addresses that is not of this machine alone; None if all are."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+    addresses = [str(address[0]) for *_, address in found]
+    return next((each for each in addresses if not ip_address(each.partition("%")[0]).is_loopback), None)
+
+
+def _bind(host: str, port: int, held: ExitStack) -> list[socket.socket]:
     try:
         sockets = bind(host, port)
-    except OSError as error:
-        raise CommandError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
     for sock in sockets:
-        address = sock.getsockname()[0]
-        if not insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-            for each in sockets:
-                each.close()
-            if http:
-                raise CommandError(
-                    f"Whoever reaches {address} could submit jobs over HTTP, which asks nobody who they "
-                    "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
-                    "network is yours alone."
-                )
-            raise CommandError(
-                f"Whoever reaches {address} could submit and take jobs: nobody there is asked for a "
-                "certificate. Listen on 127.0.0.1, use --tls-certificate, --tls-key and --tls-ca-file, "
-                "or add --insecure if the network is yours alone."
-            )
+        held.callback(sock.close)
     return sockets
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> CommandError:
+    # A name that cannot be one is an error of encoding.
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return CommandError(f"Cannot listen on {host}:{port}: {reason}.")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
