@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["AdminClient", "Client", "Job", "JobContext", "JobResult", "job"]
+__all__ = ["AdminClient", "Client", "Job", "JobContext", "JobResult", "cron", "every", "job"]
 
 _HOMES = {
     "AdminClient": "client.admin_client",
@@ -18,6 +18,8 @@ _HOMES = {
     "Job": "jobs",
     "JobContext": "jobs",
     "JobResult": "jobs",
+    "cron": "schedules",
+    "every": "schedules",
     "job": "jobs",
 }
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .jobs import JobContext as JobContext
     from .jobs import JobResult as JobResult
     from .jobs import job as job
+    from .schedules import cron as cron
+    from .schedules import every as every
 
 
 def __getattr__(name: str) -> object:

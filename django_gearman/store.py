@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, cached_property
+from math import inf
 from time import monotonic
 from typing import Any, Final
 
@@ -24,7 +25,9 @@ from django.utils import timezone
 
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
+from .history import History
 from .models import JobRecord, ServerLease
+from .scheduler import Scheduler, current_time
 from .server.entries import (
     Entry,
     JobDue,
@@ -61,12 +64,24 @@ class DatabaseStore:
         using: Alias of the database.
         name: The server's name, unique among the servers of the database.
         queue_of: The queue name of a function; foreign clients do not tell one.
+        scheduler: Fires the schedules that are due, with each claim; None for none.
+        history: Prunes what ended long ago; None to keep everything.
     """
 
-    def __init__(self, using: str, name: str, *, queue_of: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        using: str,
+        name: str,
+        *,
+        queue_of: Callable[[str], str] | None = None,
+        scheduler: Scheduler | None = None,
+        history: History | None = None,
+    ) -> None:
         self._using = using
         self._name = name
         self._queue_of = queue_of or (lambda function: "default")
+        self._scheduler = scheduler
+        self._history = history
         self._lease_id = 0
         self._row_prefix = f"H:{name}:r"
         self._renewed = 0.0
@@ -111,19 +126,41 @@ class DatabaseStore:
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
         sql = self._sql
+        scheduler, moment = self._scheduler, current_time()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
             now = self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
             is_due = bool(self._execute(sql.due, [now]))
-            rows = [] if is_due else self._unclaimed(limit, full)
-        if not rows and not is_due and monotonic() - self._renewed < RENEW_INTERVAL:
+            is_time = scheduler is not None and scheduler.has_work(moment)
+            rows = [] if is_due or is_time else self._unclaimed(limit, full)
+        if not rows and not is_due and not is_time and monotonic() - self._renewed < RENEW_INTERVAL:
             return []
         with self._transaction():
             self._prove_lease()
+            if is_time and scheduler is not None:
+                scheduler.work(moment)
             if is_due:
                 self._execute(sql.make_ready, [now])
+            if is_due or is_time:
                 rows = self._unclaimed(limit, full)
             return self._take(rows)
+
+    def tend(self) -> float:
+        history = self._history
+        if history is None:
+            return inf
+        began = monotonic()
+        with self._database_errors():
+            batch = history.next_batch(timezone.now())
+        if batch.ids:
+            try:
+                with self._transaction():
+                    self._prove_lease()
+                    history.delete(batch)
+            except StoreError:
+                history.start_over()
+                raise
+        return history.pause_after(batch, monotonic() - began)
 
     def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Any]:
         names = [name.decode() for name in full]

@@ -48,6 +48,7 @@ class TestDatabases:
         database["OPTIONS"]["transaction_mode"] = "immediate"
         assert check_databases(app_configs=None) == []
 
+    @pytest.mark.django_db  # Django asks the database whether it has JSON
     @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
     def test_a_plain_check_says_so(self, database: dict[str, Any]) -> None:
         """Django leaves out what is tagged as a check of databases; this one only reads settings."""

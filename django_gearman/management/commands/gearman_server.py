@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db import connections
+from django.db import DatabaseError, connections
 
 from ... import conf
 from ...addresses import split_address
-from ...exceptions import StoreError
-from ...jobs import queue_of
+from ...exceptions import InvalidSchedule, StoreError
+from ...history import History, configured, lanes_of
+from ...jobs import declared_schedules, queue_of, scheduled_record
+from ...scheduler import Scheduler, refuse_unreadable, synchronise
 from ...server.core import JobServer, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, TransportLimits, bind
 from ...store import DatabaseStore
@@ -157,7 +159,13 @@ class Command(BaseCommand):
             store = None
             if options["store"] == "database":
                 require_tables(settings.database)
-                store = DatabaseStore(settings.database, name, queue_of=queue_of)
+                store = DatabaseStore(
+                    settings.database,
+                    name,
+                    queue_of=queue_of,
+                    scheduler=Scheduler(settings.database, scheduled_record),
+                    history=History(settings.database, lanes_of(configured(settings))),
+                )
             self._serve(sockets, http_sockets, store, name, options, settings, tls)
         finally:
             for sock in [*sockets, *http_sockets]:
@@ -200,6 +208,8 @@ class Command(BaseCommand):
         try:
             epoch = store.take_lease(address) if store else 0
             replayed = store.replay() if store else []
+            if store:
+                _synchronise(settings)
         except StoreError as error:
             raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
         finally:
@@ -298,6 +308,18 @@ def _tls(options: dict[str, Any], settings: conf.GearmanSettings) -> ssl.SSLCont
         return server_context(certificate, key, None if open_door else ca)
     except TLSFilesError as error:
         raise CommandError(f"TLS does not work: {error}.") from error
+
+
+def _synchronise(settings: conf.GearmanSettings) -> None:
+    """Bring the code's schedules into the table, and see that all of them can be read."""
+    try:
+        # Where jobs are not looked for, those that are missing may well be there.
+        synchronise(settings.database, declared_schedules(), complete=settings.autodiscover)
+        refuse_unreadable(settings.database)
+    except InvalidSchedule as error:
+        raise CommandError(f"The schedules do not work: {error}.") from error
+    except DatabaseError as error:
+        raise StoreError(" ".join(str(error).split())) from error
 
 
 def _shown(sock: socket.socket) -> str:
