@@ -117,7 +117,9 @@ class Batch:
     """Records that may go."""
 
     lane: Lane | None = None
-    cutoff: datetime | None = None
+    first: datetime | None = None
+    last: datetime | None = None
+    """When the job of the first record that was looked at ended, and that of the last."""
     ids: list[int] = field(default_factory=list)
     read: int = 0
     """Records that were looked at."""
@@ -159,7 +161,7 @@ class History:
         return Batch()
 
     def _read(self, lane: Lane, cutoff: datetime) -> Batch:
-        rows = self._ended(lane.status, cutoff)
+        rows = self._ended(lane.status).filter(finished_at__lt=cutoff)
         if lane.since is not None:
             rows = rows.filter(
                 Q(finished_at__gt=lane.since) | Q(id__gt=lane.last_id), finished_at__gte=lane.since
@@ -167,20 +169,22 @@ class History:
         columns = rows.order_by("finished_at", "id").values_list(
             "id", "function", "finished_at", Length("workload"), Length("result")
         )
-        batch = Batch(lane, cutoff, more=True)
+        batch = Batch(lane, more=True)
         size = 0
         for id, function, finished_at, workload, result in columns[: self.rows]:
             size += (workload or 0) + (result or 0)
             if size > MAX_BYTES and batch.read:
                 break
             batch.read += 1
-            lane.since, lane.last_id = finished_at, id
+            batch.first = batch.first or finished_at
+            batch.last = lane.since = finished_at
+            lane.last_id = id
             if lane.takes(function):
                 batch.ids.append(id)
         return batch
 
-    def _ended(self, status: str, cutoff: datetime) -> QuerySet[JobRecord]:
-        return JobRecord.objects.using(self._using).filter(status=status, finished_at__lt=cutoff)
+    def _ended(self, status: str) -> QuerySet[JobRecord]:
+        return JobRecord.objects.using(self._using).filter(status=status)
 
     def delete(self, batch: Batch) -> None:
         """
@@ -190,8 +194,10 @@ class History:
         were when they were read, are left alone.
         """
         assert batch.lane is not None, "of next_batch"
-        assert batch.cutoff is not None, "of next_batch"
-        rows = self._ended(batch.lane.status, batch.cutoff).filter(pk__in=batch.ids)
+        # Databases may look for the times before the ids: both ends keep that to this batch.
+        rows = self._ended(batch.lane.status).filter(
+            pk__in=batch.ids, finished_at__gte=batch.first, finished_at__lte=batch.last
+        )
         if connections[self._using].features.has_select_for_update_skip_locked:
             locked = rows.select_for_update(skip_locked=True).order_by("pk").values_list("pk", flat=True)
             rows = JobRecord.objects.using(self._using).filter(pk__in=list(locked))
@@ -231,7 +237,7 @@ class History:
         """How many records may go."""
         total = 0
         for lane in self._lanes:
-            rows = self._ended(lane.status, now - lane.age)
+            rows = self._ended(lane.status).filter(finished_at__lt=now - lane.age)
             if lane.functions is not None:
                 rows = rows.filter(function__in=lane.functions)
             elif lane.but:
