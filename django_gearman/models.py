@@ -295,6 +295,8 @@ class Schedule(models.Model):
     """Fields that servers write."""
 
     class Meta:
+        # Else `manage.py check` would open the database to ask for it, also where there is none yet.
+        required_db_features = ("supports_json_field",)
         verbose_name = _("schedule")
         verbose_name_plural = _("schedules")
         constraints = [

@@ -87,12 +87,6 @@ class ScheduleAdmin(ScheduleModelAdmin):
             return False
         return super().has_delete_permission(request, obj)
 
-    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
-        actions = super().get_actions(request)
-        # It asks for permission once, and not for each row.
-        actions.pop("delete_selected", None)
-        return actions
-
     def save_model(self, request: HttpRequest, obj: Schedule, form: Any, change: bool) -> None:
         """Save what was edited, and no more: a server may be firing the schedule."""
         if change:
