@@ -106,8 +106,7 @@ class Scheduler:
 
     def _fire(self, schedule: Schedule, now: int) -> None:
         next_at = schedule.next_at
-        if next_at is None or schedule.plan != schedule.current_plan:
-            return self._replan(schedule, now)
+        assert next_at is not None, "it is due"
         due = schedules.due_times(schedule.timing, next_at, now, schedule.catch_up)
         moved: dict[str, Any] = {"next_at": due.next_at, "error": ""}
         if due.times:

@@ -223,6 +223,17 @@ class TestOnce:
         Scheduler("default", scheduled_record)._fire(stale, NOON + 60)
         assert not JobRecord.objects.exists()
 
+    def test_one_that_read_before_an_edit_to_the_same_time_leaves_it_alone(self):
+        schedule = make()
+        stale = Schedule.objects.get()
+        schedule.interval, schedule.cron = None, "1 12 * * *"
+        schedule.save()
+        assert schedule.next_at == stale.next_at
+        Scheduler("default", scheduled_record)._fire(stale, NOON + 60)
+        assert not JobRecord.objects.exists()
+        assert len(work(NOON + 60)) == 1
+        assert Schedule.objects.get().next_at == NOON + 86_460
+
     def test_many_servers_at_once(self):
         """Whatever the database's locks, every time is one job."""
         count, rounds, servers = 5, 12, 4
