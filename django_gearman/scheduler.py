@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any, Final
 
 from django.conf import settings
@@ -27,7 +28,10 @@ from .models import JobRecord, Schedule
 logger = logging.getLogger(__name__)
 
 AT_ONCE: Final = 500
-"""Schedules that are fired in one transaction; the next follow at the next look."""
+"""Schedules that are fired in one transaction at most; the others follow at the next look."""
+
+SLICE: Final = 0.2
+"""Seconds that this may take: acknowledgements wait meanwhile."""
 
 REVIEW_INTERVAL: Final = 10
 """Seconds between two looks for rows that were edited without ``Schedule.save``."""
@@ -71,8 +75,11 @@ class Scheduler:
         """
         for schedule in self._to_replan(now):
             self._try(schedule, self._replan, now)
+        began = monotonic()
         for schedule in self._due(now).order_by("next_at", "pk")[:AT_ONCE]:
             self._try(schedule, self._fire, now)
+            if monotonic() - began > SLICE:
+                break
 
     def _due(self, now: int) -> QuerySet[Schedule]:
         return self._readable().filter(next_at__lte=now)

@@ -129,6 +129,12 @@ class TestFiring:
         batches = [len(work(now)) for _ in range(4)]
         assert batches == [100, 100, 50, 0]
 
+    def test_no_look_takes_long(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(scheduler, "SLICE", -1.0)
+        for number in range(3):
+            make(name=str(number))
+        assert [len(work(NOON + 60 + second)) for second in range(4)] == [1, 1, 1, 0]
+
     def test_neighbours_of_one_that_cannot_be_fired(self, caplog: pytest.LogCaptureFixture):
         bad = make(name="a", args=["x", "y", "z"])
         make(name="b")

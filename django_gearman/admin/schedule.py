@@ -89,10 +89,7 @@ class ScheduleAdmin(ScheduleModelAdmin):
 
     def save_model(self, request: HttpRequest, obj: Schedule, form: Any, change: bool) -> None:
         """Save what was edited, and no more: a server may be firing the schedule."""
-        if change:
-            obj.save(update_fields=form.changed_data)
-        else:
-            obj.save()
+        obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Schedule]:
         return super().get_queryset(request).using(conf.settings_for().database)

@@ -268,7 +268,7 @@ class Journal:
             batch.error = None
         else:
             claim = now >= self._next_claim and not self._closing
-            if now >= self.tend_at and not claim and not self._closing:
+            if now >= self.tend_at and not self._closing:
                 # A trip of its own, so that nothing that was claimed or written waits to be told of.
                 self._in_flight = True
                 return Batch([], tend=True)
