@@ -1,10 +1,10 @@
 """
-What a history costs: claim, replay, the admin's list and pruning, with hardly any and with a million records.
+What a history costs: claim, replay, the admin list and pruning, with hardly any and with a million records.
 
     python benchmarks/history.py                      SQLite, in a folder of its own
     DATABASE_URL=postgres://... python benchmarks/history.py --records 1000000
 
-The database must be an empty one: its tables are made, filled and left. Figures are the best of nine, in milliseconds.
+The database must be empty: tables are made, filled and left. Figures are the best of nine, in milliseconds.
 """
 
 from __future__ import annotations

@@ -34,6 +34,19 @@ def leave_traces(trace: Trace, **columns: Any) -> Schedule:
     )
 
 
+def start(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A server that does not start."""
+    return subprocess.run(
+        [*harness.MANAGE, "gearman_server", "--port", "0"],
+        cwd=harness.ROOT,
+        env=harness.environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=harness.START_LIMIT,
+        check=False,
+    )
+
+
 class TestFiring:
     def test_every_second(self, site_server: harness.GearmanServerProcess, trace: Trace):
         schedule = leave_traces(trace, interval=SECOND)
@@ -110,18 +123,27 @@ class TestOfTheCode:
             assert "the code declares it no more" in server.stderr
 
     def test_a_cron_that_is_none_stops_the_start(self, transactional_db: None):
-        done = subprocess.run(
-            [*harness.MANAGE, "gearman_server", "--port", "0"],
-            cwd=harness.ROOT,
-            env=harness.environment() | SITE | {"GEARMAN_TEST_SCHEDULE": "61 * * * *@x"},
-            capture_output=True,
-            text=True,
-            timeout=harness.START_LIMIT,
-            check=False,
-        )
+        done = start(SITE | {"GEARMAN_TEST_SCHEDULE": "61 * * * *@x"})
         assert done.returncode == 1
         assert "(django_gearman.E006)" in done.stderr
         assert f"The schedule of {NAME} does not work: the cron '61 * * * *' cannot be read" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestWithoutCronsim:
+    ENV = SITE | {"GEARMAN_TEST_NO_CRONSIM": "1"}
+
+    def test_intervals_need_nothing(self, transactional_db: None, tmp_path: Path):
+        with harness.server(env=self.ENV | {"GEARMAN_TEST_SCHEDULE": f"1@{tmp_path / 'lines'}"}):
+            harness.wait_until(times, 10.0, "a job")
+
+    @pytest.mark.parametrize("of_the_code", [False, True])
+    def test_crons_stop_the_start_with_the_remedy(self, transactional_db: None, of_the_code: bool):
+        if not of_the_code:
+            Schedule.objects.create(name="n", function="f", cron="* * * * *")
+        done = start(self.ENV | ({"GEARMAN_TEST_SCHEDULE": "* * * * *@x"} if of_the_code else {}))
+        assert done.returncode == 1
+        assert "pip install 'django-gearman[schedules]'" in done.stderr
         assert "Traceback" not in done.stderr
 
 
