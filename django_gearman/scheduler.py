@@ -37,7 +37,7 @@ REVIEW_INTERVAL: Final = 10
 """Seconds between two looks for rows that were edited without ``Schedule.save``."""
 
 WRONG_CLOCK: Final = 86_400
-"""Seconds in the future of a last time from which on the clock that it was fired by must have been wrong."""
+"""Seconds that a next time may lie behind what follows from the clock; if more, the clock was wrong before."""
 
 RecordOf = Callable[[Schedule], JobRecord]
 """An unsaved record of the job that a schedule asks for; raises ``TypeError`` or ``ValueError`` if none."""
@@ -57,14 +57,19 @@ class Scheduler:
         self._using = using
         self._record_of = record_of
         self._has_cronsim = schedules.has_cronsim()
-        self._reviewed = 0
-        """When all rows were last looked at; 0 for never."""
+        self._reviewed: int | None = None
+        """When all rows were last looked at; None for never."""
+        self._is_new = True
 
     def has_work(self, now: int) -> bool:
         """Whether ``work`` would do anything. Reads, and does not write."""
-        return self._due(now).exists() or (
-            abs(now - self._reviewed) >= REVIEW_INTERVAL and bool(self._to_replan(now))
-        )
+        if self._due(now).exists():
+            return True
+        if self._wants_review(now):
+            if self._to_replan(now):
+                return True
+            self._reviewed = now
+        return False
 
     def work(self, now: int) -> None:
         """
@@ -73,8 +78,11 @@ class Scheduler:
         Args:
             now: Seconds since 1970.
         """
-        for schedule in self._to_replan(now):
-            self._try(schedule, self._replan, now)
+        if self._wants_review(now):
+            for schedule in self._to_replan(now):
+                self._try(schedule, self._replan, now)
+            self._reviewed = now
+            self._is_new = False
         began = monotonic()
         for schedule in self._due(now).order_by("next_at", "pk")[:AT_ONCE]:
             self._try(schedule, self._fire, now)
@@ -84,15 +92,16 @@ class Scheduler:
     def _due(self, now: int) -> QuerySet[Schedule]:
         return self._readable().filter(next_at__lte=now)
 
+    def _wants_review(self, now: int) -> bool:
+        return self._reviewed is None or abs(now - self._reviewed) >= REVIEW_INTERVAL
+
     def _to_replan(self, now: int) -> list[Schedule]:
         """Rows whose next time does not follow from what they say, or from a clock that was right."""
-        is_first = not self._reviewed
-        self._reviewed = now
         return [
             row
             for row in self._readable().filter(~Q(plan="") | Q(enabled=True, withdrawn=False)).order_by("pk")
             # What could not be fired may be what a new version of the code can.
-            if row.plan != row.current_plan or (is_first and row.error) or _is_misled(row, now)
+            if row.plan != row.current_plan or (self._is_new and row.error) or _is_misled(row, now)
         ]
 
     def _try(self, schedule: Schedule, do: Callable[[Schedule, int], None], now: int) -> None:
@@ -107,13 +116,15 @@ class Scheduler:
 
     def _replan(self, schedule: Schedule, now: int) -> None:
         mine = self._rows().filter(pk=schedule.pk, plan=schedule.plan, next_at=schedule.next_at)
-        last_at = None if _is_misled(schedule, now) else schedule.last_at
+        last_at = schedule.last_at if (schedule.last_at or 0) <= now else None
         schedule.replan(now)
         mine.update(plan=schedule.plan, next_at=schedule.next_at, last_at=last_at, error="")
 
     def _fire(self, schedule: Schedule, now: int) -> None:
         next_at = schedule.next_at
         assert next_at is not None, "it is due"
+        if schedule.plan != schedule.current_plan:
+            return self._replan(schedule, now)
         due = schedules.due_times(schedule.timing, next_at, now, schedule.catch_up)
         moved: dict[str, Any] = {"next_at": due.next_at, "error": ""}
         if due.times:
@@ -141,9 +152,14 @@ class Scheduler:
 
 
 def _is_misled(schedule: Schedule, now: int) -> bool:
-    """Whether it was fired by a clock that was far ahead, and would rest until it is that late."""
-    last_at = schedule.last_at
-    return not schedule.rests and last_at is not None and last_at > now + WRONG_CLOCK
+    """Whether it was planned by a clock that was far ahead, and would rest until it is that late."""
+    next_at = schedule.next_at
+    if next_at is None or next_at <= now + WRONG_CLOCK:
+        return False
+    try:
+        return schedule.timing.next_after(now, next_at) < next_at - WRONG_CLOCK
+    except InvalidSchedule:
+        return False
 
 
 def _moment(seconds: int) -> datetime:

@@ -174,7 +174,11 @@ class TestFiring:
         bad = make(args=["x", "y", "z"])
         work(NOON + 60)
         Schedule.objects.update(args=[1])
-        work(NOON + 70)  # a new Scheduler each time, as after a restart
+        restarted = Scheduler("default", scheduled_record)
+        assert restarted.has_work(NOON + 70)
+        with transaction.atomic():
+            restarted.work(NOON + 70)
+        assert not restarted.has_work(NOON + 80)
         bad.refresh_from_db()
         assert (bad.error, bad.next_at) == ("", NOON + 130)
 
@@ -358,6 +362,16 @@ class TestEdits:
         assert work(NOON + 60) == []
         assert Schedule.objects.get().next_at == NOON + 3660
 
+    def test_rows_changed_without_save_between_two_reviews(self):
+        make()
+        mine = Scheduler("default", scheduled_record)
+        assert not mine.has_work(NOON + 55)
+        Schedule.objects.update(interval=timedelta(hours=1))
+        with transaction.atomic():
+            mine.work(NOON + 60)
+        assert not JobRecord.objects.exists()
+        assert Schedule.objects.get().next_at == NOON + 3660
+
     def test_rows_changed_without_save_are_noticed_soon(self):
         make(cron="0 0 1 1 *")
         mine = Scheduler("default", scheduled_record)
@@ -388,8 +402,27 @@ class TestClocks:
         years = 5 * 366 * 86_400
         assert len(work(NOON + years)) == 1
         work(NOON + 30)
-        assert Schedule.objects.get().next_at == NOON + 3600
+        row = Schedule.objects.get()
+        assert (row.next_at, row.last_at) == (NOON + 3600, None)
         assert times(work(NOON + 3600)) == [3600]
+
+    def test_one_that_was_made_by_such_a_clock(self, clock: Clock):
+        clock.now += 5 * 366 * 86_400
+        make(interval=timedelta(days=3))
+        work(NOON)
+        assert NOON < (Schedule.objects.get().next_at or 0) <= NOON + 3 * 86_400
+
+    @pytest.mark.parametrize("columns", [{"cron": "0 0 1 1 *"}, {"interval": timedelta(days=400)}])
+    def test_long_waits_are_no_mistake(self, columns: dict[str, Any]):
+        made = make(**columns)
+        work(NOON + 3600)
+        assert Schedule.objects.get().next_at == made.next_at
+
+    def test_put_back_by_some_hours_the_schedule_waits(self):
+        make(cron="0 * * * *")
+        assert len(work(NOON + 10 * 3600)) == 1
+        assert work(NOON + 60) == []
+        assert Schedule.objects.get().next_at == NOON + 11 * 3600
 
 
 class TestRows:
