@@ -37,7 +37,7 @@ REVIEW_INTERVAL: Final = 10
 """Seconds between two looks for rows that were edited without ``Schedule.save``."""
 
 WRONG_CLOCK: Final = 86_400
-"""Seconds that a next time may lie behind what follows from the clock; if more, the clock was wrong before."""
+"""Seconds that a next time may lie behind what follows from the clock; if more, the clock was wrong."""
 
 RecordOf = Callable[[Schedule], JobRecord]
 """An unsaved record of the job that a schedule asks for; raises ``TypeError`` or ``ValueError`` if none."""
