@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["AdminClient", "Client", "Discard", "Job", "JobContext", "JobResult", "Retry", "job"]
+__all__ = [
+    "AdminClient",
+    "Client",
+    "Discard",
+    "Job",
+    "JobContext",
+    "JobResult",
+    "Retry",
+    "cron",
+    "every",
+    "job",
+]
 
 _HOMES = {
     "AdminClient": "client.admin_client",
@@ -20,6 +31,8 @@ _HOMES = {
     "JobContext": "jobs",
     "JobResult": "jobs",
     "Retry": "exceptions",
+    "cron": "schedules",
+    "every": "schedules",
     "job": "jobs",
 }
 
@@ -32,6 +45,8 @@ if TYPE_CHECKING:
     from .jobs import JobContext as JobContext
     from .jobs import JobResult as JobResult
     from .jobs import job as job
+    from .schedules import cron as cron
+    from .schedules import every as every
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,11 @@ from django.core.exceptions import ImproperlyConfigured
 
 from . import conf
 from .addresses import split_address
+from .exceptions import InvalidSchedule, MissingCronsim
+from .jobs import declared_schedules, scheduled_record
+from .models import Schedule
+from .scheduler import columns_of
+from .schedules import time_zone
 
 
 @register("gearman")
@@ -99,6 +104,32 @@ def check_network(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> 
                     "where whoever reaches the port may submit and take them.",
                     hint="Set TLS_CA, TLS_CERTIFICATE and TLS_KEY, unless the network is yours alone.",
                     id="django_gearman.W003",
+                )
+            )
+    return messages
+
+
+@register("gearman")
+def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Every schedule of the code names times, and calls its function as it can be called."""
+    messages: list[CheckMessage] = []
+    for name, (function, declaration) in declared_schedules().items():
+        try:
+            row = Schedule(name=name, **columns_of(function, declaration))
+            time_zone(row.zone_name)
+            row.timing  # noqa: B018
+            scheduled_record(row)
+        except MissingCronsim as error:
+            messages.append(
+                Error(f"{error}.", hint=f"The schedule of {name} is a cron.", id="django_gearman.E011")
+            )
+            break
+        except (InvalidSchedule, ImproperlyConfigured, TypeError, ValueError) as error:
+            messages.append(
+                Error(
+                    f"The schedule of {name} does not work: {error}.",
+                    hint="See cron(), every() and their arguments in docs/schedules.md.",
+                    id="django_gearman.E006",
                 )
             )
     return messages

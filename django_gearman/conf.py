@@ -12,6 +12,7 @@ import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
@@ -26,6 +27,7 @@ from .tls import TLSFilesError, client_context
 
 DEFAULT_ALIAS = "default"
 ENQUEUE_DOORS = ("database", "wire")
+MAX_DAYS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,15 @@ class GearmanSettings:
 
     autodiscover: bool = True
     """Whether the ``jobs.py`` of each installed app is imported at start."""
+
+    keep_successful_days: float | None = 7.0
+    """Days that the record of a successful job is kept; None or 0 for ever."""
+
+    keep_failed_days: float | None = 30.0
+    """Days that the record of a job that ended otherwise is kept; None or 0 for ever."""
+
+    keep_function_days: Mapping[str, float | None] = dataclass_field(default_factory=dict)
+    """{function: days that its records are kept, however its jobs ended}; None or 0 for ever."""
 
     tls_ca: str = ""
     """File with the CAs that sign the certificates of the other end; not empty turns TLS on."""
@@ -112,6 +123,12 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif field.name == "job_retries":
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ImproperlyConfigured(f"{where} must be a whole number from 0, not {value!r}")
+        elif field.name == "keep_function_days":
+            if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+                raise ImproperlyConfigured(f"{where} must be a dict of functions and days, not {value!r}")
+            value = {name: _days(f"{where}[{name!r}]", days) for name, days in value.items()}
+        elif field.name.startswith("keep_"):
+            value = _days(where, value)
         elif isinstance(field.default, bool):
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f"{where} must be True or False, not {value!r}")
@@ -154,6 +171,16 @@ def client_tls(options: GearmanSettings) -> ssl.SSLContext | None:
         return client_context(options.tls_ca, options.tls_certificate or None, options.tls_key or None)
     except TLSFilesError as error:
         raise ImproperlyConfigured(f"TLS does not work: {error}") from error
+
+
+def _days(where: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_DAYS:
+        raise ImproperlyConfigured(
+            f"{where} must be a number of days, or None or 0 to keep records for ever, not {value!r}"
+        )
+    return float(value) or None
 
 
 def _servers(where: str, value: object) -> tuple[str, ...]:

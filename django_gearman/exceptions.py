@@ -18,6 +18,8 @@ Every error of django_gearman, as one tree.
     ├── Retry                      raised by a job that wants another attempt
     ├── Discard                    raised by a job that wants none
     ├── InvalidJob                 a @job that cannot be what it was declared to be
+    ├── InvalidSchedule            a schedule that names no times
+    │   └── MissingCronsim         ... or that this installation cannot read
     └── StoreError                 the durable store cannot do its work
         └── LeaseLost              another server took this server's place
 
@@ -223,6 +225,20 @@ class Discard(GearmanError):
 
 class InvalidJob(GearmanError, TypeError):
     """A function cannot be the job that its ``@job`` declares, or two jobs share a name."""
+
+
+class InvalidSchedule(GearmanError, ValueError):
+    """A schedule names no times."""
+
+
+class MissingCronsim(InvalidSchedule):
+    """Nothing is wrong with the schedule: the library that reads cron expressions is not installed."""
+
+    def __str__(self) -> str:
+        return (
+            "cron schedules need the cronsim library: pip install 'django-gearman[schedules]' "
+            "(intervals need nothing)"
+        )
 
 
 class StoreError(GearmanError):

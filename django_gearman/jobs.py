@@ -19,7 +19,7 @@ import os
 import random
 import socket
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache, partial, update_wrapper
@@ -45,7 +45,7 @@ from django.db import close_old_connections, reset_queries, transaction
 from django.dispatch import receiver
 from django.utils import timezone
 
-from . import conf
+from . import conf, schedules
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
@@ -60,7 +60,7 @@ from .exceptions import (
     Retry,
     WaitInTransaction,
 )
-from .models import JobRecord
+from .models import JobRecord, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -377,6 +377,7 @@ class JobOptions(TypedDict, total=False):
     max_attempts: int
     backoff: Backoff
     timeout: int
+    schedule: schedules.Declaration | Sequence[schedules.Declaration]
 
 
 class Job(Generic[P, R]):
@@ -398,6 +399,7 @@ class Job(Generic[P, R]):
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
         timeout: int | None = None,
+        schedule: object = None,
     ) -> None:
         thing: object = function
         if isinstance(thing, type | Job) or not callable(thing) or not hasattr(thing, "__qualname__"):
@@ -411,6 +413,7 @@ class Job(Generic[P, R]):
         self.max_attempts = max_attempts
         self.backoff = backoff
         self.timeout = timeout
+        self.schedules = schedules.declarations(schedule)
         self.run_after: datetime | timedelta | None = None
         self._signature = self._inspect()
         self._validate()
@@ -463,6 +466,19 @@ class Job(Generic[P, R]):
             TypeError: The arguments do not fit the function, or JSON cannot carry one.
         """
         options = conf.settings_for()
+        record = self._new_record(args, kwargs, options)
+        if options.enqueue == "wire":
+            # gearmand's stores would overwrite jobs without a unique.
+            record.unique = uuid.uuid4().hex
+            transaction.on_commit(partial(_submit, record), using=options.database)
+            return WireJobResult(record)
+        record.save(using=options.database, force_insert=True)
+        _nudge_after_commit(options.database)
+        return JobResult(record)
+
+    def _new_record(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
+    ) -> JobRecord:
         now = timezone.now()
         run_after = now + self.run_after if isinstance(self.run_after, timedelta) else self.run_after
         is_later = run_after is not None and run_after > now
@@ -471,7 +487,7 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
-        record = JobRecord(
+        return JobRecord(
             function=self.name,
             queue_name=self.queue_name,
             workload=self._encode(args, kwargs, options.max_packet),
@@ -483,14 +499,6 @@ class Job(Generic[P, R]):
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
         )
-        if options.enqueue == "wire":
-            # gearmand's stores would overwrite jobs without a unique.
-            record.unique = uuid.uuid4().hex
-            transaction.on_commit(partial(_submit, record), using=options.database)
-            return WireJobResult(record)
-        record.save(using=options.database, force_insert=True)
-        _nudge_after_commit(options.database)
-        return JobResult(record)
 
     def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """
@@ -710,6 +718,7 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         raw: The function takes and returns bytes, for programs in other languages.
         queue_name: Workers can be told which queues to serve.
         priority: -100 to 100, higher first; on the wire below, at or above 0 is low, normal or high.
+        schedule: When job servers make jobs of it by themselves: ``cron(...)``, ``every(...)``, or several.
         takes_context: The function's first argument is a ``JobContext`` named ``context``.
         max_attempts: How often it is run at the most, when it raises or its worker is lost. Without
             it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
@@ -752,6 +761,46 @@ def queue_of(function: str) -> str:
     """The queue of a function; "default" for those that are not ours."""
     known = registry.get(function)
     return known.queue_name if known is not None else "default"
+
+
+# Schedules.
+
+
+def declared_schedules() -> dict[str, tuple[str, schedules.Declaration]]:
+    """{name of its row: (function, declaration)} of every schedule of the process."""
+    return {
+        declaration.row_name(made.name): (made.name, declaration)
+        for made in registry.values()
+        for declaration in made.schedules
+    }
+
+
+def scheduled_record(schedule: Schedule) -> JobRecord:
+    """
+    An unsaved record of the job that a schedule asks for.
+
+    A raw job gets its one argument, which JSON can only carry as text, in UTF-8.
+
+    Raises:
+        TypeError: The arguments do not fit the function.
+        ValueError: They are too large.
+    """
+    made = registry.get(schedule.function)
+    options = conf.settings_for()
+    args, kwargs = tuple(schedule.args), schedule.kwargs
+    if made is None:
+        # Some worker's, in whatever language.
+        workload = dumps({"args": args, "kwargs": kwargs})
+        record = JobRecord(function=schedule.function, workload=workload)
+    else:
+        if made.raw:
+            args = tuple(arg.encode() if isinstance(arg, str) else arg for arg in args or ("",))
+        record = made._new_record(args, kwargs, options)
+    if schedule.queue_name:
+        record.queue_name = schedule.queue_name
+    if schedule.priority is not None:
+        record.priority = schedule.priority
+    return record
 
 
 # What a worker runs.

@@ -1,21 +1,28 @@
 """
 What is kept: one row per job, which is the durable queue and the record that
-the admin shows, and one row per job server.
+the admin shows, one row per job server, and one per schedule.
 
 No behaviour here beyond what a row *is*. Rows are inserted by ``jobs.py`` (the
 database door) and by ``store.py`` (the wire door); outcomes are written by job
-servers alone.
+servers alone. What fires schedules is in ``scheduler.py``.
 """
 
 from __future__ import annotations
 
 import datetime
-from typing import ClassVar
+import time
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
+from django.conf import settings
+from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
+
+from . import schedules
+from .exceptions import InvalidSchedule
 
 
 class ServerLease(models.Model):
@@ -168,6 +175,12 @@ class JobRecord(models.Model):
             models.Index(fields=["status", "-id"], name="job_status"),
             models.Index(fields=["function", "-id"], name="job_function"),
             models.Index(fields=["unique", "-id"], name="job_unique", condition=~Q(unique="")),
+            # What is old enough to be pruned, oldest first.
+            models.Index(
+                fields=["status", "finished_at", "id"],
+                name="job_history",
+                condition=Q(finished_at__isnull=False),
+            ),
         ]
 
     def __str__(self) -> str:
@@ -218,3 +231,202 @@ class JobAttempt(models.Model):
 
     def __str__(self) -> str:
         return f"attempt {self.number} of #{self.job_id}"
+
+
+class Schedule(models.Model):
+    """
+    When a function is to be run, again and again.
+
+    Job servers make the jobs: the one whose compare-and-set of ``next_at``
+    succeeds makes them in the same transaction. Moments are seconds since 1970:
+    a naive datetime, as databases keep it when ``USE_TZ`` is off, does not tell
+    the two hours apart that the end of summer time shows alike.
+    """
+
+    class CatchUp(models.TextChoices):
+        NONE = "none", _("None: go on with the next")
+        ONE = "one", _("One job for all of them")
+        ALL = "all", _("One job for each")
+
+    name = models.CharField(
+        _("name"), max_length=600, unique=True, help_text=_("What tells this schedule from others.")
+    )
+    function = models.CharField(
+        _("function"),
+        max_length=512,
+        help_text=_("Name on the wire: of a @job its import path, unless it was given another."),
+    )
+
+    # When.
+    cron = models.CharField(
+        _("cron"),
+        max_length=200,
+        blank=True,
+        default="",
+        help_text=_("Minute, hour, day of month, month, day of week. Or an interval."),
+    )
+    interval = models.DurationField(
+        _("interval"), null=True, blank=True, help_text=_("[days] hours:minutes:seconds. Or a cron.")
+    )
+    tz = models.CharField(
+        _("time zone"),
+        max_length=64,
+        blank=True,
+        default="",
+        help_text=_("Whose clock the cron means, such as Europe/Paris; the site's when empty."),
+    )
+    catch_up = models.CharField(
+        _("missed times"),
+        max_length=4,
+        choices=CatchUp,
+        default=CatchUp.ONE,
+        help_text=_("What becomes of times at which no job server was up."),
+    )
+    enabled = models.BooleanField(_("enabled"), default=True)
+
+    # What.
+    args = models.JSONField(
+        _("arguments"), blank=True, default=list, help_text=_('A JSON array, such as [7, "large"].')
+    )
+    kwargs = models.JSONField(
+        _("keyword arguments"),
+        blank=True,
+        default=dict,
+        help_text=_('A JSON object, such as {"size": 800}.'),
+    )
+    queue_name = models.CharField(
+        _("queue"), max_length=100, blank=True, default="", help_text=_("The job's own when empty.")
+    )
+    priority = models.SmallIntegerField(
+        _("priority"),
+        null=True,
+        blank=True,
+        help_text=_("-100 to 100, higher first; the job's own when empty."),
+    )
+
+    declared = models.JSONField(_("declared"), null=True, editable=False)
+    """What the code said when a server last looked; null for a schedule that was made in the admin."""
+
+    withdrawn = models.BooleanField(_("withdrawn"), default=False, editable=False)
+    """The code declared it and does no more: it rests, and keeps what was set here."""
+
+    # Where it stands.
+    plan = models.CharField(max_length=400, default="", editable=False)
+    """What ``next_at`` was worked out from; when it differs from ``current_plan``, the times were edited."""
+
+    next_at = models.BigIntegerField(_("next time"), null=True, editable=False, db_index=True)
+    """Seconds since 1970; null when it rests."""
+
+    last_at = models.BigIntegerField(_("last time"), null=True, editable=False)
+    """The time, not the moment, for which the last job was made."""
+
+    last_job = models.BigIntegerField(_("last job"), null=True, editable=False)
+    """Id of its record, which may be gone."""
+
+    error = models.TextField(_("error"), blank=True, default="", editable=False)
+    """Why it does not fire; empty unless it cannot."""
+
+    STANDING: ClassVar[frozenset[str]] = frozenset({"plan", "next_at", "last_at", "last_job", "error"})
+    """Fields that servers write."""
+
+    class Meta:
+        # Else `manage.py check` would open the database to ask for it, also where there is none yet.
+        required_db_features = ("supports_json_field",)
+        verbose_name = _("schedule")
+        verbose_name_plural = _("schedules")
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(cron="", interval__isnull=False) | (~Q(cron="") & Q(interval__isnull=True)),
+                name="schedule_cron_or_interval",
+                violation_error_message=_("Give either a cron or an interval."),
+            ),
+            models.CheckConstraint(
+                condition=Q(priority__isnull=True) | Q(priority__gte=-100, priority__lte=100),
+                name="schedule_priority_range",
+                violation_error_message=_("A priority is from -100 to 100."),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def save(self, *args: Any, update_fields: Iterable[str] | None = None, **kwargs: Any) -> None:
+        """
+        Save; when the times were edited, the next is after now and never one that has passed.
+
+        Where it stands is left as it is in the row otherwise: a server may have
+        fired it since this object was read.
+
+        Raises:
+            InvalidSchedule: The times make no sense.
+        """
+        # What could not be fired may be mended now.
+        edited = self.plan != self.current_plan or bool(self.error)
+        if edited:
+            self.replan(int(time.time()))
+        if update_fields is None and not self._state.adding:
+            names = {field.name for field in self._meta.concrete_fields if not field.primary_key}
+            update_fields = names - self.STANDING
+        if update_fields is not None and edited:
+            update_fields = {*update_fields, "plan", "next_at", "error"}
+        super().save(*args, update_fields=update_fields, **kwargs)
+
+    @property
+    def rests(self) -> bool:
+        return self.withdrawn or not self.enabled
+
+    @property
+    def zone_name(self) -> str:
+        return self.tz or str(settings.TIME_ZONE)
+
+    @property
+    def timing(self) -> schedules.Timing:
+        """
+        Which moments it names.
+
+        Raises:
+            InvalidSchedule: None; or not on this machine.
+        """
+        return schedules.timing(self.cron, self.interval, self.zone_name)
+
+    @property
+    def current_plan(self) -> str:
+        """All that the next time depends on; empty when there is to be none."""
+        if self.rests:
+            return ""
+        return f"{self.cron} {self.zone_name}" if self.cron else f"every {self.interval}"
+
+    def replan(self, now: int) -> None:
+        """
+        Work out the next time anew: after ``now``, whatever was planned before.
+
+        Raises:
+            InvalidSchedule: There is none.
+        """
+        self.next_at = None if self.rests else self.timing.next_after(now, None)
+        self.plan = self.current_plan
+        self.error = ""
+
+    def next_times(self, count: int) -> list[datetime.datetime]:
+        """The next times, on the clock that is meant; none when it rests."""
+        if self.next_at is None:
+            return []
+        zone = schedules.time_zone(self.zone_name)
+        times = schedules.next_times(self.timing, self.next_at, count)
+        return [datetime.datetime.fromtimestamp(at, zone) for at in times]
+
+    def clean(self) -> None:
+        field = "tz"
+        try:
+            schedules.time_zone(self.zone_name)
+            field = "cron" if self.cron else "interval"
+            if self.cron or self.interval is not None:
+                schedules.timing(self.cron, self.interval, self.zone_name)
+        except InvalidSchedule as error:
+            raise ValidationError({field: str(error)}) from error
+        self.args = [] if self.args is None else self.args
+        self.kwargs = {} if self.kwargs is None else self.kwargs
+        if not isinstance(self.args, list):
+            raise ValidationError({"args": _("Arguments are a JSON array.")})
+        if not isinstance(self.kwargs, dict):
+            raise ValidationError({"kwargs": _("Keyword arguments are a JSON object.")})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
+from math import inf
 from time import monotonic
 from typing import Any, Final
 
@@ -25,7 +26,9 @@ from django.utils import timezone
 
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
+from .history import History
 from .models import JobAttempt, JobRecord, ServerLease
+from .scheduler import Scheduler, current_time
 from .server.entries import (
     Entry,
     JobDue,
@@ -70,6 +73,8 @@ class DatabaseStore:
         queue_of: The queue name of a function; foreign clients do not tell one.
         handle_prefix: What the handles of rows begin with; None for ``H:`` and the name.
         lease: Seconds for which a server may be silent before others take its jobs over; of all the same.
+        scheduler: Fires the schedules that are due, with each claim; None for none.
+        history: Prunes what ended long ago; None to keep everything.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class DatabaseStore:
         queue_of: Callable[[str], str] | None = None,
         handle_prefix: str | None = None,
         lease: float = LEASE,
+        scheduler: Scheduler | None = None,
+        history: History | None = None,
     ) -> None:
         self._using = using
         self._name = name
@@ -90,6 +97,8 @@ class DatabaseStore:
         self.renewed = 0.0
         """Monotonic time at which the lease was last proved to be ours."""
         self.lease_id = 0
+        self._scheduler = scheduler
+        self._history = history
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
@@ -126,20 +135,25 @@ class DatabaseStore:
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
         sql = self._sql
+        scheduler, moment = self._scheduler, current_time()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
             now = self._now()
             is_due = bool(self._execute(sql.due, [now]))
-            rows = [] if is_due else self._unclaimed(limit, full)
+            is_time = scheduler is not None and scheduler.has_work(moment)
         if monotonic() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
-            rows = [] if is_due else self._unclaimed(limit, full)
-        if not rows and not is_due and monotonic() - self.renewed < self._lease / 3:
+        with self._database_errors():
+            rows = [] if is_due or is_time else self._unclaimed(limit, full)
+        if not rows and not is_due and not is_time and monotonic() - self.renewed < self._lease / 3:
             return []
         with self._transaction():
             self._prove_lease()
+            if is_time and scheduler is not None:
+                scheduler.work(moment)
             if is_due:
                 self._execute(sql.make_ready, [now])
+            if is_due or is_time:
                 rows = self._unclaimed(limit, full)
             return self._take(rows)
 
@@ -195,6 +209,23 @@ class DatabaseStore:
     def _now(self) -> Any:
         """This machine's time, as the driver takes it."""
         return self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
+
+    def tend(self) -> float:
+        history = self._history
+        if history is None:
+            return inf
+        began = monotonic()
+        with self._database_errors():
+            batch = history.next_batch(timezone.now())
+        if batch.ids:
+            try:
+                with self._transaction():
+                    self._prove_lease()
+                    history.delete(batch)
+            except StoreError:
+                history.start_over()
+                raise
+        return history.pause_after(batch, monotonic() - began)
 
     def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Any]:
         names = [name.decode() for name in full]

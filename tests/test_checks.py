@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.checks import run_checks
 
+from django_gearman import cron, every, job
 from django_gearman.checks import check_databases, check_settings
+from django_gearman.jobs import registry
+from django_gearman.schedules import Declaration
+
+from .app.jobs import fail
 
 
 def ids(**options: Any) -> list[str | None]:
@@ -62,6 +69,49 @@ class TestDatabases:
     def test_wrong_settings_are_another_check(self, database: dict[str, Any], settings: Any) -> None:
         settings.GEARMAN = {"default": {"X": 1}}
         assert check_databases(app_configs=None) == []
+
+
+class TestSchedules:
+    @pytest.fixture(autouse=True)
+    def restore(self) -> Iterator[None]:
+        before = dict(registry)
+        yield
+        registry.clear()
+        registry.update(before)
+
+    @pytest.mark.parametrize(
+        ("declared", "said"),
+        [
+            (cron("61 * * * *", args=["x"]), "the cron '61 * * * *' cannot be read: Bad minute"),
+            (cron("* * * * *", tz="Europe/Pari", args=["x"]), "'Europe/Pari' is no time zone"),
+            (every(timedelta(0), args=["x"]), "an interval is one second or more"),
+            (every(timedelta(1)), "missing a required argument: 'message'"),
+            (
+                every(timedelta(1), args=[timedelta(1)]),
+                "argument 'message' of tests.app.jobs.fail is a timedelta",
+            ),
+        ],
+    )
+    def test_what_does_not_work(self, declared: Declaration, said: str) -> None:
+        job(schedule=[declared, every(timedelta(1), args=["x"], name="fine")])(fail.function)
+        (found,) = run_checks(tags=["gearman"])
+        assert found.id == "django_gearman.E006"
+        assert "The schedule of tests.app.jobs.fail does not work" in found.msg
+        assert said in found.msg
+        assert found.hint
+
+    def test_what_works(self) -> None:
+        job(schedule=cron("*/5 * * * *", tz="Europe/Paris", args=["x"]))(fail.function)
+        assert ids() == []
+
+    def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        job(schedule=every(timedelta(1), args=["x"]))(fail.function)
+        monkeypatch.setattr("django_gearman.schedules.has_cronsim", lambda: False)
+        assert ids() == []
+        job(schedule=[cron("* * * * *", args=["x"]), cron("1 * * * *", args=["x"], name="b")])(fail.function)
+        (found,) = run_checks(tags=["gearman"])
+        assert found.id == "django_gearman.E011"
+        assert "pip install 'django-gearman[schedules]'" in found.msg
 
 
 class TestTLS:

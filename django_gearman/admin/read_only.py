@@ -1,4 +1,4 @@
-"""The part that both admins share: looking is allowed, changing is not."""
+"""The part that the admins of jobs and servers share: looking is allowed, changing is not."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
 
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import JobRecord, Schedule, ServerLease
 
 if TYPE_CHECKING:
     # Only the stubs know that it is generic.
     JobRecordModelAdmin = admin.ModelAdmin[JobRecord]
     ServerLeaseModelAdmin = admin.ModelAdmin[ServerLease]
+    ScheduleModelAdmin = admin.ModelAdmin[Schedule]
 else:
-    JobRecordModelAdmin = ServerLeaseModelAdmin = admin.ModelAdmin
+    JobRecordModelAdmin = ServerLeaseModelAdmin = ScheduleModelAdmin = admin.ModelAdmin
 
 
 class ReadOnly:

@@ -38,6 +38,9 @@ CLAIM_LIMIT: Final = 1_000
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
+TEND_AGAIN: Final = 10.0
+"""Seconds after which housekeeping is tried again when the store could not be reached."""
+
 WINDOW: Final = 10_000
 """Jobs of one function that wait in memory before its rows are left in the database."""
 
@@ -75,6 +78,14 @@ class JobStore(Protocol):
 
     def replay(self) -> list[StoredJob]:
         """The unfinished background jobs of this server, most urgent first, before it opens its socket."""
+
+    def tend(self) -> float:
+        """
+        Do a little of the store's own housekeeping, for no longer than a submission can wait.
+
+        Returns:
+            Seconds after which to be called again; infinite for never.
+        """
 
     def close(self) -> None:
         """Let go of everything; called last, from the writer's thread."""
@@ -142,6 +153,9 @@ class MemoryStore:
     def replay(self) -> list[StoredJob]:
         return sorted(self.jobs.values(), key=lambda job: -job.priority)
 
+    def tend(self) -> float:
+        return math.inf
+
     def close(self) -> None:
         pass
 
@@ -155,6 +169,7 @@ class Batch:
     claim: bool = False
     full: list[bytes] = field(default_factory=list)
     """Functions whose rows are to stay in the database."""
+    tend: bool = False
 
     # Filled in by ``perform``.
     refused: dict[int, str] = field(default_factory=dict)
@@ -163,6 +178,8 @@ class Batch:
     renewed: float = math.inf
     """When the store last proved that the jobs are this server's."""
     error: StoreError | None = None
+    tend_after: float = TEND_AGAIN
+    """Seconds after which the store wants to be tended again."""
 
     def perform(self, store: JobStore) -> None:
         """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
@@ -172,6 +189,8 @@ class Batch:
             self.written = True
             if self.claim:
                 self.claimed = store.claim(CLAIM_LIMIT, self.full)
+            if self.tend:
+                self.tend_after = store.tend()
         except StoreError as error:
             self.error = error
         self.renewed = store.renewed
@@ -187,6 +206,7 @@ class Journal:
         submit_limit: Seconds that a background submission waits for a store that is out of reach.
         hold: Seconds after the last proof of its lease during which the server may hand out what it keeps:
             then others may be about to take it over.
+        tend_at: Monotonic time of the first housekeeping; infinite for none at all.
     """
 
     def __init__(
@@ -196,6 +216,7 @@ class Journal:
         claim_interval: float = 1.0,
         submit_limit: float = 10.0,
         hold: float = math.inf,
+        tend_at: float = math.inf,
     ) -> None:
         self._server = server
         self._claim_interval = claim_interval
@@ -206,6 +227,7 @@ class Journal:
         self._in_flight = False
         self._closing = False
         self._next_claim = 0.0
+        self.tend_at = tend_at
         self._write_at = math.inf
         """When what has gathered is to be written."""
         self._retry_at = 0.0
@@ -239,7 +261,7 @@ class Journal:
         """The monotonic time at which ``next_batch`` may have something by itself; infinite for never."""
         if self._failed:
             return self._retry_at
-        return self._write_at if self._closing else min(self._next_claim, self._write_at)
+        return self._write_at if self._closing else min(self._next_claim, self._write_at, self.tend_at)
 
     def hurry(self) -> None:
         """Let nothing wait any longer, and claim nothing more: the server is about to stop."""
@@ -261,6 +283,10 @@ class Journal:
             batch.error = None
         else:
             claim = now >= self._next_claim and not self._closing
+            if now >= self.tend_at and not self._closing:
+                # A trip of its own, so that nothing that was claimed or written waits to be told of.
+                self._in_flight = True
+                return Batch([], tend=True)
             if not claim and (not self._gathering or now < self._write_at):
                 return None
             batch = Batch(self._gather())
@@ -280,6 +306,8 @@ class Journal:
         server.hand_out_until = batch.renewed + self._hold
         if batch.error is None:
             self._pause = 0.0
+        if batch.tend:
+            self.tend_at = now + batch.tend_after
         if batch.written:
             refused = batch.refused
             for index, reason in refused.items():

@@ -37,6 +37,9 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
+TEND_AFTER: Final = 5.0
+"""Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
+
 LINGER: Final = 5.0
 """Seconds in which an HTTP client may take the last reply; closed at once, it might not see why."""
 
@@ -429,6 +432,7 @@ class GearmanServer:
         self._stopped = stopped
         self.loop.set_exception_handler(self._handle_error)
         if self._store is not None:
+            self._journal.tend_at = self.loop.time() + TEND_AFTER
             self._thread = JournalThread(
                 self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
             )

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import assert_type
 
-from django_gearman import Job, JobContext, JobResult, job
+from django_gearman import Job, JobContext, JobResult, cron, every, job
 
 
 @job
@@ -45,6 +45,15 @@ def shout(workload: bytes) -> bytes:
     return workload.upper()
 
 
+@job(schedule=cron("*/5 * * * *", tz="Europe/Paris", catch_up="none", args=[1]))
+def scheduled(left: int) -> str:
+    return str(left)
+
+
+@job(schedule=[cron("0 3 * * *"), every(timedelta(minutes=5), name="often")], takes_context=True)
+def scheduled_twice(context: JobContext) -> None: ...
+
+
 def names_and_defaults() -> None:
     assert_type(add.enqueue(1), JobResult[str])
     assert_type(add.enqueue(1, right=2).return_value, str)
@@ -66,6 +75,8 @@ def options_keep_the_signature() -> None:
     assert_type(add_with_options.enqueue(1).return_value, str)
     assert_type(shout.enqueue(b"a").return_value, bytes)
     assert_type(no_context.enqueue(1).return_value, None)
+    assert_type(scheduled.enqueue(1).return_value, str)
+    assert_type(scheduled_twice.enqueue().return_value, None)
 
 
 def context_is_no_argument() -> None:

@@ -1,6 +1,6 @@
 """Calls that type checkers are to refuse: every line with the word ``error`` in its comment, and no other."""
 
-from django_gearman import JobContext, job
+from django_gearman import JobContext, cron, every, job
 
 
 @job
@@ -43,3 +43,12 @@ def wrong_option(steps: int) -> None: ...
 
 @job(retries=3)  # error: call-overload
 def unknown_option(steps: int) -> None: ...
+
+
+@job(schedule="*/5 * * * *")  # error: arg-type
+def no_schedule(steps: int) -> None: ...
+
+
+every(5)  # error: arg-type
+cron("* * * * *", catch_up="some")  # error: arg-type
+cron("* * * * *", zone="UTC")  # error: call-arg

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import connections
+from django.db import DatabaseError, connections
 
 from ... import conf
-from ...exceptions import StoreError
-from ...jobs import queue_of
+from ...exceptions import InvalidSchedule, StoreError
+from ...history import History, configured, lanes_of
+from ...jobs import declared_schedules, queue_of, scheduled_record
+from ...scheduler import Scheduler, refuse_unreadable, synchronise
 from ...server.core import FunctionOrder, JobServer, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind
 from ...store import DatabaseStore
@@ -107,7 +109,13 @@ class Command(BaseCommand):
             if options["store"] == "database":
                 console.require_tables(settings.database)
                 store = DatabaseStore(
-                    settings.database, name, queue_of=queue_of, handle_prefix=prefix, lease=settings.lease
+                    settings.database,
+                    name,
+                    queue_of=queue_of,
+                    handle_prefix=prefix,
+                    lease=settings.lease,
+                    scheduler=Scheduler(settings.database, scheduled_record),
+                    history=History(settings.database, lanes_of(configured(settings))),
                 )
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
@@ -201,6 +209,8 @@ def _core(
         # What is not in a database must have handles that no earlier run gave either: tenths of a second.
         epoch = store.take_lease(address) if store else int(time.time() * 10)
         replayed = store.replay() if store else []
+        if store:
+            _synchronise(settings)
     except StoreError as error:
         raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
     finally:
@@ -329,6 +339,18 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+def _synchronise(settings: conf.GearmanSettings) -> None:
+    """Bring the code's schedules into the table, and see that all of them can be read."""
+    try:
+        # Where jobs are not looked for, those that are missing may well be there.
+        synchronise(settings.database, declared_schedules(), complete=settings.autodiscover)
+        refuse_unreadable(settings.database)
+    except InvalidSchedule as error:
+        raise CommandError(f"The schedules do not work: {error}.") from error
+    except DatabaseError as error:
+        raise StoreError(" ".join(str(error).split())) from error
 
 
 def _tls(options: dict[str, Any], settings: conf.GearmanSettings) -> ssl.SSLContext | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from django.db import connection
 
-from django_gearman import job
+from django_gearman import cron, every, job
 
 
 @job
@@ -38,3 +39,17 @@ def die_once(path: str) -> str:
         Path(path).touch()
         os.kill(os.getpid(), 9)
     return "second"
+
+
+if "GEARMAN_TEST_SCHEDULE" in os.environ:
+    # Seconds, or a cron; a file to leave traces in follows.
+    _when, _, _path = os.environ["GEARMAN_TEST_SCHEDULE"].partition("@")
+
+    @job(
+        schedule=every(timedelta(seconds=int(_when)), args=[_path])
+        if _when.isdecimal()
+        else cron(_when, args=[_path])
+    )
+    def leave_line(path: str) -> None:
+        with open(path, "a") as file:
+            file.write("ran\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from tests.settings import *  # noqa: F403
 from tests.settings import DATABASES, INSTALLED_APPS
@@ -14,6 +15,10 @@ if "GEARMAN_TEST_NO_JOBS" in os.environ:
     with_jobs = ("project.gallery", "tests.app", "tests.acceptance.site")
     INSTALLED_APPS = [app for app in INSTALLED_APPS if app not in with_jobs]
     ROOT_URLCONF = "tests.admin.urls"
+
+if "GEARMAN_TEST_NO_CRONSIM" in os.environ:
+    # As where the schedules extra is not installed.
+    sys.modules["cronsim"] = None  # type: ignore[assignment]
 
 if "GEARMAN_TEST_CONN_MAX_AGE" in os.environ:
     # Connections that stay open between jobs, and are looked at before they are used again.
