@@ -320,7 +320,7 @@ class ForeignWorker:
         self._commands = commands
 
     def start(self) -> None:
-        before = self._server.status()
+        before = self._workers()
         for command in self._commands:
             self._processes.append(
                 subprocess.Popen(
@@ -331,15 +331,26 @@ class ForeignWorker:
                     start_new_session=True,
                 )
             )
-        names = [self.prefix + name for name in FUNCTIONS[self.language]]
-        none = (0, 0, 0)
 
         def is_there() -> bool:
-            status = self._server.status()
             assert self.is_alive, self.stderr
-            return all(status.get(name, none)[2] > before.get(name, none)[2] for name in names)
+            now = self._workers()
+            return all(now[name] > before[name] for name in now)
 
-        harness.wait_until(is_there, what=f"the worker of {self.language}")
+        harness.wait_until(is_there, LIMIT, f"the worker of {self.language}")
+
+    def _workers(self) -> dict[str, int]:
+        """{function: how many offer it, as the server sees it}."""
+        status = self._server.status()
+        names = [self.prefix + name for name in FUNCTIONS[self.language]]
+        return {name: status.get(name, (0, 0, 0))[2] for name in names}
+
+    def _is_seen_off(self, before: dict[str, int]) -> bool:
+        try:
+            now = self._workers()
+        except OSError:
+            return True  # the server went first
+        return all(now[name] < before[name] for name in now)
 
     @property
     def is_alive(self) -> bool:
@@ -366,12 +377,21 @@ class ForeignWorker:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        before: dict[str, int] = {}
+        if self._processes and self.is_alive:
+            with suppress(OSError):
+                before = self._workers()
         for process in self._processes:
             with suppress(ProcessLookupError):
                 # What it runs, too.
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._stderr.close()
+        if before and all(before.values()):
+            # The next worker of that name is counted from what is left.
+            harness.wait_until(
+                lambda: self._is_seen_off(before), LIMIT, f"the end of {self.language}'s worker"
+            )
 
 
 def our_worker(server: Server, prefix: str = "ours.", processes: int = 1) -> harness.WorkerProcess:

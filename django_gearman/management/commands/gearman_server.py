@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, connections
+from django.utils import timezone
 
 from ... import conf
 from ...exceptions import InvalidSchedule, StoreError
@@ -230,6 +231,7 @@ def _core(
             job_retries=options["job_retries"],
             worker_wakeup=options["worker_wakeup"],
             function_order=FunctionOrder(options["function_order"]),
+            zone=timezone.get_default_timezone(),
             exceptions=options["exceptions"],
             timeout_in_seconds=options["timeout_in_seconds"],
             allow_shutdown=options["allow_shutdown"],
