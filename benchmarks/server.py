@@ -1,20 +1,29 @@
 """
 The job server under load, beside the C gearmand in the same run.
 
-    python benchmarks/server.py [--seconds 2] [--rounds 3] [--durable]
+    python benchmarks/server.py [--seconds 2] [--jobs 20000] [--rounds 3] [--durable] [--profile]
 
-Prints a table with a column per server; only the ratios mean anything. Both
-are started here on free ports of the loopback and stopped at the end. gearmand
+Prints a table with a column per server; only the ratios mean anything, and on a
+machine that does something else, only those of CPU and of memory. Both are
+started here on free ports of the loopback and stopped at the end. gearmand
 runs with one I/O thread (``-t 1``), its fast mode on few cores, and is left
 out when it is not installed. ``--durable`` measures with the database store
 (a SQLite file in a temporary folder) and gearmand's SQLite queue instead.
+
+The load comes from ``load.c``, compiled here: clients and workers on one
+thread, so that the server is what is measured. Where it used more CPU than a
+server all the same, a line says so: that figure is of both.
+
+``--profile`` runs our server alone, under cProfile, and shows where its time
+goes under each load.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import select
+import pstats
+import resource
 import shutil
 import socket
 import statistics
@@ -22,187 +31,134 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, sleep
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request  # noqa: E402
-from django_gearman.protocol.reader import PacketReader  # noqa: E402
-
-FUNCTION = b"bench"
-PAYLOAD = b"x" * 100
-GRAB = encode_request(PacketType.GRAB_JOB)
-PRE_SLEEP = encode_request(PacketType.PRE_SLEEP)
-SUBMIT = encode_request(PacketType.SUBMIT_JOB, FUNCTION, b"", PAYLOAD)
+IDLE_WORKERS = 2_000
+DEEPER = 5
+"""How many times ``--jobs`` the long queue has."""
 
 
-class Peer:
-    """A blocking connection that counts as little as possible."""
+@dataclass(frozen=True)
+class Server:
+    """A running job server, as the system sees it."""
 
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.reader = PacketReader(RESPONSE)
+    name: str
+    pid: int
+    port: int
 
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU that it has used, of all its threads."""
+        threads = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
-    def receive(self) -> tuple[int, list[bytes]]:
-        while (packet := self.reader.take()) is None:
-            data = self.socket.recv(1 << 18)
-            if not data:
-                raise ConnectionError("the server closed the connection")
-            self.reader.feed(data)
-        return packet
-
-    def close(self) -> None:
-        self.socket.close()
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that it occupies."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def background(unique: int) -> bytes:
-    # gearmand's stores overwrite jobs without a unique; the same work for both.
-    return encode_request(PacketType.SUBMIT_JOB_BG, FUNCTION, b"%d" % unique, PAYLOAD)
+@dataclass(frozen=True)
+class Load:
+    """What the load generator saw."""
+
+    seconds: float
+    jobs: float
+    p50: float
+    """Microseconds of a job's round trip."""
+    p99: float
+    cpu: float
+    """Seconds that it used itself."""
+    server_cpu: float
+    """Seconds that the server used meanwhile."""
+
+    @property
+    def per_second(self) -> float:
+        return self.jobs / self.seconds
+
+    @property
+    def cpu_per_job(self) -> float:
+        """Microseconds of the server's CPU; what else the machine does hardly changes it."""
+        return self.server_cpu / self.jobs * 1e6
 
 
-def submissions_per_second(port: int, connections: int, jobs: int) -> float:
-    """Pipelined background submissions, from the first byte sent to the last JOB_CREATED received."""
-    peers = [Peer(port) for _ in range(connections)]
-    each = jobs // connections
-    outgoing = {
-        peer.socket: memoryview(b"".join(background(index * each + n) for n in range(each)))
-        for index, peer in enumerate(peers)
-    }
-    # All replies have one size but for the digits of the handle: count packets by their magic.
-    missing = {peer.socket: each for peer in peers}
-    tails = {peer.socket: b"" for peer in peers}
-    for peer in peers:
-        peer.socket.setblocking(False)
-    started = perf_counter()
-    while missing:
-        readable, writable, _ = select.select(list(missing), list(outgoing), [], 30)
-        assert readable or writable, "the server stopped answering"
-        for sock in writable:
-            sent = sock.send(outgoing[sock][: 1 << 18])
-            outgoing[sock] = outgoing[sock][sent:]
-            if not outgoing[sock]:
-                del outgoing[sock]
-        for sock in readable:
-            data = tails[sock] + sock.recv(1 << 18)
-            missing[sock] -= data.count(RESPONSE)
-            tails[sock] = data[-3:]
-            if missing[sock] <= 0:
-                del missing[sock]
-    elapsed = perf_counter() - started
-    for peer in peers:
-        peer.close()
-    return each * connections / elapsed
+class Bench:
+    """
+    The load generator, at one server.
+
+    Args:
+        program: The compiled ``load.c``.
+        notes: Gets a line for each load that used more CPU than the server.
+    """
+
+    def __init__(self, program: Path, server: Server, notes: dict[str, None]) -> None:
+        self._program = str(program)
+        self._server = server
+        self._notes = notes
+
+    def load(self, function: str, mode: str, *numbers: float) -> Load:
+        command = [self._program, str(self._server.port), function, mode, *map(str, numbers)]
+        before = self._server.cpu
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        used = self._server.cpu - before
+        seconds, jobs, p50, p99, cpu = map(float, done.stdout.split())
+        load = Load(seconds, jobs, p50, p99, cpu, used)
+        if load.cpu > load.server_cpu:
+            what = f"{mode} {' x '.join(map(str, numbers[:2]))}"
+            shares = f"{load.cpu / load.seconds:.0%} of a core and {load.server_cpu / load.seconds:.0%}"
+            self._notes[f"! {what}: the load used more CPU than {self._server.name}, {shares}"] = None
+        return load
+
+    def idle_worker_memory(self) -> float:
+        """Bytes that the server grows by for each worker that sleeps; of a server that did nothing else."""
+        # The first ones find room that was left when the server started.
+        with self._sleepers():
+            before = self._server.memory
+            with self._sleepers():
+                return (self._server.memory - before) / IDLE_WORKERS
+
+    @contextmanager
+    def _sleepers(self) -> Iterator[None]:
+        command = [self._program, str(self._server.port), "idle", "idle", str(IDLE_WORKERS)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError(f"{self._server.name} did not take {IDLE_WORKERS} workers")
+            yield
+            process.stdin.close()
+
+    def measure(self, seconds: float, jobs: int, *, durable: bool) -> Iterator[tuple[str, float]]:
+        """Each figure with its title."""
+        yield "submissions/s, 1 connection", self.load("one", "submit", 1, jobs).per_second
+        yield "drain/s, 1 worker", self.load("one", "drain", 1, jobs).per_second
+        submitted = self.load("eight", "submit", 8, jobs)
+        yield "submissions/s, 8 connections", submitted.per_second
+        yield "  server's CPU us per job, submitted", submitted.cpu_per_job
+        drained = self.load("eight", "drain", 4, jobs)
+        yield "drain/s, 4 workers", drained.per_second
+        yield "  server's CPU us per job, drained", drained.cpu_per_job
+        if not durable:
+            alone = self.load("alone", "foreground", 1, 1, seconds)
+            yield "round trip, median us", alone.p50
+            yield "round trip, p99 us", alone.p99
+            many = self.load("many", "foreground", 8, 8, seconds)
+            yield "foreground/s, 8 clients, 8 workers", many.per_second
+            yield "  server's CPU us per job, foreground", many.cpu_per_job
+            # gearmand looks through its jobs for a unique, and slows down as they become more.
+            deep = jobs * DEEPER
+            before = self._server.memory
+            yield f"submissions/s, to {deep:,} waiting", self.load("deep", "submit", 8, deep).per_second
+            yield f"bytes per queued job, of {deep:,}", (self._server.memory - before) / deep
+            yield f"drain/s, of {deep:,} waiting", self.load("deep", "drain", 4, deep).per_second
 
 
-def drain_per_second(port: int, workers: int, jobs: int) -> float:
-    """Waiting background jobs run by workers that report and grab in one packet pair."""
-    peers = [Peer(port) for _ in range(workers)]
-    started = perf_counter()
-    for peer in peers:
-        peer.send(encode_request(PacketType.CAN_DO, FUNCTION) + GRAB)
-    by_socket = {peer.socket: peer for peer in peers}
-    done = 0
-    while done < jobs:
-        readable, _, _ = select.select(list(by_socket), [], [], 30)
-        assert readable, f"the server stopped handing out after {done} of {jobs} jobs"
-        for sock in readable:
-            peer = by_socket[sock]
-            kind, arguments = peer.receive()
-            if kind == PacketType.JOB_ASSIGN:
-                peer.send(encode_request(PacketType.WORK_COMPLETE, arguments[0], b"") + GRAB)
-                done += 1
-            elif kind == PacketType.NO_JOB:
-                peer.send(PRE_SLEEP)
-            elif kind == PacketType.NOOP:
-                peer.send(GRAB)
-    elapsed = perf_counter() - started
-    for peer in peers:
-        peer.close()
-    return jobs / elapsed
-
-
-@contextmanager
-def echoing_workers(port: int, count: int) -> Iterator[None]:
-    """Processes that answer jobs with their payload."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2]);"
-        "from benchmarks.server import echo_worker; echo_worker(int(sys.argv[1]))"
-    )
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(port), str(ROOT)], stdout=subprocess.PIPE)
-        for _ in range(count)
-    ]
-    try:
-        for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == b"ready\n"
-        yield
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-
-
-def echo_worker(port: int) -> None:
-    peer = Peer(port)
-    peer.send(encode_request(PacketType.CAN_DO, FUNCTION) + GRAB)
-    print("ready", flush=True)
-    while True:
-        kind, arguments = peer.receive()
-        if kind == PacketType.JOB_ASSIGN:
-            peer.send(encode_request(PacketType.WORK_COMPLETE, arguments[0], arguments[2]) + GRAB)
-        elif kind == PacketType.NO_JOB:
-            peer.send(PRE_SLEEP)
-        elif kind == PacketType.NOOP:
-            peer.send(GRAB)
-
-
-def round_trip_us(port: int, seconds: float) -> float:
-    """Median of one foreground job after the other, in microseconds."""
-    with echoing_workers(port, 1):
-        peer = Peer(port)
-        times = []
-        deadline = monotonic() + seconds
-        while monotonic() < deadline:
-            started = perf_counter()
-            peer.send(SUBMIT)
-            while peer.receive()[0] != PacketType.WORK_COMPLETE:
-                pass
-            times.append(perf_counter() - started)
-        peer.close()
-    return statistics.median(times) * 1e6
-
-
-def foreground_per_second(port: int, clients: int, workers: int, seconds: float) -> float:
-    """Foreground jobs of several clients at once, each with one job under way."""
-    with echoing_workers(port, workers):
-        peers = {peer.socket: peer for peer in (Peer(port) for _ in range(clients))}
-        for peer in peers.values():
-            peer.send(SUBMIT)
-        done = 0
-        started = perf_counter()
-        while perf_counter() - started < seconds:
-            for sock in select.select(list(peers), [], [], 30)[0]:
-                peer = peers[sock]
-                if peer.receive()[0] == PacketType.WORK_COMPLETE:
-                    done += 1
-                    peer.send(SUBMIT)
-                else:
-                    while (packet := peer.reader.take()) is not None:
-                        if packet[0] == PacketType.WORK_COMPLETE:
-                            done += 1
-                            peer.send(SUBMIT)
-        elapsed = perf_counter() - started
-        for peer in peers.values():
-            peer.close()
-    return done / elapsed
+# The servers.
 
 
 def free_port() -> int:
@@ -211,45 +167,44 @@ def free_port() -> int:
         return port
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = monotonic() + 20
-    while monotonic() < deadline and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            select.select([], [], [], 0.05)
-    raise RuntimeError(f"{process.args!r} does not listen on {port}")
-
-
 @contextmanager
-def ours(scratch: Path, *, durable: bool) -> Iterator[int]:
+def ours(scratch: Path, *, durable: bool, profile: Path | None = None) -> Iterator[Server]:
     port = free_port()
-    environment = {**os.environ, "PROJECT_VAR": str(scratch), "GEARMAN_SERVERS": f"127.0.0.1:{port}"}
-    manage = [sys.executable, str(ROOT / "manage.py")]
+    environment = {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "project.settings",
+        "PROJECT_VAR": str(scratch),
+        "GEARMAN_SERVERS": f"127.0.0.1:{port}",
+    }
+    manage = [str(ROOT / "manage.py")]
     if durable:
-        subprocess.run([*manage, "migrate", "-v0"], check=True, env=environment)
-    command = [*manage, "gearman_server", "-v0", "--store", "database" if durable else "memory"]
-    with _running(command, port, environment):
-        yield port
+        subprocess.run([sys.executable, *manage, "migrate", "-v0"], check=True, env=environment)
+    if profile is not None:
+        manage = ["-m", "cProfile", "-o", str(profile), *manage]
+    store = "database" if durable else "memory"
+    command = [sys.executable, *manage, "gearman_server", "-v0", "--store", store]
+    with _running("django_gearman", command, port, environment) as server:
+        yield server
 
 
 @contextmanager
-def gearmand(scratch: Path, *, durable: bool) -> Iterator[int]:
+def gearmand(scratch: Path, *, durable: bool) -> Iterator[Server]:
     port = free_port()
     command = ["gearmand", "-L", "127.0.0.1", "-p", str(port), "-t", "1", "-l", "none", "--verbose", "ERROR"]
+    # Ours; with its own 32, thousands that connect at once would wait for seconds.
+    command += ["-b", "1024"]
     if durable:
         command += ["-q", "libsqlite3", "--libsqlite3-db", str(scratch / "gearmand.sqlite3")]
-    with _running(command, port, dict(os.environ)):
-        yield port
+    with _running("gearmand", command, port, dict(os.environ)) as server:
+        yield server
 
 
 @contextmanager
-def _running(command: list[str], port: int, environment: dict[str, str]) -> Iterator[None]:
+def _running(name: str, command: list[str], port: int, environment: dict[str, str]) -> Iterator[Server]:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
-        wait_for(port, process)
-        yield
+        _wait_for(port, process)
+        yield Server(name, process.pid, port)
     finally:
         process.terminate()
         try:
@@ -259,46 +214,103 @@ def _running(command: list[str], port: int, environment: dict[str, str]) -> Iter
             process.wait()
 
 
-def scenarios(seconds: float, *, durable: bool) -> dict[str, Callable[[int], float]]:
-    jobs = 5_000 if durable else 50_000
-    found: dict[str, Callable[[int], float]] = {
-        "submissions/s, 1 connection": lambda port: submissions_per_second(port, 1, jobs),
-        "drain/s, 4 workers": lambda port: drain_per_second(port, 4, jobs),
-        "submissions/s, 8 connections": lambda port: submissions_per_second(port, 8, jobs),
-        "drain/s, 4 workers (again)": lambda port: drain_per_second(port, 4, jobs),
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = monotonic() + 20
+    while monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            sleep(0.05)
+    raise RuntimeError(f"{process.args!r} does not listen on {port}")
+
+
+# The command.
+
+
+def compile_load(scratch: Path) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        sys.exit("The load generator is written in C, and there is no cc: install a C compiler, such as gcc.")
+    program = scratch / "load"
+    subprocess.run([compiler, "-O2", "-o", str(program), str(ROOT / "benchmarks" / "load.c")], check=True)
+    return program
+
+
+def compare(program: Path, scratch: Path, options: argparse.Namespace) -> None:
+    kinds: dict[str, Callable[..., AbstractContextManager[Server]]] = {"django_gearman": ours}
+    if shutil.which("gearmand"):
+        kinds["gearmand"] = gearmand
+    results: dict[str, dict[str, list[float]]] = {}
+    notes: dict[str, None] = {}
+
+    def note(name: str, title: str, value: float) -> None:
+        results.setdefault(title, {}).setdefault(name, []).append(value)
+
+    for number in range(options.rounds):
+        for name, start in kinds.items():
+            folder = scratch / f"{name}{number}"
+            folder.mkdir()
+            with start(folder, durable=options.durable) as server:
+                bench = Bench(program, server, notes)
+                for title, value in bench.measure(options.seconds, options.jobs, durable=options.durable):
+                    note(name, title, value)
+            # Memory that was once taken is used again: a new server.
+            with start(folder, durable=False) as server:
+                used = Bench(program, server, notes).idle_worker_memory()
+                note(name, f"bytes per idle worker, of {IDLE_WORKERS:,}", used)
+    print(f"{'':38}" + "".join(f"{name:>16}" for name in kinds) + f"{'ratio':>8}")
+    for title, by_server in results.items():
+        values = [statistics.median(by_server[name]) for name in kinds]
+        # Memory need not grow for a few jobs.
+        ratio = f"{values[0] / values[1]:8.2f}" if len(values) > 1 and values[1] else ""
+        print(f"{title:38}" + "".join(f"{value:16,.{0 if value >= 100 else 1}f}" for value in values) + ratio)
+    if len(kinds) == 1:
+        print("gearmand is not installed: there is nothing to compare with.")
+    for line in notes:
+        print(line)
+
+
+def profile(program: Path, scratch: Path, options: argparse.Namespace) -> None:
+    jobs = options.jobs
+    loads: dict[str, Callable[[Bench], object]] = {
+        "submissions, 8 connections": lambda bench: bench.load("f", "submit", 8, jobs),
+        "submissions and drain, 4 workers": lambda bench: (
+            bench.load("f", "submit", 8, jobs),
+            bench.load("f", "drain", 4, jobs),
+        ),
+        "foreground, 8 clients, 8 workers": lambda bench: bench.load(
+            "f", "foreground", 8, 8, options.seconds
+        ),
     }
-    if not durable:
-        found |= {
-            "round trip, p50 us": lambda port: round_trip_us(port, seconds),
-            "foreground/s, 8 clients x 4 workers": lambda port: foreground_per_second(port, 8, 4, seconds),
-        }
-    return found
+    for number, (title, load) in enumerate(loads.items()):
+        folder = scratch / str(number)
+        folder.mkdir()
+        file = folder / "profile"
+        with ours(folder, durable=options.durable, profile=file) as server:
+            load(Bench(program, server, {}))
+        print(f"\n=== {title}")
+        pstats.Stats(str(file)).strip_dirs().sort_stats("tottime").print_stats(14)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="per timed scenario")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per timed load")
+    parser.add_argument("--jobs", type=int, help="per load of background jobs (default: 20000, durable 5000)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved; medians are shown")
     parser.add_argument("--durable", action="store_true", help="with a database behind both servers")
+    parser.add_argument("--profile", action="store_true", help="where our server's time goes")
     options = parser.parse_args()
-    kinds = {"django_gearman": ours}
-    if shutil.which("gearmand"):
-        kinds["gearmand -t 1"] = gearmand
-    results: dict[str, dict[str, list[float]]] = {}
-    for _ in range(options.rounds):
-        for name, start in kinds.items():
-            with ExitStack() as stack:
-                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                port = stack.enter_context(start(scratch, durable=options.durable))
-                for title, measure in scenarios(options.seconds, durable=options.durable).items():
-                    results.setdefault(title, {}).setdefault(name, []).append(measure(port))
-    print(f"{'':38}" + "".join(f"{name:>16}" for name in kinds) + f"{'ratio':>8}")
-    for title, by_server in results.items():
-        values = [statistics.median(by_server[name]) for name in kinds]
-        ratio = f"{values[0] / values[1]:8.2f}" if len(values) > 1 else ""
-        print(f"{title:38}" + "".join(f"{value:16,.0f}" for value in values) + ratio)
+    options.jobs = options.jobs or (5_000 if options.durable else 20_000)
+    # The servers started here inherit it, and take some thousand connections.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        program = compile_load(scratch)
+        (profile if options.profile else compare)(program, scratch, options)
 
 
 if __name__ == "__main__":

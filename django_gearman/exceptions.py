@@ -109,7 +109,7 @@ class ResponseTimeout(GearmanError, TimeoutError):
         self.timeout = timeout
 
     def __str__(self) -> str:
-        return f"{self.what} took longer than {self.timeout:g} s"
+        return f"{self.what} took longer than {round(self.timeout, 3):g} s"
 
 
 class JobFailed(GearmanError):
@@ -186,8 +186,8 @@ class ResultNotKept(GearmanError, LookupError):
     def __str__(self) -> str:
         return (
             f"nothing is known of job {self.id}: with ENQUEUE = 'wire' it went to the job server at "
-            f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait for a "
-            "value with run(), or use our own server and ENQUEUE = 'database'"
+            f"{self.server}, of version {self.version or 'unknown'}, which forgets a job at its end; wait "
+            "for a value with run(), or use our own server and ENQUEUE = 'database'"
         )
 
 

@@ -66,6 +66,7 @@ class DatabaseStore:
         queue_of: The queue name of a function; foreign clients do not tell one.
         scheduler: Fires the schedules that are due, with each claim; None for none.
         history: Prunes what ended long ago; None to keep everything.
+        handle_prefix: What the handles of rows begin with; None for ``H:`` and the name.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class DatabaseStore:
         name: str,
         *,
         queue_of: Callable[[str], str] | None = None,
+        handle_prefix: str | None = None,
         scheduler: Scheduler | None = None,
         history: History | None = None,
     ) -> None:
@@ -82,9 +84,9 @@ class DatabaseStore:
         self._queue_of = queue_of or (lambda function: "default")
         self._scheduler = scheduler
         self._history = history
-        self._lease_id = 0
-        self._row_prefix = f"H:{name}:r"
+        self._row_prefix = f"{handle_prefix or f'H:{name}'}:r"
         self._renewed = 0.0
+        self.lease_id = 0
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
@@ -105,7 +107,7 @@ class DatabaseStore:
                 epoch=F("epoch") + 1, address=address, started_at=_Now(), renewed_at=_Now()
             )
             lease.refresh_from_db(using=self._using)
-        self._lease_id = lease.pk
+        self.lease_id = lease.pk
         self.epoch = lease.epoch
         return lease.epoch
 
@@ -113,7 +115,7 @@ class DatabaseStore:
         sql = self._sql
         with self._transaction():
             self._prove_lease()
-            owned = self._records().filter(server_id=self._lease_id, status__in=JobRecord.LIVE)
+            owned = self._records().filter(server_id=self.lease_id, status__in=JobRecord.LIVE)
             # The clients of foreground jobs left with the last run.
             ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
             owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
@@ -121,7 +123,7 @@ class DatabaseStore:
             owned.filter(status=_RUNNING).update(
                 status=_READY, server_epoch=self.epoch, numerator=None, denominator=None
             )
-            rows = self._execute(sql.owned, [self._lease_id])
+            rows = self._execute(sql.owned, [self.lease_id])
         return [_stored_job(str(row[1]), row) for row in rows]
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
@@ -172,11 +174,11 @@ class DatabaseStore:
             return []
         jobs = {row[0]: _stored_job(f"{self._row_prefix}{row[0]}", row) for row in rows}
         # Of a row's id, which is never used twice; handles of the wire door have an epoch there.
-        handles = [[text_of(job.handle), self._lease_id, self.epoch, id] for id, job in jobs.items()]
+        handles = [[text_of(job.handle), self.lease_id, self.epoch, id] for id, job in jobs.items()]
         taken = self._execute_many(self._sql.take, handles)
         if taken == len(rows):
             return list(jobs.values())
-        ours = self._records().filter(pk__in=jobs, server_id=self._lease_id, server_epoch=self.epoch)
+        ours = self._records().filter(pk__in=jobs, server_id=self.lease_id, server_epoch=self.epoch)
         still_ours = set(ours.values_list("pk", flat=True))
         return [job for id, job in jobs.items() if id in still_ours]
 
@@ -202,7 +204,7 @@ class DatabaseStore:
             for handle in kept.values_list("handle", flat=True):
                 batch.is_there(str(handle).encode())
         if queued:
-            common = {"server": self._lease_id, "server_epoch": self.epoch}
+            common = {"server": self.lease_id, "server_epoch": self.epoch}
             self._insert([row | common for row in queued.values()])
         for columns, changes in batch.changes_by_columns():
             self._update(columns, changes)
@@ -233,7 +235,7 @@ class DatabaseStore:
         prepare = self._preparer()
         assignments = ", ".join(f"{quote(self._prepared_defaults[name][0])} = %s" for name in names)
         values = [
-            [*(prepare(change[name]) for name in names), text_of(handle), self._lease_id]
+            [*(prepare(change[name]) for name in names), text_of(handle), self.lease_id]
             for handle, change in changes
         ]
         where = f"{quote('handle')} = %s AND {quote('server_id')} = %s"
@@ -283,7 +285,7 @@ class DatabaseStore:
     def _prove_lease(self) -> None:
         """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
         with self._connection.cursor() as cursor:
-            cursor.execute(self._sql.renew, [self._lease_id, self.epoch])
+            cursor.execute(self._sql.renew, [self.lease_id, self.epoch])
             if not cursor.rowcount:
                 raise LeaseLost(self._name)
         self._renewed = monotonic()

@@ -86,7 +86,8 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
         jobs = self.get_queryset(request).values_list("pk", flat=True)
         # ~Q(unique="") lets the partial index serve it.
         found = set(jobs.filter(~Q(unique=""), unique=term).order_by("-pk")[:MATCHES])
-        if term.startswith("H:"):
+        if ":" in term:
+            # A handle begins with H: unless the server was told another prefix.
             found.update(jobs.filter(handle=term))
         if term.isascii() and term.isdigit() and len(term) < 20 and int(term) <= BIGGEST_ID:
             found.add(int(term))

@@ -7,6 +7,7 @@ they are first needed, one per process and thread.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import ssl
@@ -27,11 +28,13 @@ from ..exceptions import (
     ProtocolError,
     ServerError,
 )
-from ..protocol.packets import CLAIM, PacketType
+from ..protocol.packets import CLAIM, CLAIMED, PacketType
 from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient
 from .connection import Connection
 from .core import ClientProtocol, DataHandler, JobRequest, Question, StatusHandler
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
@@ -74,6 +77,8 @@ class _Session:
         self.server = server
         self.protocol = ClientProtocol()
         self.pid = os.getpid()
+        self.claim: Question | None = None
+        """The last time that the server was told of rows."""
 
     @property
     def is_usable(self) -> bool:
@@ -136,6 +141,8 @@ class Client:
         self._tls = tls
         self._local = threading.local()
         self._avoid_until: dict[str, float] = {}
+        self._foreign: set[str] = set()
+        """Servers that were found to be none of ours."""
 
     # Foreground jobs.
 
@@ -309,17 +316,33 @@ class Client:
         Tell a server that rows wait in its database; do not wait for an answer.
 
         Never raises and never takes long: a server that cannot be told finds
-        them by itself. Our own server's extension, see ``protocol.packets.CLAIM``.
+        them by itself. Our own server's extension, see ``protocol.packets.CLAIM``;
+        another's answer shows, by the second call, that it takes it for a job.
         """
         try:
             with self._session(nudge=True) as session:
-                _, data = session.protocol.ask(
+                if session.claim is not None and session.claim.answer is not None:
+                    _, arguments = session.claim.answer
+                    if not arguments[0].endswith(CLAIMED):
+                        self._warn_of_foreign(session.server)
+                        return False
+                session.claim, data = session.protocol.ask(
                     PacketType.SUBMIT_JOB_BG, CLAIM, b"", b"", answers=PacketType.JOB_CREATED
                 )
                 session.connection.send(data, NUDGE_TIMEOUT)
         except (ConnectionFailed, ConnectionLost):
             return False
         return True
+
+    def _warn_of_foreign(self, server: str) -> None:
+        if server not in self._foreign:
+            self._foreign.add(server)
+            logger.error(
+                "The job server at %s, of version %s, does not look into the database: jobs that are "
+                'enqueued wait there for a django_gearman server. Start one, or set ENQUEUE to "wire"',
+                server,
+                self.server_version(server) or "unknown",
+            )
 
     def close(self) -> None:
         """Close this thread's connection. The client can be used again."""
@@ -408,10 +431,10 @@ class Client:
     def _server_error(self, session: _Session, asked: PacketType, code: bytes, text: bytes) -> ServerError:
         told = session.connection.server, code.decode(errors="replace"), text.decode(errors="replace")
         if code.upper() in _UNKNOWN_PACKET:
-            return CommandNotSupported(*told, command=asked.name, version=self._version(session.server))
+            return CommandNotSupported(*told, command=asked.name, version=self.server_version(session.server))
         return ServerError(*told)
 
-    def _version(self, server: str) -> str:
+    def server_version(self, server: str) -> str:
         """What a server says that it is; empty when it does not."""
         try:
             with AdminClient(

@@ -1,28 +1,118 @@
-"""What the long-running commands share: log lines on the terminal, and a check of the tables."""
+"""What the long-running commands share: where log lines go, and a check of the tables."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from logging.handlers import SYSLOG_UDP_PORT, SysLogHandler, WatchedFileHandler
+from typing import Final
 
 from django.core.management.base import CommandError
 from django.db import DatabaseError, connections
 from django.db.migrations.executor import MigrationExecutor
 
+from ..addresses import split_address
+
 APP_LABEL = "django_gearman"
 
-_LEVELS = {0: logging.ERROR, 1: logging.INFO, 2: logging.DEBUG, 3: logging.DEBUG}
+SYSLOG: Final = "/dev/log"
+"""The socket of this machine's syslog."""
+
+VERBOSITY: Final = {0: logging.ERROR, 1: logging.INFO, 2: logging.DEBUG, 3: logging.DEBUG}
+"""Levels of Django's ``--verbosity``."""
+
+VERBOSE: Final = {
+    "FATAL": logging.CRITICAL,
+    "ALERT": logging.CRITICAL,
+    "CRITICAL": logging.CRITICAL,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "NOTICE": logging.INFO,
+    "INFO": logging.INFO,
+    "DEBUG": logging.DEBUG,
+}
+"""Levels of gearmand's ``--verbose``."""
+
+_LINE: Final = "%(asctime)s %(levelname)s [%(process)d] %(message)s"
 
 
 def log_to_terminal(verbosity: int) -> None:
     """Show the package's log lines on stderr, unless the project's ``LOGGING`` says where they go."""
-    logger = logging.getLogger(APP_LABEL)
-    if logger.hasHandlers():
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(process)d] %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(_LEVELS[verbosity])
+    if not has_log():
+        log_to_stderr()
+        set_level(VERBOSITY[verbosity])
+
+
+def has_log() -> bool:
+    """Whether the project's ``LOGGING``, or an earlier call, says where the log goes."""
+    return logging.getLogger(APP_LABEL).hasHandlers()
+
+
+def set_level(level: int) -> None:
+    """Log what is as grave as that, or graver."""
+    logging.getLogger(APP_LABEL).setLevel(level)
+
+
+def log_to_stderr() -> None:
+    _add(logging.StreamHandler(sys.stderr), logging.Formatter(_LINE, "%H:%M:%S"))
+
+
+def log_to_file(path: str) -> None:
+    """
+    Append to a file; when it was moved away, begin a new one.
+
+    Raises:
+        CommandError: It cannot be written.
+    """
+    try:
+        handler = WatchedFileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"Cannot write the log file {path}: {error.strerror}.") from error
+    _add(handler, logging.Formatter(_LINE), apart=True)
+
+
+def log_to_syslog(program: str, address: str = SYSLOG) -> None:
+    """
+    Log as a daemon does.
+
+    Args:
+        program: Stands before each line.
+        address: The path of a socket, or ``host[:port]`` for UDP.
+    Raises:
+        CommandError: Nobody is there.
+    """
+    try:
+        if "/" not in address:
+            with_port = address if ":" in address else f"{address}:{SYSLOG_UDP_PORT}"
+            handler = SysLogHandler(split_address(with_port), SysLogHandler.LOG_DAEMON)
+        elif os.path.exists(address):
+            handler = SysLogHandler(address, SysLogHandler.LOG_DAEMON)
+        else:
+            raise FileNotFoundError(f"there is no socket {address}")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Syslog is out of reach at {address!r}: {error}.") from error
+    _add(handler, logging.Formatter(f"{program}[%(process)d]: %(levelname)s %(message)s"), apart=True)
+
+
+def log_nowhere() -> None:
+    """Keep Python from showing warnings on stderr because nobody else shows them."""
+    _add(logging.NullHandler(), None, apart=True)
+
+
+def reopen_log_files() -> None:
+    """Begin new files where the old ones were moved away."""
+    for handler in logging.getLogger(APP_LABEL).handlers:
+        if isinstance(handler, WatchedFileHandler):
+            handler.reopenIfNeeded()
+
+
+def _add(handler: logging.Handler, formatter: logging.Formatter | None, *, apart: bool = False) -> None:
+    handler.setFormatter(formatter)
+    logging.getLogger(APP_LABEL).addHandler(handler)
+    if apart:
+        # Its warnings would go to stderr, where nobody looks now.
+        logging.getLogger("asyncio").addHandler(handler)
 
 
 def require_tables(using: str) -> None:

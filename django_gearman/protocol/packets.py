@@ -23,6 +23,9 @@ A function that our job server serves itself: submitted in the background, it
 makes the server look for new rows in its database. No import path has a colon.
 """
 
+CLAIMED = b"claim"
+"""What the handle ends with that our server answers then; gearmand's end with a number."""
+
 _header = Struct(">4sII")
 _size = Struct(">I")
 
@@ -145,6 +148,22 @@ FROM_SERVER_ONLY = frozenset(
         PacketType.STATUS_RES_UNIQUE,
     }
 )
+
+LAST_MAY_BE_MISSING = frozenset(
+    {
+        PacketType.WORK_STATUS,
+        PacketType.WORK_COMPLETE,
+        PacketType.WORK_EXCEPTION,
+        PacketType.WORK_DATA,
+        PacketType.WORK_WARNING,
+    }
+)
+"""
+What a worker reports with its last argument left out counts as with an empty one.
+
+Perl's Gearman::Worker leaves it out, with its NUL, where the data is "" or "0", and always in
+``send_work_status``. It ends on an ERROR, and the job would take one worker after the other down.
+"""
 
 _BY_NUMBER = {kind.value: kind for kind in PacketType}
 

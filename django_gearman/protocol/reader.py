@@ -13,7 +13,15 @@ from struct import Struct
 from typing import Final
 
 from ..exceptions import ProtocolError, UnreadableStream
-from .packets import FROM_SERVER_ONLY, HEADER_SIZE, HIGHEST_TYPE, REQUEST, RESPONSE, SEPARATORS
+from .packets import (
+    FROM_SERVER_ONLY,
+    HEADER_SIZE,
+    HIGHEST_TYPE,
+    LAST_MAY_BE_MISSING,
+    REQUEST,
+    RESPONSE,
+    SEPARATORS,
+)
 
 TEXT: Final = 0
 """The type given with a line of text; no packet has it."""
@@ -126,6 +134,8 @@ class PacketReader:
         else:
             arguments = self._cut(start, end, separators)
         if len(arguments) <= separators:
+            if self._server and size and len(arguments) == separators and kind in LAST_MAY_BE_MISSING:
+                return kind, [*arguments, b""]
             raise ProtocolError(b"INVALID_PACKET", b"Too few arguments in the packet")
         return kind, arguments
 

@@ -25,7 +25,7 @@ from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
-from ..protocol.packets import CLAIM, HIGHEST_TYPE, PacketType, encode_response
+from ..protocol.packets import CLAIM, CLAIMED, HIGHEST_TYPE, PacketType, encode_response
 from ..protocol.reader import Packet
 from .cron import next_match
 from .entries import (
@@ -57,9 +57,13 @@ PENDING, DELAYED, READY, RUNNING, GONE = JobState
 SECOND: Final = 1000
 """Milliseconds; gearmand takes no shorter time limit."""
 
+MAX_HANDLE: Final = 63
+"""Bytes in a handle that is not ours; gearmand has no longer ones."""
+
 LATEST: Final = 253_370_764_800
 """The year 9999, in seconds since 1970: as late as a database's column goes."""
 
+_HANDLE_TOO_LARGE = b"Error occurred due to GEARMAND_JOB_HANDLE_SIZE being too small from snprintf"
 _NO_JOB = encode_response(PacketType.NO_JOB)
 _NOOP = encode_response(PacketType.NOOP)
 _SUBMISSIONS: dict[PacketType, tuple[int, bool]] = {
@@ -98,6 +102,12 @@ class ServerOptions:
 
     record_foreground: bool = True
     """Whether foreground jobs leave entries too, without waiting for them."""
+
+    handle_prefix: str | None = None
+    """What every handle begins with, of this run of this server alone; None for the name and the epoch."""
+
+    worker_wakeup: int = 1
+    """How many sleeping workers get NOOP for a job that becomes ready; 0 for all."""
 
     job_retries: int = 5
     """How many workers a job may lose before it is given up; 0 for no limit."""
@@ -250,7 +260,8 @@ class JobServer:
         """Heap of jobs by the time that they are due; some may have ended."""
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
-        self._handle_prefix = f"H:{self.options.name}:{self.options.epoch}.".encode()
+        prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
+        self._handle_prefix = prefix.encode()
         self._idle: OrderedDict[Function, None] = OrderedDict()
         """Functions that were without workers and jobs when last looked at, longest first."""
         self._serial = 0
@@ -458,6 +469,7 @@ class JobServer:
     def _pre_sleep(self, peer: Peer, arguments: list[bytes]) -> None:
         if self._best_function(peer) is not None:
             # The job came between NO_JOB and now: no sleep.
+            peer.asleep = False
             self._send(peer, _NOOP)
             return
         peer.asleep = True
@@ -597,8 +609,13 @@ class JobServer:
         handle = arguments[0].rstrip(b"\0")
         job = peer.running.get(handle)
         if job is None:
-            if handle != peer.excused:
-                self._refuse_result(peer, handle, b"Job given in work result not found")
+            if handle == peer.excused:
+                return
+            if len(handle) > MAX_HANDLE and handle not in peer.cancelled:
+                # gearmand says so here alone.
+                self.refuse(peer, b"ARGUMENT_TOO_LARGE", _HANDLE_TOO_LARGE)
+                return
+            self._refuse_result(peer, handle, b"Job given in work result not found")
             return
         self._fail(job, Outcome.FAILED, "The worker reported that the job failed")
 
@@ -735,11 +752,15 @@ class JobServer:
 
     def _claim(self, peer: Peer) -> None:
         self.claim_wanted = True
-        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + b"claim"))
+        self._send(peer, encode_response(PacketType.JOB_CREATED, self._handle_prefix + CLAIMED))
 
     def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle = arguments[0].rstrip(b"\0")
         job = self.jobs.get(handle)
+        if job is None and len(handle) > MAX_HANDLE:
+            # gearmand does not answer.
+            self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Job handle too large")
+            return
         if job is None or job.state is PENDING:
             self._send(peer, encode_response(PacketType.STATUS_RES, handle, b"0", b"0", b"0", b"0"))
             return
@@ -874,7 +895,9 @@ class JobServer:
         function.put(job)
         self.ready[function] = None
         if function.sleepers:
-            self._wake(function)
+            count = len(function.sleepers)
+            for _ in range(min(self.options.worker_wakeup or count, count)):
+                self._wake(function)
 
     def _wake(self, function: Function) -> None:
         """

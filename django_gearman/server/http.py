@@ -30,16 +30,20 @@ MAX_LINE: Final = 8 * 1024
 
 MAX_HEADERS: Final = 64
 MAX_HEADER_BYTES: Final = 16 * 1024
-"""Bytes of all headers of a request; of its trailers too."""
+"""Bytes of all headers of a request, trailers included."""
 
 MAX_AHEAD: Final = 64 * 1024
 """Bytes to take of later requests while one is answered; above it, read no more."""
 
 METHODS: Final = (b"GET", b"HEAD", b"POST", b"PUT")
 
+# Of Sec-Fetch-* only this one: Node's fetch() sends Sec-Fetch-Mode.
+_FROM_BROWSERS: Final = frozenset({b"origin", b"referer", b"sec-fetch-site"})
+
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _request_line = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0-9])")
-_header = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+# Spaces around the value are cut off afterwards: a pattern for them could be made to try for minutes.
+_header = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _chunk = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _length = re.compile(rb"[0-9]{1,19}")
 _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -178,6 +182,15 @@ class Conversation:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The request took too long to arrive")
         self.closed = True
 
+    def end(self) -> None:
+        """The server stops: say so to a client that waits."""
+        if self.busy:
+            self._keep_alive = False
+            self._reply(
+                HTTPStatus.SERVICE_UNAVAILABLE, None, b"The server stopped before the job ended.\n", text=True
+            )
+        self.closed = True
+
     # Bytes to submissions.
 
     def _read(self) -> bytes | None:
@@ -225,6 +238,8 @@ class Conversation:
                 return None
             if self._state == _REQUEST:
                 raise _Refused(HTTPStatus.REQUEST_URI_TOO_LONG, "The request line is too long")
+            if self._state == _CHUNK:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "A chunk is malformed")
             raise _Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "A header is too long")
         line = bytes(self._buffer[: end + 1])
         del self._buffer[: end + 1]
@@ -249,7 +264,7 @@ class Conversation:
         if found is None:
             raise _Refused(HTTPStatus.BAD_REQUEST, "A header is malformed")
         values = self._headers.setdefault(found[1].lower(), [])
-        values.append(found[2])
+        values.append(found[2].strip(b" \t"))
         self._header_bytes += len(line) + 2
         if sum(map(len, self._headers.values())) > MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
             raise _Refused(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The headers are too many or too long")
@@ -267,7 +282,9 @@ class Conversation:
         if self._line[1] not in METHODS:
             raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "Jobs are submitted by GET, HEAD, POST or PUT")
         self._name = _function_of(target)
-        self._unique = self._single(b"x-gearman-unique") or b""
+        # As gearmand: without a unique, equal requests share a job.
+        unique = self._single(b"x-gearman-unique")
+        self._unique = b"-" if unique is None else unique
         background = self._choice(b"x-gearman-background", (b"false", b"true")) == b"true"
         priority = self._choice(b"x-gearman-priority", (b"normal", b"high", b"low"))
         self._kind = _SUBMISSIONS[priority, background]
@@ -276,14 +293,18 @@ class Conversation:
             if self._line[1] in (b"POST", b"PUT"):
                 raise _Refused(HTTPStatus.LENGTH_REQUIRED, "A body needs Content-Length, or to be chunked")
             length = 0
+        if length != 0 and self._line[1] in (b"GET", b"HEAD"):
+            # Others on the way may not have seen one.
+            raise _Refused(HTTPStatus.BAD_REQUEST, "GET and HEAD have no body; use POST")
         self._check_size(length or 0)
         # Only now: a request that was refused has no say in it.
         self._keep_alive = b"close" not in options and (modern or b"keep-alive" in options)
         expected = self._single(b"expect")
-        if expected is not None and expected.lower() != b"100-continue":
-            raise _Refused(HTTPStatus.EXPECTATION_FAILED, "Only 100-continue can be expected")
-        if expected is not None and modern and length != 0 and not self._buffer:
-            self.output.append(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if expected is not None and modern:
+            if expected.lower() != b"100-continue":
+                raise _Refused(HTTPStatus.EXPECTATION_FAILED, "Only 100-continue can be expected")
+            if length != 0 and not self._buffer:
+                self.output.append(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is None:
             self._state = _CHUNK
         else:
@@ -310,13 +331,14 @@ class Conversation:
         """
         Refuse what a browser sends, and names that are not ours; the target's path and query.
 
-        A page may have a browser send requests to this machine. It cannot keep
-        the browser from saying so in these headers. It could have its own name
-        lead to this machine (DNS rebinding); then Host has that name.
+        A page may have a browser send requests to this machine, but cannot keep
+        it from giving itself away: every browser names itself Mozilla, whatever
+        else it leaves out. A page could have its own name lead to this machine
+        (DNS rebinding); then Host has that name.
         """
-        for name in self._headers:
-            if name in (b"origin", b"referer") or name.startswith(b"sec-fetch-"):
-                raise _Refused(HTTPStatus.FORBIDDEN, "Browsers are not served")
+        agents = self._headers.get(b"user-agent", [])
+        if not _FROM_BROWSERS.isdisjoint(self._headers) or any(a[:8].lower() == b"mozilla/" for a in agents):
+            raise _Refused(HTTPStatus.FORBIDDEN, "Browsers are not served")
         hosts = self._headers.get(b"host", [])
         if len(hosts) > 1 or (modern and not hosts):
             raise _Refused(HTTPStatus.BAD_REQUEST, "A request has one Host")
@@ -375,8 +397,6 @@ class Conversation:
             self._missing = size + 2
         else:
             self._state = _TRAILERS
-            self._headers = {}
-            self._header_bytes = 0
 
     # Packets to replies.
 
@@ -445,10 +465,10 @@ class Conversation:
 
 
 def _function_of(target: bytes) -> bytes:
-    path = target.partition(b"?")[0]
-    if not path.startswith(b"/") or _bad_escape.search(path):
+    """All of path and query, as gearmand takes it, but with its escapes read."""
+    if not target.startswith(b"/") or _bad_escape.search(target):
         raise _Refused(HTTPStatus.BAD_REQUEST, "The path is malformed")
-    name = unquote_to_bytes(path.lstrip(b"/"))
+    name = unquote_to_bytes(target.lstrip(b"/"))
     if not name:
         raise _Refused(HTTPStatus.NOT_FOUND, "The path is a function's name")
     return name

@@ -172,7 +172,9 @@ def _listing(rows: Iterable[bytes]) -> bytes:
 
 
 def _unknown(word: bytes) -> bytes:
-    return b"ERR UNKNOWN_COMMAND Unknown+server+command%s\r\n" % quote_plus(word).encode()
+    # As it came, like gearmand, unless it would speak to a terminal.
+    shown = word if is_printable(word) else quote_plus(word).encode()
+    return b"ERR UNKNOWN_COMMAND Unknown+server+command%s\r\n" % shown
 
 
 def _incomplete(word: bytes) -> bytes:

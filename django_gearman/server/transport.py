@@ -9,6 +9,7 @@ turn brought.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -35,13 +36,33 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
-BACKLOG: Final = 1024
-
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
 
 LINGER: Final = 5.0
 """Seconds in which an HTTP client may take the last reply; closed at once, it might not see why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keepalive:
+    """How the system asks whether a silent peer's machine is still there; None for the system's own value."""
+
+    idle: int | None = None
+    """Seconds of silence before the first probe."""
+
+    interval: int | None = None
+    """Seconds between two probes."""
+
+    count: int | None = None
+    """Probes without answer after which the connection is lost."""
+
+    def watch(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        options = {"TCP_KEEPIDLE": self.idle, "TCP_KEEPINTVL": self.interval, "TCP_KEEPCNT": self.count}
+        for name, value in options.items():
+            # Not every system has all three.
+            if value is not None and hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +93,12 @@ class TransportLimits:
     max_connections: int = 10_000
     """Connections at a time; more are closed at once."""
 
+    backlog: int = 1024
+    """Connections that may wait to be taken; the system may have a lower limit."""
+
+    keepalive: Keepalive | None = None
+    """How to notice that a silent peer's machine is gone; None for not at all."""
+
 
 class Connection(asyncio.Protocol):
     """One socket: feeds the reader, and the core from it."""
@@ -94,6 +121,8 @@ class Connection(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._server.limits.keepalive is not None:
+                self._server.limits.keepalive.watch(sock)
         name = transport.get_extra_info("peername")
         address = name[0] if isinstance(name, tuple) else "unix"
         limits = self._server.limits
@@ -334,6 +363,12 @@ class HTTPConnection(Connection):
         self._blocked = False
         self._go_on()
 
+    def close(self) -> None:
+        self._conversation.now = self._server.core.now
+        self._conversation.end()
+        self._send()
+        self._transport.close()
+
 
 class GearmanServer:
     """
@@ -402,7 +437,9 @@ class GearmanServer:
         await self._listen(sockets)
         for sock in http_sockets:
             self._listening.append(
-                await self.loop.create_server(lambda: HTTPConnection(self), sock=sock, backlog=BACKLOG)
+                await self.loop.create_server(
+                    lambda: HTTPConnection(self), sock=sock, backlog=self.limits.backlog
+                )
             )
         if ready is not None:
             ready()
@@ -425,7 +462,9 @@ class GearmanServer:
     async def _listen(self, sockets: list[socket.socket]) -> None:
         if self._tls is None:
             self._listening = [
-                await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=BACKLOG)
+                await self.loop.create_server(
+                    lambda: Connection(self), sock=sock, backlog=self.limits.backlog
+                )
                 for sock in sockets
             ]
             return
@@ -436,7 +475,7 @@ class GearmanServer:
                 lambda: Connection(self),
                 has_room=lambda shaking: len(self.connections) + shaking < self.limits.max_connections,
                 limit=self.limits.handshake,
-                backlog=BACKLOG,
+                backlog=self.limits.backlog,
             )
         ]
 
@@ -545,27 +584,42 @@ class GearmanServer:
 
 def bind(host: str, port: int) -> list[socket.socket]:
     """
-    Sockets bound to every address of a host, not yet listening.
+    Sockets bound to every address of a host that this machine has, not yet listening.
 
     Binding first finds a taken port before the lease and the jobs are touched.
 
     Raises:
-        OSError: The address is not ours or the port is taken.
+        OSError: No address is ours, or the port is taken at one.
     """
     sockets: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(address)
-            sock.setblocking(False)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+    missing: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            sockets.append(_bound(family, kind, protocol, address))
+        except OSError as error:
+            # Many a machine without IPv6 says that localhost is ::1 too.
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                missing = error
+                continue
+            for sock in sockets:
+                sock.close()
+            raise
+    if missing is not None and not sockets:
+        raise missing
     return sockets
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -36,6 +36,9 @@ RECHECK: Final = 30.0
 _HEADROOM: Final = 1024
 """Bytes that a server may put beside the largest workload: its handle, the function and the unique."""
 
+_LONGEST: Final = 1000
+"""Characters of an exception in the log; all of it goes to the server."""
+
 _GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 
@@ -324,6 +327,11 @@ class Worker:
 
 def _told(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        told = f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__  # one that cannot tell more
+    # Its words may be a client's own: they must not forge lines of the log, nor speak to a terminal.
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in told[:_LONGEST]
+    )

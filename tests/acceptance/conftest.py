@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +47,6 @@ def call(
     right = done.returncode != 0 if code is None else done.returncode == code
     assert right, f"{command[:6]} ended with {done.returncode}: {done.stdout[:500]!r} {done.stderr[:500]!r}"
     return done
-
-
-@pytest.fixture
-def background_program() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
-    """Start programs that run until the test ends."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture

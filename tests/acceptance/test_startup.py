@@ -89,13 +89,21 @@ class TestServerRefuses:
         )
 
     def test_address_that_is_not_ours(self):
-        assert "192.0.2.1" in refused("gearman_server", "--listen", "192.0.2.1", "--port", "4730")
+        line = refused("gearman_server", "--listen", "192.0.2.1", "--port", "4730", "--insecure")
+        assert "192.0.2.1:4730" in line
+        assert "assign" in line
+
+    @pytest.mark.parametrize("options", [[], ["--insecure"]])
+    @pytest.mark.parametrize("host", ["", "x" * 70])
+    def test_address_that_is_none(self, host: str, options: list[str]):
+        line = refused("gearman_server", f"--listen={host}", "--port=4730", *options)
+        assert f"listen on {host}:4730" in line
 
     @pytest.mark.parametrize(
         ("option", "value"),
         [
             ("--port", "70000"),
-            ("--port", "http"),
+            ("--port", "no-such-service"),
             ("--store", "paper"),
             ("--name", "two words"),
             ("--name", ""),

@@ -575,6 +575,24 @@ class TestClaim:
             harness.wait_until(lambda: seen)
         assert seen == [[CLAIM, b"", b""]]
 
+    def test_server_of_others_is_told_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """gearmand keeps it as a job; there should not be one for each row."""
+        told: list[list[bytes]] = []
+
+        def gearmand(peer: Peer) -> None:
+            told.append(peer.expect(P.SUBMIT_JOB_BG))
+            peer.send(P.JOB_CREATED, b"H:host:1")
+            peer.expect(P.ECHO_REQ)
+            peer.send(P.ECHO_RES, b"x")
+            peer.wait_for_end()
+
+        with fake_server(gearmand) as port, Client([f"127.0.0.1:{port}"]) as client:
+            assert client.claim() is True
+            assert client.echo(b"x") == b"x"
+            assert [client.claim() for _ in range(10)] == [False] * 10
+        assert told == [[CLAIM, b"", b""]]
+        assert caplog.text.count("does not look into the database") == 1
+
     def test_other_calls_follow(self, client: Client) -> None:
         for _ in range(10):
             assert client.claim() is True

@@ -11,6 +11,7 @@ from django_gearman.exceptions import ProtocolError, UnreadableStream
 from django_gearman.protocol.packets import (
     ARGUMENTS,
     FROM_SERVER_ONLY,
+    LAST_MAY_BE_MISSING,
     REQUEST,
     RESPONSE,
     SEPARATORS,
@@ -208,7 +209,16 @@ class TestMalformed:
         """Where gearmand looks for the missing NUL in the next packet, this one alone is refused."""
         for given_arguments in range(len(ARGUMENTS[kind])):
             body = b"\0".join([b"arg"] * given_arguments)
-            check_in_all_ways(raw(kind, body), [("error", b"INVALID_PACKET")])
+            expected: object = ("error", b"INVALID_PACKET")
+            if kind in LAST_MAY_BE_MISSING and body and given_arguments == len(ARGUMENTS[kind]) - 1:
+                expected = (kind, [b"arg"] * given_arguments + [b""])
+            check_in_all_ways(raw(kind, body), [expected])
+
+    @pytest.mark.parametrize("kind", sorted(LAST_MAY_BE_MISSING))
+    def test_report_of_a_worker_without_its_last_argument(self, kind):
+        """Perl's worker sends no NUL and no data where the result is false to Perl."""
+        given = [b"H:x:1", b"2"][: len(ARGUMENTS[kind]) - 1]
+        check_in_all_ways(raw(kind, b"\0".join(given)) + ECHO, [(kind, [*given, b""]), ECHO_READ])
 
     def test_large_body_with_too_few_arguments_is_an_error(self):
         for arguments in ([b"x" * LARGE], [b"f", b"x" * LARGE]):
@@ -303,7 +313,7 @@ def _packets() -> st.SearchStrategy[tuple[bytes, tuple]]:
         line.map(lambda value: (value + b"\r\n", (TEXT, [value]))),
         st.binary(max_size=20).map(lambda body: (raw(43, body, RESPONSE), ("error", b"INVALID_MAGIC"))),
         st.binary(max_size=20).map(lambda body: (raw(6, body), ("error", b"INVALID_COMMAND"))),
-        argument.map(lambda body: (raw(PacketType.WORK_DATA, body), ("error", b"INVALID_PACKET"))),
+        argument.map(lambda body: (raw(PacketType.SUBMIT_JOB, body), ("error", b"INVALID_PACKET"))),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from django_gearman.exceptions import ProtocolError, UnreadableStream
 from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
-from django_gearman.protocol.reader import PacketReader
+from django_gearman.protocol.reader import TEXT, PacketReader
 from django_gearman.server import text
 from django_gearman.server.core import JobServer, Peer, ServerOptions
 from django_gearman.server.entries import Entry
@@ -35,6 +36,28 @@ class Caller:
         assert packet is not None, "encode_request makes whole packets"
         self.wire.core.receive(self.peer, packet)
         return self.hears()
+
+    def sends(self, data: bytes) -> bytes | None:
+        """Send bytes, packets and lines; the bytes that come back, None when it would be closed."""
+        reader = self._requests
+        reader.feed(data)
+        while True:
+            try:
+                packet = reader.take()
+            except UnreadableStream:
+                return None
+            except ProtocolError as error:
+                self.wire.core.refuse(self.peer, error.code, error.text)
+                continue
+            if packet is None:
+                return self.takes()
+            if packet[0] != TEXT:
+                self.wire.core.receive(self.peer, packet)
+                continue
+            answer = text.answer(self.wire.core, self.peer, packet[1][0])
+            if answer is None:
+                return None
+            self.wire.core.say(self.peer, answer)
 
     def takes(self) -> bytes:
         """The bytes that were left for the connection since it was last asked."""

@@ -11,7 +11,7 @@ from .harness import Wire, handle
 
 
 class TestReduce:
-    """PROTOCOL: SUBMIT_REDUCE_JOB, four arguments before the data; GRAB_JOB_ALL."""
+    """PROTOCOL section 3, "Reduce jobs": SUBMIT_REDUCE_JOB, four arguments before the data; GRAB_JOB_ALL."""
 
     @pytest.mark.parametrize("kind", [P.SUBMIT_REDUCE_JOB, P.SUBMIT_REDUCE_JOB_BACKGROUND])
     def test_reducer_reaches_the_worker_that_grabs_all(self, kind):
@@ -58,7 +58,7 @@ class TestReduce:
 
 
 class TestStatusOfAUnique:
-    """PROTOCOL: GET_STATUS_UNIQUE."""
+    """PROTOCOL section 3, GET_STATUS_UNIQUE."""
 
     def test_waiting_and_running_with_the_number_of_clients(self):
         wire = Wire()
@@ -105,7 +105,7 @@ class TestStatusOfAUnique:
 
 
 class TestAllYours:
-    """PROTOCOL: ALL_YOURS; documented, in no C server, and nothing depends on it."""
+    """PROTOCOL section 2, ALL_YOURS; documented, in no C server, and nothing depends on it."""
 
     def test_it_is_taken_in_silence(self):
         wire = Wire()

@@ -405,6 +405,7 @@ class World:
             return
         if self.candidates(peer):
             assert peer.caller(P.PRE_SLEEP) == [(P.NOOP,)]
+            peer.asleep = False
             return
         peer.asleep = True
         peer.naps += 1

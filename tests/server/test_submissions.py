@@ -91,6 +91,11 @@ class TestSubmission:
         assert handle(1) == Wire().connect()(P.SUBMIT_JOB, b"f", b"", b"")[0][1]
         assert handle(1).startswith(b"H:test:1:7.")
 
+    def test_handles_begin_as_the_server_is_told(self):
+        """PROTOCOL section 7, --job-handle-prefix."""
+        wire = Wire(handle_prefix="mine:3-7.")
+        assert wire.connect()(P.SUBMIT_JOB, b"f", b"", b"") == [(P.JOB_CREATED, b"mine:3-7.1")]
+
 
 class TestCoalescing:
     """PROTOCOL section 5.1."""

@@ -105,6 +105,7 @@ class TestWords:
             (b"shutdown", b"shutdown"),
             (b"show", b"show"),
             (b"cancel", b"cancel"),
+            (b"a&b=5% b", b"a&b=5%"),
         ],
     )
     def test_anything_else_is_an_unknown_command(self, line, word):

@@ -1,5 +1,7 @@
 """Who is asleep, and who is woken."""
 
+import pytest
+
 from django_gearman.protocol.packets import PacketType
 
 from .harness import Caller, Wire, handle
@@ -119,6 +121,14 @@ class TestOneWakeUpForEachJob:
         for _ in range(3):
             submit(wire, b"f")
         assert len(woken(*workers)) == 3
+
+    @pytest.mark.parametrize(("wakeup", "expected"), [(2, 2), (7, 5), (2**31 - 1, 5), (0, 5)])
+    def test_or_as_many_as_the_server_is_told(self, wakeup, expected):
+        """PROTOCOL section 7, --worker-wakeup."""
+        wire = Wire(worker_wakeup=wakeup)
+        workers = [wire.worker(b"f").sleeps() for _ in range(5)]
+        submit(wire, b"f")
+        assert len(woken(*workers)) == expected
 
     def test_requeued_job_wakes_another(self):
         wire = Wire()

@@ -118,6 +118,16 @@ class TestFailures:
 
         assert outcome(work) == b"failed: " + repr(error).encode()
 
+    def test_log_has_one_printable_line(self, outcome: Any, caplog: pytest.LogCaptureFixture) -> None:
+        def work(job: AssignedJob) -> bytes:
+            raise ValueError("no\n12:00 INFO forged \x1b[31m\u202e" + "x" * 10_000)
+
+        outcome(work)
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert "ValueError: no\\n12:00 INFO forged \\x1b[31m\\u202exxx" in line
+        assert line.isprintable()
+        assert len(line) < 1200
+
     def test_cancelled(self, outcome: Any) -> None:
         """What an ``async def`` raises when a task that it waits for was cancelled is no ``Exception``."""
 

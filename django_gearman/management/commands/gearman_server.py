@@ -4,273 +4,326 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
+import logging
 import os
 import signal
 import socket
 import ssl
-from argparse import ArgumentParser, ArgumentTypeError
+import time
+from argparse import ArgumentParser
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, connections
 
 from ... import conf
-from ...addresses import split_address
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
 from ...jobs import declared_schedules, queue_of, scheduled_record
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
-from ...server.core import JobServer, ServerOptions, Shutdown
-from ...server.transport import GearmanServer, TransportLimits, bind
+from ...server.core import FunctionOrder, JobServer, ServerOptions, Shutdown
+from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind
 from ...store import DatabaseStore
 from ...tls import TLSFilesError, server_context
-from ..console import log_to_terminal, require_tables
+from .. import console, server_options
+from ..daemon import (
+    RESERVED_DESCRIPTORS,
+    Background,
+    PidFile,
+    allow_core_dumps,
+    allow_descriptors,
+    check_user,
+    switch_user,
+)
+
+logger = logging.getLogger(__name__)
+
+PROGRAM: Final = "gearman_server"
 
 
 class Command(BaseCommand):
     help = "Run a Gearman job server whose background jobs are kept in the database."
     requires_system_checks = "__all__"
 
+    _config_unread = False
+    """Whether there is gearmand's configuration file, and nobody said to read one."""
+
+    _logs_apart = False
+    """Whether the log goes elsewhere than what the command says."""
+
+    def get_version(self) -> str:
+        return server_options.version()
+
+    def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
+        # The beginning of an option's name may be that of another one's; gearmand takes none either.
+        # And whoever made a mistake is told of it, not of seventy options.
+        usage = "%(prog)s [options] (-h tells which)"
+        return super().create_parser(prog_name, subcommand, allow_abbrev=False, usage=usage, **kwargs)
+
     def add_arguments(self, parser: ArgumentParser) -> None:
-        host, port = split_address(conf.settings_for().servers[0])
-        parser.add_argument(
-            "--listen", "-L", default=host, metavar="ADDRESS", help=f"Address to listen on (default: {host})."
-        )
-        parser.add_argument(
-            "--port",
-            "-p",
-            type=_port,
-            default=port,
-            help=f"Port (default: {port}); 0 takes a free one.",
-        )
-        parser.add_argument(
-            "--store",
-            choices=["database", "memory"],
-            default="database",
-            help="Where background jobs are kept; memory forgets them at the end (default: database).",
-        )
-        parser.add_argument(
-            "--name",
-            type=_name,
-            help="This server's name, unlike that of any other server on the database "
-            "(default: host name and port). A server finds its jobs again by it.",
-        )
-        parser.add_argument(
-            "--job-retries",
-            "-j",
-            type=_count,
-            default=ServerOptions.job_retries,
-            metavar="N",
-            help="How many workers a job may lose before it is given up; 0 for no limit "
-            "(default: %(default)s).",
-        )
-        parser.add_argument(
-            "--timeout-in-seconds",
-            action="store_true",
-            help="Read the time limits that workers send (CAN_DO_TIMEOUT) as seconds, as Perl's mean them, "
-            "and not as milliseconds.",
-        )
-        parser.add_argument(
-            "--exceptions",
-            action="store_true",
-            help="Send WORK_EXCEPTION to every client, not only to those that ask for it.",
-        )
-        parser.add_argument(
-            "--allow-shutdown",
-            action="store_true",
-            help="Let whoever connects from this machine end the server with the text command shutdown.",
-        )
-        parser.add_argument(
-            "--insecure",
-            action="store_true",
-            help="Allow an address that other machines reach, though nobody there shows a certificate.",
-        )
-        parser.add_argument(
-            "--http-port",
-            type=_port,
-            metavar="PORT",
-            help="Take jobs over HTTP too, at this port, in plain text; 0 takes a free one (default: none).",
-        )
-        parser.add_argument(
-            "--http-listen",
-            default="127.0.0.1",
-            metavar="ADDRESS",
-            help="Address of the HTTP port (default: %(default)s).",
-        )
-        parser.add_argument(
-            "--http-host",
-            action="append",
-            type=_host,
-            default=[],
-            metavar="NAME",
-            help="Name by which HTTP clients may call this server, beside localhost and IP addresses; "
-            "may be given more than once.",
-        )
-        # The second spellings are gearmand's.
-        parser.add_argument(
-            "--tls",
-            "--ssl",
-            action="store_true",
-            help="Refuse to start without TLS; for nothing else.",
-        )
-        parser.add_argument(
-            "--tls-certificate",
-            "--ssl-certificate",
-            metavar="FILE",
-            help="The server's certificate; with it the port speaks TLS alone (default: TLS_CERTIFICATE).",
-        )
-        parser.add_argument(
-            "--tls-key",
-            "--ssl-key",
-            metavar="FILE",
-            help="The certificate's private key (default: TLS_KEY).",
-        )
-        parser.add_argument(
-            "--tls-ca-file",
-            "--ssl-ca-file",
-            metavar="FILE",
-            help="CAs that sign the certificates of clients and workers (default: TLS_CA).",
-        )
-        parser.add_argument(
-            "--tls-no-client-certificates",
-            action="store_true",
-            help="Encrypt, but let in whoever comes without a certificate.",
-        )
+        server_options.add_arguments(parser)
+
+    def run_from_argv(self, argv: list[str]) -> None:
+        try:
+            words = server_options.expand(argv[2:])
+        except ValueError as error:
+            self._called_from_command_line = True
+            self.create_parser(argv[0], argv[1]).error(str(error))
+        self._config_unread = words == argv[2:] and Path(server_options.GEARMAND_CONFIG).exists()
+        super().run_from_argv([*argv[:2], *words])
 
     def handle(self, *args: Any, **options: Any) -> None:
-        log_to_terminal(options["verbosity"])
+        if options["config_file"]:
+            raise CommandError("--config-file is for the command line; give the options themselves here.")
         settings = conf.settings_for()
         tls = _tls(options, settings)
-        sockets = self._bind(
-            options["listen"],
-            options["port"],
-            insecure=options["insecure"] or (tls is not None and tls.verify_mode is ssl.CERT_REQUIRED),
-        )
-        http_sockets: list[socket.socket] = []
-        try:
-            if options["http_port"] is not None:
-                http_sockets = self._bind(
-                    options["http_listen"], options["http_port"], insecure=options["insecure"], http=True
-                )
+        _check_reach(options, tls)
+        if options["user"]:
+            check_user(options["user"])
+        if options["check_args"]:
+            return
+        connections.close_all()
+        background = Background() if options["daemon"] else None
+        with ExitStack() as held:
+            limits = _limits(options, settings)
+            if options["coredump"]:
+                allow_core_dumps()
+            http_port = server_options.http_port(options)
+            sockets = _bind(options["listen"], options["port"], held)
+            http_sockets = [] if http_port is None else _bind(options["http_listen"], http_port, held)
+            pid_file = held.enter_context(PidFile(options["pid_file"])) if options["pid_file"] else None
+            if options["user"]:
+                # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
+                switch_user(options["user"])
+            self._set_up_log(options)
+
             port: int = sockets[0].getsockname()[1]
             name = options["name"] or f"{socket.gethostname()[:32]}:{port}"
+            prefix = options["job_handle_prefix"]
             store = None
             if options["store"] == "database":
-                require_tables(settings.database)
+                console.require_tables(settings.database)
                 store = DatabaseStore(
                     settings.database,
                     name,
                     queue_of=queue_of,
+                    handle_prefix=prefix,
                     scheduler=Scheduler(settings.database, scheduled_record),
                     history=History(settings.database, lanes_of(configured(settings))),
                 )
-            self._serve(sockets, http_sockets, store, name, options, settings, tls)
-        finally:
-            for sock in [*sockets, *http_sockets]:
-                sock.close()
+            core = _core(store, name, _shown(sockets[0]), options, settings)
+            server = GearmanServer(core, store, limits, tls, http_hosts=options["http_host"])
+            doors = _shown(sockets[0]) + (" (TLS)" if tls else "")
+            if http_sockets:
+                doors += f", for HTTP on {_shown(http_sockets[0])}"
+            kept = "in memory only"
+            if store is not None:
+                kept = f"in the database {settings.database!r}, {len(core.jobs)} jobs replayed"
 
-    def _bind(self, host: str, port: int, *, insecure: bool, http: bool = False) -> list[socket.socket]:
-        try:
-            sockets = bind(host, port)
-        except OSError as error:
-            raise CommandError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
-        for sock in sockets:
-            address = sock.getsockname()[0]
-            if not insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-                for each in sockets:
-                    each.close()
-                if http:
-                    raise CommandError(
-                        f"Whoever reaches {address} could submit jobs over HTTP, which asks nobody who they "
-                        "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
-                        "network is yours alone."
+            def greet() -> None:
+                if pid_file is not None:
+                    pid_file.write()
+                self._say(f"{PROGRAM} {name} listens on {doors}; jobs are kept {kept}.")
+                if background is not None:
+                    background.detach(keep_stderr=options["log_file"] == "stderr")
+
+            gc.collect()
+            gc.freeze()
+            # Jobs and packets make no cycles; looking for some would only cost.
+            gc.set_threshold(50_000, 20, 100)
+            try:
+                with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                    runner.run(
+                        _serve(server, sockets, http_sockets, greet, has_terminal=not self._logs_apart)
                     )
-                raise CommandError(
-                    f"Whoever reaches {address} could submit and take jobs: nobody there is asked for a "
-                    "certificate. Listen on 127.0.0.1, use --tls-certificate, --tls-key and --tls-ca-file, "
-                    "or add --insecure if the network is yours alone."
-                )
-        return sockets
+            except StoreError as error:
+                if self._logs_apart:
+                    logger.critical("%s", error)
+                raise CommandError(str(error)) from error
+            except Exception:
+                if self._logs_apart:
+                    # Nobody may see the traceback.
+                    logger.critical("The server ends by an error of its own", exc_info=True)
+                raise
+            self._say(f"{PROGRAM} stopped.")
 
-    def _serve(
-        self,
-        sockets: list[socket.socket],
-        http_sockets: list[socket.socket],
-        store: DatabaseStore | None,
-        name: str,
-        options: dict[str, Any],
-        settings: conf.GearmanSettings,
-        tls: ssl.SSLContext | None,
-    ) -> None:
-        address = _shown(sockets[0])
+    def _set_up_log(self, options: dict[str, Any]) -> None:
+        file: str | None = options["log_file"]
+        syslog: str | None = options["syslog"]
+        was_told = console.has_log()
+        if options["verbose"] is not None:
+            console.set_level(options["verbose"])
+        elif file or syslog or not was_told:
+            console.set_level(console.VERBOSITY[options["verbosity"]])
+        self._logs_apart = file != "stderr" and bool(file or syslog or options["daemon"])
+        if syslog:
+            console.log_to_syslog(PROGRAM, syslog)
+        if file == "stderr":
+            console.log_to_stderr()
+        elif file == "none":
+            console.log_nowhere()
+        elif file:
+            console.log_to_file(file)
+        elif syslog or was_told:
+            pass
+        elif options["daemon"]:
+            self._log_as_daemon()
+        else:
+            console.log_to_stderr()
+        if options["without_effect"]:
+            logger.info("Options of gearmand without effect here: %s", ", ".join(options["without_effect"]))
+        if self._config_unread:
+            logger.info("%s is only read with --config-file", server_options.GEARMAND_CONFIG)
+
+    def _log_as_daemon(self) -> None:
         try:
-            epoch = store.take_lease(address) if store else 0
-            replayed = store.replay() if store else []
-            if store:
-                _synchronise(settings)
-        except StoreError as error:
-            raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
-        finally:
-            # The writer's thread has a connection of its own.
-            connections.close_all()
-        core = JobServer(
-            ServerOptions(
-                name=name,
-                epoch=epoch,
-                durable=store is not None,
-                record_foreground=settings.record_foreground,
-                job_retries=options["job_retries"],
-                exceptions=options["exceptions"],
-                timeout_in_seconds=options["timeout_in_seconds"],
-                allow_shutdown=options["allow_shutdown"],
-            )
-        )
-        core.adopt(replayed)
-        server = GearmanServer(
-            core,
-            store,
-            TransportLimits(max_packet=settings.max_packet),
-            tls,
-            http_hosts=options["http_host"],
-        )
-        kept = f"in the database {settings.database!r}" if store else "in memory only"
-        replays = f", {len(replayed)} jobs replayed" if store else ""
-        spoken = " (TLS)" if tls else ""
-        if http_sockets:
-            spoken += f", for HTTP on {_shown(http_sockets[0])}"
-        greeting = f"gearman_server {name} listens on {address}{spoken}; jobs are kept {kept}{replays}."
-        del replayed
-        gc.collect()
-        gc.freeze()
-        # Jobs and packets make no cycles; looking for some would only cost.
-        gc.set_threshold(50_000, 20, 100)
-        try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                runner.run(self._run(server, sockets, http_sockets, greeting))
-        except StoreError as error:
-            raise CommandError(str(error)) from error
-        self.stdout.write("gearman_server stopped.")
+            console.log_to_syslog(PROGRAM)
+        except CommandError as error:
+            self.stderr.write(f"No log is kept, since none is named by --log-file. {error}")
+            console.log_nowhere()
 
-    async def _run(
-        self,
-        server: GearmanServer,
-        sockets: list[socket.socket],
-        http_sockets: list[socket.socket],
-        greeting: str,
-    ) -> None:
-        stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
-        # As gearmand: serve until no job is left.
-        loop.add_signal_handler(signal.SIGUSR1, server.shut_down, Shutdown.GRACEFUL)
-        await server.serve(sockets, stopped, http_sockets=http_sockets, ready=lambda: self._greet(greeting))
-
-    def _greet(self, greeting: str) -> None:
-        self.stdout.write(greeting)
+    def _say(self, line: str) -> None:
+        self.stdout.write(line)
         self.stdout.flush()
+        if self._logs_apart:
+            logger.info("%s", line)
+
+
+def _core(
+    store: DatabaseStore | None,
+    name: str,
+    address: str,
+    options: dict[str, Any],
+    settings: conf.GearmanSettings,
+) -> JobServer:
+    """The core, with the lease and what the store kept of earlier runs."""
+    try:
+        # What is not in a database must have handles that no earlier run gave either: tenths of a second.
+        epoch = store.take_lease(address) if store else int(time.time() * 10)
+        replayed = store.replay() if store else []
+        if store:
+            _synchronise(settings)
+    except StoreError as error:
+        raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
+    finally:
+        # The writer's thread has a connection of its own.
+        connections.close_all()
+    prefix = options["job_handle_prefix"]
+    if prefix is not None:
+        # Several servers of a database may have one prefix, but not one lease.
+        prefix = f"{prefix}:{store.lease_id}-{epoch}." if store else f"{prefix}:{epoch}."
+    core = JobServer(
+        ServerOptions(
+            name=name,
+            epoch=epoch,
+            handle_prefix=prefix,
+            durable=store is not None,
+            record_foreground=settings.record_foreground,
+            job_retries=options["job_retries"],
+            worker_wakeup=options["worker_wakeup"],
+            function_order=FunctionOrder(options["function_order"]),
+            exceptions=options["exceptions"],
+            timeout_in_seconds=options["timeout_in_seconds"],
+            allow_shutdown=options["allow_shutdown"],
+        )
+    )
+    core.adopt(replayed)
+    return core
+
+
+async def _serve(
+    server: GearmanServer,
+    sockets: list[socket.socket],
+    http_sockets: list[socket.socket],
+    ready: Callable[[], None],
+    *,
+    has_terminal: bool,
+) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    # As gearmand: serve until no job is left.
+    loop.add_signal_handler(signal.SIGUSR1, server.shut_down, Shutdown.GRACEFUL)
+    if not has_terminal:
+        # As gearmand, for logrotate.
+        loop.add_signal_handler(signal.SIGHUP, console.reopen_log_files)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # The terminal is gone; nohup would have had it ignored.
+        loop.add_signal_handler(signal.SIGHUP, stopped.set)
+    await server.serve(sockets, stopped, http_sockets=http_sockets, ready=ready)
+
+
+def _limits(options: dict[str, Any], settings: conf.GearmanSettings) -> TransportLimits:
+    """What connections may do, within the descriptors that the system gives."""
+    wanted: int | None = options["file_descriptors"]
+    most = TransportLimits.max_connections
+    descriptors = allow_descriptors(wanted, most + RESERVED_DESCRIPTORS)
+    room = max(descriptors - RESERVED_DESCRIPTORS, 1)
+    keepalive = None
+    if options["keepalive"]:
+        keepalive = Keepalive(
+            idle=options["keepalive_idle"],
+            interval=options["keepalive_interval"],
+            count=options["keepalive_count"],
+        )
+    return TransportLimits(
+        max_packet=settings.max_packet,
+        max_connections=min(most, room) if wanted is None else room,
+        backlog=options["backlog"],
+        keepalive=keepalive,
+    )
+
+
+def _check_reach(options: dict[str, Any], tls: ssl.SSLContext | None) -> None:
+    """Refuse addresses that strangers may reach, unless they are asked for certificates."""
+    if options["insecure"]:
+        return
+    strangers = _first_reachable(options["listen"], options["port"])
+    if strangers and (tls is None or tls.verify_mode is not ssl.CERT_REQUIRED):
+        raise CommandError(
+            f"Whoever reaches {strangers} could submit and take jobs: nobody there is asked for a "
+            "certificate. Listen on 127.0.0.1, use --tls-certificate, --tls-key and --tls-ca-file, "
+            "or add --insecure if the network is yours alone."
+        )
+    http_port = server_options.http_port(options)
+    strangers = None if http_port is None else _first_reachable(options["http_listen"], http_port)
+    if strangers:
+        raise CommandError(
+            f"Whoever reaches {strangers} could submit jobs over HTTP, which asks nobody who they "
+            "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
+            "network is yours alone."
+        )
+
+
+def _first_reachable(host: str, port: int) -> str | None:
+    """The first of a host's addresses that is not of this machine alone; None if all are."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+    addresses = [str(address[0]) for *_, address in found]
+    return next((each for each in addresses if not ip_address(each.partition("%")[0]).is_loopback), None)
+
+
+def _bind(host: str, port: int, held: ExitStack) -> list[socket.socket]:
+    try:
+        sockets = bind(host, port)
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+    for sock in sockets:
+        held.callback(sock.close)
+    return sockets
+
+
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> CommandError:
+    # A name that cannot be one is an error of encoding.
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return CommandError(f"Cannot listen on {host}:{port}: {reason}.")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -325,32 +378,3 @@ def _synchronise(settings: conf.GearmanSettings) -> None:
 def _shown(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _port(text: str) -> int:
-    try:
-        port = int(text)
-    except ValueError:
-        port = -1
-    if not 0 <= port <= 65535:
-        raise ArgumentTypeError(f"{text!r} is not a port: use a number from 0 to 65535")
-    return port
-
-
-def _host(text: str) -> str:
-    if not text.isascii() or not text.isprintable() or not text or set(text) & set(" :/@[]"):
-        raise ArgumentTypeError(f"{text!r} is not a host's name: give it without port, in ASCII")
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def _name(text: str) -> str:
-    # Stands in every handle, which other implementations keep in 64 bytes.
-    if not 0 < len(text) <= 40 or not text.isascii() or not text.isprintable() or " " in text:
-        raise ArgumentTypeError(f"{text!r} is not a name: 1 to 40 ASCII characters without spaces")
-    return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,54 +14,18 @@ from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import ConnectionLost, JobFailed
 from django_gearman.worker.loop import AssignedJob, Worker
 from tests import harness
+from tests.acceptance.conftest import call, program
 from tests.app.jobs import add, fail, shout
 
-from .conftest import call, program
+from .gearmand import Gearmand
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.foreign]
 
 
-class Gearmand:
-    """The C job server, which keeps nothing, on a free port."""
-
-    def __init__(self) -> None:
-        self._program = program("gearmand")
-        self.port = harness.free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [self._program, "-L", "127.0.0.1", "-p", str(self.port), "-l", "none"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        harness.wait_until(self._answers, what="gearmand")
-
-    def _answers(self) -> bool:
-        try:
-            return harness.ask(self.port, "version").startswith("OK")
-        except OSError:
-            return False
-
-    def workers_for(self, function: str) -> int:
-        rows = [line.split("\t") for line in harness.ask(self.port, "status").splitlines()]
-        return sum(int(row[3]) for row in rows if row[0] == function)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
 def gearmand() -> Iterator[Gearmand]:
-    server = Gearmand()
-    server.start()
-    yield server
-    server.stop()
+    with Gearmand() as server:
+        yield server
 
 
 @pytest.fixture
@@ -87,7 +50,7 @@ class TestClient:
         assert client.do_background("later", b"other", unique="same") == client.do_high_background(
             "later", b"joins", unique="same"
         )
-        assert "later\t2\t0\t0" in harness.ask(gearmand.port, "status")
+        assert "later\t2\t0\t0" in gearmand.ask("status")
 
     def test_priorities(self, client: Client, gearmand: Gearmand):
         client.do_low_background("order", b"low")
@@ -127,7 +90,7 @@ class TestClient:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        harness.wait_until(lambda: "nobody\t1" in harness.ask(gearmand.port, "status"), what="the job")
+        harness.wait_until(lambda: "nobody\t1" in gearmand.ask("status"), what="the job")
         gearmand.stop()
         thread.join(10.0)
         assert len(errors) == 1
@@ -202,7 +165,7 @@ class TestWorker:
 
     @pytest.mark.usefixtures("working")
     def test_listed_by_its_name(self, gearmand: Gearmand):
-        harness.wait_until(lambda: "test-worker : " in harness.ask(gearmand.port, "workers"))
+        harness.wait_until(lambda: "test-worker : " in gearmand.ask("workers"))
 
 
 @pytest.mark.django_db
@@ -223,9 +186,13 @@ class TestCommand:
 
     def test_reconnects(self, gearmand: Gearmand):
         with harness.worker(gearmand.address, processes=2) as worker:
-            harness.wait_until(lambda: gearmand.workers_for(shout.name) == 2, what="two workers")
+            harness.wait_until(
+                lambda: gearmand.status().get(shout.name, (0, 0, 0))[2] == 2, what="two workers"
+            )
             gearmand.stop()
             harness.wait_until(lambda: worker.stderr.count("connecting again") == 2, what="two notices")
             gearmand.start()
-            harness.wait_until(lambda: gearmand.workers_for(shout.name) == 2, what="two workers again")
+            harness.wait_until(
+                lambda: gearmand.status().get(shout.name, (0, 0, 0))[2] == 2, what="two workers again"
+            )
             assert shout.run(b"again") == b"AGAIN"
