@@ -9,7 +9,7 @@ from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import QuerySet
-from django.forms import ModelForm
+from django.forms import ModelForm, Textarea
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.formats import date_format
@@ -36,6 +36,7 @@ class ScheduleForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know 
     class Meta:
         model = Schedule
         fields = "__all__"  # noqa: DJ007  # fieldsets choose
+        widgets = {name: Textarea(attrs={"rows": 3, "cols": 60}) for name in ("args", "kwargs")}
 
     def clean(self) -> dict[str, Any]:
         """Refuse arguments that the function does not take, now and not when its time has come."""
@@ -61,6 +62,7 @@ class ScheduleAdmin(ScheduleModelAdmin):
     search_fields = ("name", "function")
     show_full_result_count = False
     view_on_site = False
+    show_facets = admin.ShowFacets.NEVER
     actions = ("enable", "disable", "enqueue_now", "reset_to_code")
 
     class Media:

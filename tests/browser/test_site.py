@@ -444,6 +444,28 @@ class TestOtherPagesOfTheAdmin:
         expect(admin.locator(".field-epoch .readonly")).to_have_text("1")
         screenshot(admin, "admin-server")
 
+    def test_schedule_is_made_and_shows_its_next_times(self, admin: Page, screenshot: Screenshot):
+        admin.goto("/admin/django_gearman/schedule/add/")
+        admin.get_by_label("Name").fill("nightly")
+        admin.get_by_label("Function").fill("wc")
+        admin.get_by_label("Cron").fill("30 2 * *")
+        admin.get_by_label("Time zone").fill("Europe/Paris")
+        admin.get_by_role("button", name="Save and continue editing").click()
+        expect(admin.locator(".errorlist").last).to_contain_text("a cron has five fields")
+        screenshot(admin, "admin-schedule-wrong")
+        admin.get_by_label("Cron").fill("30 2 * * *")
+        admin.get_by_role("button", name="Save and continue editing").click()
+        expect(admin.locator(".gearman-times li")).to_have_count(5)
+        expect(admin.locator(".gearman-times li").first).to_contain_text(re.compile(r"02:30:00 CES?T"))
+        screenshot(admin, "admin-schedule")
+        admin.goto("/admin/django_gearman/schedule/")
+        expect(rows(admin).filter(has_text="nightly")).to_contain_text("30 2 * * *")
+        screenshot(admin, "admin-schedules")
+        rows(admin).filter(has_text="nightly").get_by_role("checkbox").check()
+        admin.locator("select[name=action]").select_option("Disable")
+        admin.get_by_role("button", name=re.compile("Go|Run")).click()
+        expect(rows(admin).filter(has_text="nightly")).to_contain_text("Disabled")
+
     def test_photos_lead_to_their_jobs(
         self, admin: Page, upload: Upload, good: list[Photo], screenshot: Screenshot
     ):
