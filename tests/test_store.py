@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -97,13 +97,9 @@ class DatabaseHouse:
 House = MemoryHouse | DatabaseHouse
 
 
-@pytest.fixture(params=["memory", "database"])
-def house(request: pytest.FixtureRequest) -> Iterator[House]:
-    if request.param == "memory":
-        yield MemoryHouse()
-    else:
-        request.getfixturevalue("transactional_db")
-        yield DatabaseHouse()
+@pytest.fixture(params=["memory", pytest.param("database", marks=pytest.mark.django_db(transaction=True))])
+def house(request: pytest.FixtureRequest) -> House:
+    return MemoryHouse() if request.param == "memory" else DatabaseHouse()
 
 
 @pytest.fixture
