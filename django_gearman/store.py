@@ -183,8 +183,7 @@ class DatabaseStore:
         return {}
 
     def close(self) -> None:
-        self._prepared = None
-        connections[self._using].close()
+        self._let_go()
 
     # The statements.
 
@@ -284,8 +283,8 @@ class DatabaseStore:
         By ids, since texts of such a table have a collation of their own, for which no index serves.
         """
         with self._connection.cursor() as cursor:
-            marks = ", ".join(["%s"] * len(handles))
-            where = f"{self._column('handle')} IN ({marks}) AND {self._column('server')} = %s"
+            wanted = ", ".join(["%s"] * len(handles))
+            where = f"{self._column('handle')} IN ({wanted}) AND {self._column('server')} = %s"
             cursor.execute(
                 f"SELECT {self._column('handle')}, {self._column('id')} FROM {self._table} WHERE {where}",  # noqa: S608
                 [*handles, self._lease_id],
@@ -293,8 +292,11 @@ class DatabaseStore:
             ids = dict(cursor.fetchall())
         changes = [[ids[handle], *row] for handle, row in zip(handles, rows, strict=True) if handle in ids]
         new = [f"c{number}" for number in range(len(names))]
-        first = "SELECT %s AS id, " + ", ".join(f"%s AS {name}" for name in new)
-        other = f" UNION ALL SELECT {', '.join(['%s'] * (1 + len(names)))}"
+        # A bare text would have to be UTF-8 to be a column of such a table.
+        kinds = [self._fields[name].get_internal_type() for name in names]
+        marks = [f"{'_binary ' if kind == 'BinaryField' else ''}%s" for kind in kinds]
+        first = "SELECT %s AS id, " + ", ".join(f"{m} AS {c}" for m, c in zip(marks, new, strict=True))
+        other = f" UNION ALL SELECT {', '.join(['%s', *marks])}"
         assignments = ", ".join(f"t.{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
         for part in self._statements_full(changes):
             sql = (
@@ -437,9 +439,15 @@ class DatabaseStore:
             yield
         except (DatabaseError, InterfaceError) as error:
             # Whatever state it is in: the next attempt gets a new one.
-            self._prepared = None
-            connection.close()
+            self._let_go()
             raise StoreError(" ".join(str(error).split()) or type(error).__name__) from error
+
+    def _let_go(self) -> None:
+        self._prepared = None
+        try:
+            self._connection.close()
+        except (DatabaseError, InterfaceError):
+            pass  # it was closed from the other end
 
     def _prepare(self, connection: BaseDatabaseWrapper) -> None:
         if connection.vendor == "sqlite":
