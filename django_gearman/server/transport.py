@@ -21,11 +21,11 @@ from typing import Any, Final, cast
 from ..exceptions import ProtocolError, UnreadableStream
 from ..protocol.packets import REQUEST, RESPONSE
 from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
-from . import text
+from . import journal, text
 from .core import JobServer, Peer, Shutdown
 from .door import TLSDoor
 from .http import MAX_AHEAD, Conversation
-from .journal import JobStore, Journal, JournalThread
+from .journal import SUBMIT_LIMIT, JobStore, Journal, JournalThread
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +342,8 @@ class GearmanServer:
         limits: What a connection may ask for.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
         http_hosts: Names by which HTTP clients may call this server, beside ``localhost`` and IP addresses.
+        submit_limit: Seconds that a background submission waits for the store before it gets ERROR.
+        backlog: Bytes that may wait for the store before background submissions get ERROR at once.
     """
 
     def __init__(
@@ -351,6 +353,9 @@ class GearmanServer:
         limits: TransportLimits | None = None,
         tls: ssl.SSLContext | None = None,
         http_hosts: Collection[str] = (),
+        *,
+        submit_limit: float = SUBMIT_LIMIT,
+        backlog: int = journal.BACKLOG,
     ) -> None:
         self.core = core
         self.limits = limits or TransportLimits()
@@ -359,7 +364,7 @@ class GearmanServer:
         self.loop: asyncio.AbstractEventLoop
         self._store = store
         self._tls = tls
-        self._journal = Journal(core)
+        self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
         self._ended: asyncio.Future[None]
@@ -506,6 +511,7 @@ class GearmanServer:
             for connection in list(self.connections):
                 connection.close_if_stale(now)
             core.tick()
+            self._journal.refuse_overdue()
             self.schedule_turn()
 
     def schedule_turn(self) -> None:
@@ -533,6 +539,9 @@ class GearmanServer:
             core.entries = []
             core.urgent = False
             self._thread.kick()
+            if core.dirty:
+                # Submissions that it refused.
+                self.schedule_turn()
         if core.claim_wanted:
             core.claim_wanted = False
             self._journal.claim_soon()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import math
 import os
 import signal
 import socket
@@ -21,10 +22,14 @@ from ...addresses import split_address
 from ...exceptions import StoreError
 from ...jobs import queue_of
 from ...server.core import JobServer, ServerOptions, Shutdown
+from ...server.journal import BACKLOG, SUBMIT_LIMIT
 from ...server.transport import GearmanServer, TransportLimits, bind
 from ...store import DatabaseStore
 from ...tls import TLSFilesError, server_context
 from ..console import log_to_terminal, require_tables
+
+
+MEBIBYTE = 1024 * 1024
 
 
 class Command(BaseCommand):
@@ -48,6 +53,22 @@ class Command(BaseCommand):
             choices=["database", "memory"],
             default="database",
             help="Where background jobs are kept; memory forgets them at the end (default: database).",
+        )
+        parser.add_argument(
+            "--store-timeout",
+            type=_seconds,
+            default=SUBMIT_LIMIT,
+            metavar="SECONDS",
+            help="How long a background submission waits for a database that does not answer before it gets "
+            "ERROR (default: %(default)g).",
+        )
+        parser.add_argument(
+            "--store-backlog",
+            type=_mebibytes,
+            default=BACKLOG,
+            metavar="MIB",
+            help="How much may wait for the database before background submissions get ERROR at once "
+            f"(default: {BACKLOG // MEBIBYTE}).",
         )
         parser.add_argument(
             "--name",
@@ -224,6 +245,8 @@ class Command(BaseCommand):
             TransportLimits(max_packet=settings.max_packet),
             tls,
             http_hosts=options["http_host"],
+            submit_limit=options["store_timeout"],
+            backlog=options["store_backlog"],
         )
         kept = f"in the database {settings.database!r}" if store else "in memory only"
         replays = f", {len(replayed)} jobs replayed" if store else ""
@@ -319,6 +342,22 @@ def _host(text: str) -> str:
     if not text.isascii() or not text.isprintable() or not text or set(text) & set(" :/@[]"):
         raise ArgumentTypeError(f"{text!r} is not a host's name: give it without port, in ASCII")
     return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a time: use a number of seconds above 0")
+    return seconds
+
+
+def _mebibytes(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"{text!r} is not a size: use a whole number of MiB from 1")
+    return int(text) * MEBIBYTE
 
 
 def _count(text: str) -> int:
