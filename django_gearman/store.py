@@ -430,6 +430,8 @@ class DatabaseStore:
     @contextmanager
     def _database_errors(self) -> Iterator[None]:
         connection = self._connection
+        # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
+        driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
         try:
             connection.ensure_connection()
             # Inside of somebody else's transaction, as in a test case, nothing could be set.
@@ -437,16 +439,17 @@ class DatabaseStore:
                 self._prepare(connection)
                 self._prepared = connection.connection
             yield
-        except (DatabaseError, InterfaceError) as error:
+        except (DatabaseError, InterfaceError, driver.Error) as error:
             # Whatever state it is in: the next attempt gets a new one.
             self._let_go()
             raise StoreError(" ".join(str(error).split()) or type(error).__name__) from error
 
     def _let_go(self) -> None:
         self._prepared = None
+        connection: Any = self._connection
         try:
-            self._connection.close()
-        except (DatabaseError, InterfaceError):
+            connection.close()
+        except (DatabaseError, InterfaceError, connection.Database.Error):
             pass  # it was closed from the other end
 
     def _prepare(self, connection: BaseDatabaseWrapper) -> None:
