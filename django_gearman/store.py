@@ -396,10 +396,10 @@ class DatabaseStore:
         try:
             yield
         except (DataError, IntegrityError, ValueError, OverflowError) as error:
-            raise _BadRow(str(error)) from error
+            raise _BadRow(_said(error)) from error
         except DatabaseError as error:
             if _error_code(error) in _CODES_OF_BAD_ROWS:
-                raise _BadRow(" ".join(str(error).split())) from error
+                raise _BadRow(_said(error)) from error
             raise
 
     def _prove_lease(self) -> None:
@@ -426,6 +426,9 @@ class DatabaseStore:
         """All or nothing, and synced; every database error leaves as ``StoreError``."""
         with self._database_errors(), transaction.atomic(using=self._using):
             yield
+            if self._connection.needs_rollback:
+                # A savepoint could not be rolled back; Django would now undo everything without a word.
+                raise DatabaseError("The transaction is broken")
 
     @contextmanager
     def _database_errors(self) -> Iterator[None]:
@@ -442,7 +445,7 @@ class DatabaseStore:
         except (DatabaseError, InterfaceError, driver.Error) as error:
             # Whatever state it is in: the next attempt gets a new one.
             self._let_go()
-            raise StoreError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise StoreError(_said(error)) from error
 
     def _let_go(self) -> None:
         self._prepared = None
@@ -576,6 +579,13 @@ def _error_code(error: DatabaseError) -> object:
     """The database's own code of an error; None when it has none."""
     cause = error.__cause__
     return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line; without PostgreSQL's details, which show what is in the row."""
+    diagnosis = getattr(error.__cause__, "diag", None)
+    text = getattr(diagnosis, "message_primary", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def id_of_row(handle: bytes) -> int:

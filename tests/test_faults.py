@@ -53,9 +53,20 @@ class Faults:
             self.connection, "create_cursor", lambda name=None: FaultyCursor(create_cursor(name), self)
         )
         monkeypatch.setattr(self.connection, "_commit", lambda: self.point(COMMIT, commit))
+        # No power is lost here, and thousands of commits need not be synced.
+        prepare = DatabaseStore._prepare
+        monkeypatch.setattr(
+            DatabaseStore, "_prepare", lambda *arguments: (prepare(*arguments), self._sync_no_more())
+        )
         monkeypatch.setattr(
             self.connection, "get_new_connection", lambda params: self.point(CONNECT, lambda: connect(params))
         )
+
+    def _sync_no_more(self) -> None:
+        statements = {"sqlite": "PRAGMA synchronous=OFF", "postgresql": "SET synchronous_commit TO off"}
+        statement = statements.get(self.connection.vendor)
+        if statement:
+            self.connection.connection.execute(statement)
 
     def arm(self, kind: Kind | None, number: int) -> None:
         """Let the ``number``-th call from now on, from 0, meet a fault."""

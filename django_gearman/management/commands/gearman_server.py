@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import logging
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from django.db import connections
 
 from ... import conf
 from ...addresses import split_address
+from ...checks import durability_problems
 from ...exceptions import StoreError
 from ...jobs import queue_of
 from ...server.core import JobServer, ServerOptions, Shutdown
@@ -28,6 +30,7 @@ from ...store import DatabaseStore
 from ...tls import TLSFilesError, server_context
 from ..console import log_to_terminal, require_tables
 
+logger = logging.getLogger(__name__)
 
 MEBIBYTE = 1024 * 1024
 
@@ -221,6 +224,8 @@ class Command(BaseCommand):
         try:
             epoch = store.take_lease(address) if store else 0
             replayed = store.replay() if store else []
+            if store:
+                _warn_of_database(settings.database)
         except StoreError as error:
             raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
         finally:
@@ -295,6 +300,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+def _warn_of_database(alias: str) -> None:
+    """What `manage.py check --database` would say of how it keeps commits."""
+    for id, problem, hint in durability_problems(connections[alias]):
+        logger.warning("The database %r %s %s (%s)", alias, problem, hint, id)
 
 
 def _tls(options: dict[str, Any], settings: conf.GearmanSettings) -> ssl.SSLContext | None:
