@@ -507,8 +507,9 @@ class _Statements:
         self.owned = f"SELECT {job} FROM {by(owned)} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
         is_mysql = connection.vendor == "mysql"
         handle = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
+        by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
         self._take = (
-            f"UPDATE {table} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
             f"{columns['server_epoch']} = %s WHERE {unclaimed} AND {columns['id']} IN "
         )
         self._by_id = f"SELECT {job} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
