@@ -23,10 +23,16 @@ import django
 
 django.setup()
 
-from django.db import connection
+from django.db import connection  # noqa: E402
 
-from django_gearman.server.entries import Entry, JobFinished, JobQueued, JobStarted, Outcome
-from django_gearman.store import DatabaseStore
+from django_gearman.server.entries import (  # noqa: E402
+    Entry,
+    JobFinished,
+    JobQueued,
+    JobStarted,
+    Outcome,
+)
+from django_gearman.store import DatabaseStore  # noqa: E402
 
 ROWS = 10_000
 """Rows of one run."""

@@ -22,8 +22,8 @@ def set_up(apps: Apps, schema_editor: BaseDatabaseSchemaEditor) -> None:
         return
     # Functions, uniques and names of servers are bytes to Gearman: case, accents and spaces tell them apart.
     collation = "utf8mb4_nopad_bin" if connection.mysql_is_mariadb else "utf8mb4_0900_bin"
-    for name in ("JobRecord", "ServerLease"):
-        table = connection.ops.quote_name(apps.get_model("django_gearman", name)._meta.db_table)
+    for model in apps.get_app_config("django_gearman").get_models():
+        table = connection.ops.quote_name(model._meta.db_table)
         schema_editor.execute(f"ALTER TABLE {table} CONVERT TO CHARACTER SET utf8mb4 COLLATE {collation}")
     _replace(apps, schema_editor, _made_by_django(connection), INDEXES)
 
