@@ -83,6 +83,11 @@ class Faults:
     def fired(self) -> bool:
         return self.count > self._first
 
+    @property
+    def firing(self) -> bool:
+        """Whether more calls will meet a fault."""
+        return self._do is not None and self._first < self.count < self._last
+
     @contextmanager
     def server_at_work(self) -> Iterator[None]:
         """Only what the server does is counted and meets faults."""
@@ -420,6 +425,21 @@ def submit_foreground(world: World) -> None:
     world.wire.connect()(P.SUBMIT_JOB, b"f", b"", b"foreground")
 
 
+def look_for_what_is_left_behind(world: World) -> None:
+    """Rows that this server has, and does not know of, would wait for its next start."""
+    for _ in range(40):
+        world.pass_time(1.0)
+        world.journal.claim_soon()
+        world.settle()
+        if not world.faults.firing:
+            break
+    world.pass_time(1.0)
+    world.journal.claim_soon()
+    world.settle()
+    for row in JobRecord.objects.filter(status__in=JobRecord.LIVE, server_epoch=world.store.epoch):
+        assert (row.handle or "").encode() in world.core.jobs, f"{row} is left behind"
+
+
 def end_and_start(world: World) -> None:
     world.store.close()
     world.start()
@@ -443,6 +463,7 @@ SCENARIO: tuple[Callable[[World], None], ...] = (
     World.settle,
     lambda world: world.work(limit=1),
     World.settle,
+    look_for_what_is_left_behind,
     end_and_start,
     lambda world: world.submit("g"),
     World.settle,
