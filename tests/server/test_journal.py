@@ -367,7 +367,7 @@ class TestStoreOutOfReach:
 
 
 class TestStoreHangs:
-    """DESIGN section 4: while the writer is stuck, submissions wait up to a limit, and everything else goes on."""
+    """DESIGN section 4: a stuck writer lets submissions wait up to a limit; all else goes on."""
 
     def test_submission_in_the_writers_hands_is_refused_in_time(self):
         office, client = settled(submit_limit=10.0)
