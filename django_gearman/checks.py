@@ -9,11 +9,13 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
-from django.core.checks import CheckMessage, Error, Warning, register
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 
 from . import conf
 from .addresses import split_address
+from .durability import durability_problems
 from .exceptions import InvalidSchedule, MissingCronsim
 from .jobs import declared_schedules, scheduled_record
 from .models import Schedule
@@ -67,6 +69,30 @@ def check_databases(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
                     id="django_gearman.W001",
                 )
             )
+    return messages
+
+
+@register(Tags.database)
+def check_durability(
+    *, app_configs: Sequence[AppConfig] | None, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """
+    An acknowledged job survives the loss of power.
+
+    Asks the databases themselves, and so only runs where they are named:
+    ``manage.py check --database default``, and ``migrate``.
+    """
+    aliases = {options.database for _, options in _readable_aliases()} or {conf.GearmanSettings().database}
+    largest = max(
+        [options.max_packet for _, options in _readable_aliases()] or [conf.GearmanSettings().max_packet]
+    )
+    messages: list[CheckMessage] = []
+    for alias in sorted(aliases & set(databases or ())):
+        connection = connections[alias]
+        messages += [
+            Warning(f"The database {alias!r} {problem}", hint=hint, id=id)
+            for id, problem, hint in durability_problems(connection, largest)
+        ]
     return messages
 
 

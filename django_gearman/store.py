@@ -9,7 +9,8 @@ journal's in ``server/entries.py``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
@@ -99,6 +100,12 @@ class DatabaseStore:
         self.lease_id = 0
         self._scheduler = scheduler
         self._history = history
+        self._prepared: object = None
+        """The driver's connection that ``_prepare`` has seen."""
+        self._packet_limit = math.inf
+        """Bytes of a statement that the database takes."""
+        self._perhaps_taken: list[int] = []
+        """Ids of rows that a claim with an unknown outcome may have made ours."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
@@ -145,17 +152,25 @@ class DatabaseStore:
             self._free_jobs_of_the_dead()
         with self._database_errors():
             rows = [] if is_due or is_time else self._unclaimed(limit, full)
+        unsure = self._perhaps_taken
+        found = self._found_again()
         if not rows and not is_due and not is_time and monotonic() - self.renewed < self._lease / 3:
-            return []
-        with self._transaction():
-            self._prove_lease()
-            if is_time and scheduler is not None:
-                scheduler.work(moment)
-            if is_due:
-                self._execute(sql.make_ready, [now])
-            if is_due or is_time:
-                rows = self._unclaimed(limit, full)
-            return self._take(rows)
+            return found
+        try:
+            with self._transaction():
+                self._prove_lease()
+                if is_time and scheduler is not None:
+                    scheduler.work(moment)
+                if is_due:
+                    self._execute(sql.make_ready, [now])
+                if is_due or is_time:
+                    rows = self._unclaimed(limit, full)
+                taken = self._take(rows)
+        except StoreError:
+            # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
+            self._perhaps_taken = [*unsure, *(row[0] for row in rows)]
+            raise
+        return found + taken
 
     def _free_jobs_of_the_dead(self) -> None:
         """
@@ -238,13 +253,28 @@ class DatabaseStore:
         # Of a row's id, which is never used twice; handles of the wire door have an epoch there. A job
         # that another server had keeps the handle that its client knows.
         jobs = {row[0]: _stored_job(row[1] or f"{self._row_prefix}{row[0]}", row) for row in rows}
-        handles = [[text_of(job.handle), self.lease_id, self.epoch, id] for id, job in jobs.items()]
-        taken = self._execute_many(self._sql.take, handles)
+        with self._connection.cursor() as cursor:
+            cursor.execute(self._sql.take(len(jobs)), [self._row_prefix, self.lease_id, self.epoch, *jobs])
+            taken = cursor.rowcount
         if taken == len(rows):
             return list(jobs.values())
-        ours = self._records().filter(pk__in=jobs, server_id=self.lease_id, server_epoch=self.epoch)
-        still_ours = set(ours.values_list("pk", flat=True))
+        still_ours = self._ours(jobs)
         return [job for id, job in jobs.items() if id in still_ours]
+
+    def _ours(self, ids: Collection[int]) -> set[int]:
+        """Which of the rows this run of the server has."""
+        ours = self._records().filter(pk__in=ids, server_id=self.lease_id, server_epoch=self.epoch)
+        return set(ours.values_list("pk", flat=True))
+
+    def _found_again(self) -> list[StoredJob]:
+        """The rows that a claim took though its COMMIT seemed to fail; nobody knows of them yet."""
+        if not self._perhaps_taken:
+            return []
+        with self._database_errors():
+            ours = self._ours(self._perhaps_taken)
+            rows = self._execute(self._sql.by_id(len(ours)), sorted(ours)) if ours else []
+        self._perhaps_taken = []
+        return [_stored_job(str(row[1]), row) for row in rows]
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
         batch = _Folded(entries, self._queue_of)
@@ -253,18 +283,20 @@ class DatabaseStore:
                 self._prove_lease()
                 self._write(batch, again=again)
         except _BadRow:
-            return self._write_one_by_one(entries, again=again)
+            return self._write_apart(entries, again=again)
         return {}
 
     def close(self) -> None:
-        connections[self._using].close()
+        self._let_go()
 
     # The statements.
 
     def _write(self, batch: _Folded, *, again: bool) -> None:
         queued = batch.queued
         if again and queued:
-            kept = self._records().filter(handle__in=[text_of(handle) for handle in queued])
+            kept = self._records().filter(
+                handle__in=[text_of(handle) for handle in queued], server_id=self.lease_id
+            )
             for handle in kept.values_list("handle", flat=True):
                 batch.is_there(str(handle).encode())
         if queued:
@@ -289,37 +321,139 @@ class DatabaseStore:
             rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
         self._execute_many(self._sql.keep_attempt, rows)
 
-    def _write_one_by_one(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
-        """A row of the batch is bad: find it, without refusing its neighbours."""
+    def _write_apart(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+        """A row of the batch is bad: find it by halves, without refusing its neighbours."""
         refused: dict[int, str] = {}
-        for index, entry in enumerate(entries):
+
+        def write(part: Sequence[Entry]) -> _BadRow | None:
             try:
-                with self._transaction():
-                    self._prove_lease()
-                    self._write(_Folded([entry], self._queue_of), again=again)
+                with transaction.atomic(using=self._using):
+                    self._write(_Folded(part, self._queue_of), again=again)
             except _BadRow as error:
-                refused[index] = str(error)
+                return error
+            return None
+
+        def write_halves(first: int, last: int) -> None:
+            error = write(entries[first:last])
+            if error is None:
+                return
+            if last - first > 1:
+                middle = (first + last) // 2
+                write_halves(first, middle)
+                write_halves(middle, last)
+                return
+            refused[first] = str(error)
+            # A job that ended must not run again because its result cannot be kept.
+            end = _without_data(entries[first], str(error))
+            if end is not None:
+                write([end])
+
+        with self._transaction():
+            self._prove_lease()
+            write_halves(0, len(entries))
         return refused
 
     def _insert(self, rows: list[Row]) -> None:
         quote = self._connection.ops.quote_name
         names = ", ".join(quote(column) for column, _ in self._prepared_defaults.values())
-        marks = ", ".join(["%s"] * len(self._prepared_defaults))
         prepare = self._preparer()
         defaults = {name: default for name, (_, default) in self._prepared_defaults.items()}
         values = [[prepare(value) for value in {**defaults, **row}.values()] for row in rows]
+        driver = self._connection.Database  # type: ignore[attr-defined]  # each backend has it
+        if hasattr(driver, "Copy"):  # psycopg 3
+            self._copy(f"COPY {self._table} ({names}) FROM STDIN", values)
+            return
+        marks = ", ".join(["%s"] * len(self._prepared_defaults))
         self._execute_many(f"INSERT INTO {self._table} ({names}) VALUES ({marks})", values)  # noqa: S608
 
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
-        quote = self._connection.ops.quote_name
         prepare = self._preparer()
-        assignments = ", ".join(f"{quote(self._prepared_defaults[name][0])} = %s" for name in names)
-        values = [
-            [*(prepare(change[name]) for name in names), text_of(handle), self.lease_id]
-            for handle, change in changes
-        ]
-        where = f"{quote('handle')} = %s AND {quote('server_id')} = %s"
-        self._execute_many(f"UPDATE {self._table} SET {assignments} WHERE {where}", values)  # noqa: S608
+        handles = [text_of(handle) for handle, _ in changes]
+        rows = [[prepare(change[name]) for name in names] for _, change in changes]
+        match self._connection.vendor:
+            case "postgresql":
+                self._update_from_arrays(names, handles, rows)
+            case "mysql":
+                self._update_by_join(names, handles, rows)
+            case _:
+                where = f"{self._column('handle')} = %s AND {self._column('server')} = %s"
+                assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
+                self._execute_many(
+                    f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
+                    [[*row, handle, self.lease_id] for handle, row in zip(handles, rows, strict=True)],
+                )
+
+    def _update_from_arrays(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+        """PostgreSQL's: one statement with an array for each column."""
+        types = [self._fields[name].db_type(self._connection) for name in names]
+        arrays = ", ".join(["%s::varchar[]", *(f"%s::{kind}[]" for kind in types)])
+        new = [f"c{number}" for number in range(len(names))]
+        assignments = ", ".join(f"{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
+        sql = (
+            f"UPDATE {self._table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
+            f"WHERE t.{self._column('handle')} = v.handle AND t.{self._column('server')} = %s"
+        )
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        self._change(sql, [handles, *columns, self.lease_id])
+
+    def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+        """
+        MySQL's: the rows' ids first, then joins with tables made of the new values.
+
+        By ids, since texts of such a table have a collation of their own, for which no index serves.
+        """
+        with self._connection.cursor() as cursor:
+            wanted = ", ".join(["%s"] * len(handles))
+            where = f"{self._column('handle')} IN ({wanted}) AND {self._column('server')} = %s"
+            cursor.execute(
+                f"SELECT {self._column('handle')}, {self._column('id')} FROM {self._table} WHERE {where}",  # noqa: S608
+                [*handles, self.lease_id],
+            )
+            ids = dict(cursor.fetchall())
+        changes = [[ids[handle], *row] for handle, row in zip(handles, rows, strict=True) if handle in ids]
+        new = [f"c{number}" for number in range(len(names))]
+        # A bare text would have to be UTF-8 to be a column of such a table.
+        kinds = [self._fields[name].get_internal_type() for name in names]
+        marks = [f"{'_binary ' if kind == 'BinaryField' else ''}%s" for kind in kinds]
+        first = "SELECT %s AS id, " + ", ".join(f"{m} AS {c}" for m, c in zip(marks, new, strict=True))
+        other = f" UNION ALL SELECT {', '.join(['%s', *marks])}"
+        assignments = ", ".join(f"t.{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
+        for part in self._statements_full(changes):
+            sql = (
+                f"UPDATE ({first}{other * (len(part) - 1)}) v STRAIGHT_JOIN {self._table} t "  # noqa: S608
+                f"ON t.{self._column('id')} = v.id SET {assignments}"
+            )
+            self._change(sql, [value for row in part for value in row])
+
+    def _statements_full(self, rows: list[list[Any]]) -> Iterator[list[list[Any]]]:
+        """Rows in parts, each for one statement of about half a megabyte, or one row."""
+        part: list[list[Any]] = []
+        size = 0
+        for row in rows:
+            length = self._length(row)
+            if part and (size + length > 500_000 or len(part) >= 500):
+                yield part
+                part, size = [], 0
+            part.append(row)
+            size += length
+        if part:
+            yield part
+
+    def _length(self, row: list[Any]) -> int:
+        """About how many bytes a row is in a statement; exactly so many where that matters."""
+        length = 64 * len(row) + sum(len(value) for value in row if isinstance(value, bytes | str))
+        # Escapes may double it.
+        if length * 2 > self._packet_limit:
+            literal = self._connection.connection.literal
+            length = 64 * len(row) + sum(len(literal(v)) for v in row if isinstance(v, bytes | str))
+        if length > self._packet_limit:
+            raise _BadRow(
+                f"{length} bytes are more than the database's max_allowed_packet, {self._packet_limit}"
+            )
+        return length
+
+    def _column(self, name: str) -> str:
+        return self._connection.ops.quote_name(str(self._fields[name].column))
 
     def _preparer(self) -> Callable[[Any], Any]:
         """
@@ -353,14 +487,40 @@ class DatabaseStore:
             cursor.execute(sql, parameters)
             return cursor.fetchall() if cursor.description else []
 
-    def _execute_many(self, sql: str, rows: list[list[Any]]) -> int:
-        """How many rows were written."""
-        with self._connection.cursor() as cursor:
-            try:
-                cursor.executemany(sql, rows)
-            except (DataError, IntegrityError, ValueError, OverflowError) as error:
-                raise _BadRow(str(error)) from error
-            return int(cursor.rowcount)
+    def _execute_many(self, sql: str, rows: list[list[Any]]) -> None:
+        with self._bad_rows(), self._connection.cursor() as cursor:
+            if self._packet_limit < math.inf:
+                for row in rows:
+                    self._length(row)
+            cursor.executemany(sql, rows)
+
+    def _change(self, sql: str, parameters: list[Any]) -> None:
+        with self._bad_rows(), self._connection.cursor() as cursor:
+            cursor.execute(sql, parameters)
+
+    def _copy(self, sql: str, rows: list[list[Any]]) -> None:
+        """PostgreSQL's way to take many rows: several times as fast as statements."""
+        connection = self._connection
+        with (
+            self._bad_rows(),
+            connection.cursor() as cursor,
+            connection.wrap_database_errors,
+            cursor.copy(sql) as copy,
+        ):
+            for row in rows:
+                copy.write_row(row)
+
+    @contextmanager
+    def _bad_rows(self) -> Iterator[None]:
+        """What the database says of a row's content, told apart from what it says of itself."""
+        try:
+            yield
+        except (DataError, IntegrityError, ValueError, OverflowError) as error:
+            raise _BadRow(_said(error)) from error
+        except DatabaseError as error:
+            if _error_code(error) in _CODES_OF_BAD_ROWS:
+                raise _BadRow(_said(error)) from error
+            raise
 
     def _prove_lease(self) -> None:
         """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
@@ -387,19 +547,34 @@ class DatabaseStore:
         """All or nothing, and synced; every database error leaves as ``StoreError``."""
         with self._database_errors(), transaction.atomic(using=self._using):
             yield
+            if self._connection.needs_rollback:
+                # A savepoint could not be rolled back; Django would now undo everything without a word.
+                raise DatabaseError("The transaction is broken")
 
     @contextmanager
     def _database_errors(self) -> Iterator[None]:
         connection = self._connection
+        # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
+        driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
         try:
-            if connection.connection is None:
-                connection.connect()
+            connection.ensure_connection()
+            # Inside of somebody else's transaction, as in a test case, nothing could be set.
+            if connection.connection is not self._prepared and not connection.in_atomic_block:
                 self._prepare(connection)
+                self._prepared = connection.connection
             yield
-        except (DatabaseError, InterfaceError) as error:
+        except (DatabaseError, InterfaceError, driver.Error) as error:
             # Whatever state it is in: the next attempt gets a new one.
+            self._let_go()
+            raise StoreError(_said(error)) from error
+
+    def _let_go(self) -> None:
+        self._prepared = None
+        connection: Any = self._connection
+        try:
             connection.close()
-            raise StoreError(" ".join(str(error).split()) or type(error).__name__) from error
+        except (DatabaseError, InterfaceError, connection.Database.Error):
+            pass  # it was closed from the other end
 
     def _prepare(self, connection: BaseDatabaseWrapper) -> None:
         if connection.vendor == "sqlite":
@@ -409,6 +584,10 @@ class DatabaseStore:
                 # An acknowledged job survives power loss: WAL syncs each commit only when FULL.
                 cursor.execute("PRAGMA journal_mode=WAL")
                 cursor.execute("PRAGMA synchronous=FULL")
+        elif connection.vendor == "mysql":
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT @@max_allowed_packet")
+                self._packet_limit = cursor.fetchone()[0]
 
 
 class _Statements:
@@ -426,13 +605,19 @@ class _Statements:
 
         def by(index: str) -> str:
             # Without statistics SQLite would rather scan every live row for its status and sort.
-            return f"{table} INDEXED BY {quote(index)}" if connection.vendor == "sqlite" else table
+            if connection.vendor == "sqlite":
+                return f"{table} INDEXED BY {quote(index)}"
+            if connection.vendor == "mysql":
+                return f"{table} FORCE INDEX ({quote(index)})"
+            return table
 
         columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
         server, status, due = columns["server"], columns["status"], columns["run_after"]
         job = ", ".join(columns[name] for name in ("id", *_JOB_FIELDS))
         order = f"ORDER BY {columns['priority']} DESC, {columns['id']}"
         live = ", ".join(f"'{each.value}'" for each in JobRecord.LIVE)
+        # Whose index on MySQL, which has no partial ones, is by the server too.
+        owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
         unclaimed = f"{server} IS NULL AND {status} = '{_READY}'"
         later = (
             f"{server} IS NULL AND {status} IN ('{Status.SCHEDULED}', '{Status.RETRYING}') AND {due} <= %s"
@@ -440,17 +625,22 @@ class _Statements:
 
         self.due = f"SELECT 1 FROM {by('job_due')} WHERE {later} LIMIT 1"  # noqa: S608
         self.make_ready = f"UPDATE {by('job_due')} SET {status} = '{_READY}' WHERE {later}"  # noqa: S608
-        self.owned = (
-            f"SELECT {job} FROM {by('job_owned')} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
-        )
         self.held = (
-            f"SELECT {columns['id']} FROM {by('job_owned')} WHERE {server} = %s AND {status} IN ({live}) "  # noqa: S608
+            f"SELECT {columns['id']} FROM {by(owned)} WHERE {server} = %s AND {status} IN ({live}) "  # noqa: S608
             f"ORDER BY {columns['id']} LIMIT %s"
         )
-        self.take = (
-            f"UPDATE {table} SET {columns['handle']} = %s, {server} = %s, {columns['server_epoch']} = %s "  # noqa: S608
-            f"WHERE {columns['id']} = %s AND {unclaimed}"
+        self.owned = f"SELECT {job} FROM {by(owned)} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
+        is_mysql = connection.vendor == "mysql"
+        made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
+        # What another server had keeps its handle.
+        handle = f"COALESCE({columns['handle']}, {made})"
+        by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
+        self._take = (
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
+            f"{columns['server_epoch']} = %s WHERE {unclaimed} AND {columns['id']} IN "
         )
+        self._by_id = f"SELECT {job} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        self._order = f" {order}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
         what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
@@ -481,6 +671,13 @@ class _Statements:
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
+
+    def take(self, rows: int) -> str:
+        """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, ids."""
+        return f"{self._take}({', '.join(['%s'] * rows)})"
+
+    def by_id(self, rows: int) -> str:
+        return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
 
     def unclaimed(self, excluded: int) -> str:
         """Claimable rows, most urgent first, of all but so many functions; then the limit."""
@@ -521,9 +718,33 @@ class _Now(Now):
         template = f"STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f', 'NOW'{local})"
         return self.as_sql(compiler, connection, template=template, **context)
 
+    def as_mysql(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        # CURRENT_TIMESTAMP would be of the database's own time zone, whatever it is.
+        offset = timedelta() if settings.USE_TZ else timezone.localtime(datetime.now(UTC)).utcoffset()
+        assert offset is not None, "an aware moment has an offset"
+        template = f"(UTC_TIMESTAMP(6) + INTERVAL {offset.total_seconds():.0f} SECOND)"
+        return self.as_sql(compiler, connection, template=template, **context)
+
 
 class _BadRow(Exception):
     """The database refuses a row for what is in it."""
+
+
+_CODES_OF_BAD_ROWS: Final = frozenset({1153, 1301, 1366, "54000", "54001", "54011"})
+"""Errors that are about what is in a row, though drivers call them operational: MySQL's and PostgreSQL's."""
+
+
+def _error_code(error: DatabaseError) -> object:
+    """The database's own code of an error; None when it has none."""
+    cause = error.__cause__
+    return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line; without PostgreSQL's details, which show what is in the row."""
+    diagnosis = getattr(error.__cause__, "diag", None)
+    text = getattr(diagnosis, "message_primary", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 class _Folded:
@@ -610,6 +831,15 @@ def _change(row: Row, entry: Entry) -> None:
                 row["result"] = entry.data
             else:
                 row.update(_failure(entry))
+
+
+def _without_data(entry: Entry, reason: str) -> JobFinished | None:
+    """The end of a job whose data the database refuses; None when it is not about that."""
+    if not isinstance(entry, JobFinished) or not entry.data:
+        return None
+    outcome = Outcome.FAILED if entry.outcome is Outcome.SUCCESSFUL else entry.outcome
+    told = _storable(f"What the worker sent could not be stored: {reason}")
+    return entry._replace(outcome=outcome, data=b"", reason=told)
 
 
 def _failure(entry: JobFinished | JobRequeued) -> Row:

@@ -32,6 +32,9 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     # A file, since servers and workers of the acceptance tests are processes of their own.
     DATABASES["default"]["TEST"] = {"NAME": str(SCRATCH / "test.sqlite3")}
 
+elif DATABASES["default"]["ENGINE"] == "django.db.backends.mysql":
+    DATABASES["default"]["TEST"] = {"CHARSET": "utf8mb4", "COLLATION": "utf8mb4_general_ci"}
+
 if "GEARMAN_TEST_DATABASE" in os.environ:
     # A server or worker that a test has started works on the database of that test.
     DATABASES["default"]["NAME"] = os.environ["GEARMAN_TEST_DATABASE"]

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from django.core.checks import run_checks
+from django.db import connection
 
 from django_gearman import cron, every, job
-from django_gearman.checks import check_databases, check_settings
+from django_gearman.checks import check_databases, check_durability, check_settings
+from django_gearman.durability import durability_problems
 from django_gearman.jobs import registry
+from django_gearman.models import JobRecord
 from django_gearman.schedules import Declaration
 
 from .app.jobs import fail
@@ -147,3 +150,99 @@ class TestTLS:
     def test_wrong_settings_are_another_check(self, settings: Any) -> None:
         settings.GEARMAN = {"default": {"X": 1}}
         assert ids(include_deployment_checks=True) == ["django_gearman.E002"]
+
+
+@pytest.mark.django_db(transaction=True)
+class TestDurability:
+    """What the database itself tells; each database shows its own part."""
+
+    @pytest.fixture(autouse=True)
+    def packets(self, settings: Any) -> Iterator[None]:
+        settings.GEARMAN = {"default": {"MAX_PACKET": 4_000_000}}
+        if connection.vendor != "mysql":
+            yield
+        else:
+            # The database of a test run may have been told to be quick.
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT @@innodb_flush_log_at_trx_commit")
+                (before,) = cursor.fetchone()
+                cursor.execute("SET GLOBAL innodb_flush_log_at_trx_commit = 1")
+                yield
+                cursor.execute("SET GLOBAL innodb_flush_log_at_trx_commit = %s", [before])
+        connection.close()
+
+    @staticmethod
+    def told() -> list[str]:
+        return [
+            f"{message.id} {message.msg} {message.hint}"
+            for message in check_durability(app_configs=None, databases=["default"])
+        ]
+
+    def test_it_asks_only_databases_that_are_named(self) -> None:
+        assert check_durability(app_configs=None, databases=None) == []
+        assert check_durability(app_configs=None, databases=["other"]) == []
+
+    def test_the_database_of_the_tests_syncs(self) -> None:
+        assert self.told() == []
+
+    @pytest.mark.parametrize("level", ["OFF", "NORMAL"])
+    def test_sqlite_that_does_not_sync(self, level: str) -> None:
+        if connection.vendor != "sqlite":
+            pytest.skip("SQLite's own")
+        with connection.cursor() as cursor:
+            cursor.execute(f"PRAGMA synchronous={level}")
+        (told,) = self.told()
+        assert "W004" in told
+        assert "does not sync commits" in told
+        assert "synchronous=FULL" in told
+
+    def test_sqlite_without_a_log(self, tmp_path: Path, settings: Any) -> None:
+        if connection.vendor != "sqlite":
+            pytest.skip("SQLite's own")
+        other = connection.copy()
+        other.settings_dict = {**other.settings_dict, "NAME": str(tmp_path / "db"), "OPTIONS": {}}
+        try:
+            ((id, problem, _),) = durability_problems(other, 1024)
+        finally:
+            other.close()
+        assert id == "django_gearman.W004"
+        assert "no write-ahead log" in problem
+
+    def test_postgresql_that_does_not_sync(self) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL's own")
+        with connection.cursor() as cursor:
+            cursor.execute("SET synchronous_commit TO off")
+        (told,) = self.told()
+        assert "W004" in told
+        assert "synchronous_commit is off" in told
+
+    def test_mysql_that_does_not_sync(self) -> None:
+        if connection.vendor != "mysql":
+            pytest.skip("MySQL's own")
+        with connection.cursor() as cursor:
+            cursor.execute("SET GLOBAL innodb_flush_log_at_trx_commit = 2")
+        (told,) = self.told()
+        assert "W004" in told
+        assert "innodb_flush_log_at_trx_commit is 2" in told
+
+    def test_mysql_whose_packets_are_small(self, settings: Any) -> None:
+        if connection.vendor != "mysql":
+            pytest.skip("MySQL's own")
+        settings.GEARMAN = {"default": {"MAX_PACKET": 1024**3}}
+        (told,) = self.told()
+        assert "W006" in told
+        assert "max_allowed_packet" in told
+
+    def test_mysql_without_transactions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if connection.vendor != "mysql":
+            pytest.skip("MySQL's own")
+        monkeypatch.setattr(JobRecord._meta, "db_table", "of_another_engine")
+        with connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE of_another_engine (id INT) ENGINE = MyISAM")
+            try:
+                (told,) = self.told()
+            finally:
+                cursor.execute("DROP TABLE of_another_engine")
+        assert "W005" in told
+        assert "MyISAM" in told

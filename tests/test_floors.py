@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "models": 2,
     "protocol": 2,
     "encoding": 2,
+    "durability": 3,
     "scheduler": 3,
     "history": 3,
     "server": 3,

@@ -8,6 +8,7 @@ do. docs/gearmand.md has the table. PROTOCOL: "gearmand options".
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import socket
@@ -21,6 +22,7 @@ import django
 from .. import __version__, conf
 from ..addresses import split_address
 from ..server.core import FunctionOrder, ServerOptions
+from ..server.journal import BACKLOG, SUBMIT_LIMIT
 from ..server.transport import TransportLimits
 from .console import SYSLOG, VERBOSE
 from .daemon import RESERVED_DESCRIPTORS
@@ -29,6 +31,8 @@ GEARMAND_CONFIG: Final = "/etc/gearmand.conf"
 """Where gearmand looks by itself; we do not, since a site's server is not the machine's."""
 
 _HTTP_PORT: Final = 8080
+
+MEBIBYTE: Final = 1024 * 1024
 
 _OTHER_QUEUES: Final = {
     "libsqlite3",
@@ -134,6 +138,22 @@ def _add_jobs(parser: ArgumentParser) -> None:
         type=_queue_type,
         metavar="QUEUE",
         help="gearmand's name for --store: builtin is memory.",
+    )
+    group.add_argument(
+        "--store-timeout",
+        type=_seconds,
+        default=SUBMIT_LIMIT,
+        metavar="SECONDS",
+        help="How long a background submission waits for a database that does not answer before it gets "
+        "ERROR (default: %(default)g).",
+    )
+    group.add_argument(
+        "--store-backlog",
+        type=_mebibytes,
+        default=BACKLOG,
+        metavar="MIB",
+        help="How much may wait for the database before background submissions get ERROR at once "
+        f"(default: {BACKLOG // MEBIBYTE}).",
     )
     group.add_argument(
         "--name",
@@ -460,6 +480,22 @@ def _host(text: str) -> str:
     if not text.isascii() or not text.isprintable() or not text or set(text) & set(" :/@[]"):
         raise ArgumentTypeError(f"{text!r} is not a host's name: give it without port, in ASCII")
     return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a time: use a number of seconds above 0")
+    return seconds
+
+
+def _mebibytes(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"{text!r} is not a size: use a whole number of MiB from 1")
+    return int(text) * MEBIBYTE
 
 
 def _count(text: str) -> int:

@@ -21,16 +21,29 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
 from .core import JobServer
-from .entries import Entry, JobFinished, JobKept, JobQueued, JobRequeued, JobStarted, Outcome, StoredJob
+from .entries import (
+    Entry,
+    JobFinished,
+    JobKept,
+    JobProgress,
+    JobQueued,
+    JobRequeued,
+    JobStarted,
+    Outcome,
+    StoredJob,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH: Final = 2_000
 """Entries in one transaction: more would not be faster, and would keep acknowledgements waiting."""
+
+MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
+"""Bytes in one transaction, as many as make it full and the last entry's."""
 
 CLAIM_LIMIT: Final = 1_000
 """Rows claimed from the database door at once."""
@@ -43,6 +56,16 @@ TEND_AGAIN: Final = 10.0
 
 WINDOW: Final = 10_000
 """Jobs of one function that wait in memory before its rows are left in the database."""
+
+
+SUBMIT_LIMIT: Final = 10.0
+"""Seconds that a background submission waits for a store that is out of reach or hangs."""
+
+BACKLOG: Final = 256 * 1024 * 1024
+"""Bytes that may wait to be written before background submissions are refused at once."""
+
+COMPACT_AT: Final = 20_000
+"""Entries that have gathered when progress that later progress has overtaken is dropped."""
 
 
 class JobStore(Protocol):
@@ -170,6 +193,10 @@ class Batch:
     full: list[bytes] = field(default_factory=list)
     """Functions whose rows are to stay in the database."""
     tend: bool = False
+    weight: int = 0
+    """About how many bytes the entries are."""
+    late: set[bytes] = field(default_factory=set)
+    """Handles of submissions that were refused while the store had them."""
 
     # Filled in by ``perform``.
     refused: dict[int, str] = field(default_factory=dict)
@@ -203,10 +230,12 @@ class Journal:
     Args:
         server: Told of everything that was committed, rejected or claimed.
         claim_interval: Seconds between two looks at the database door when nobody calls.
-        submit_limit: Seconds that a background submission waits for a store that is out of reach.
         hold: Seconds after the last proof of its lease during which the server may hand out what it keeps:
             then others may be about to take it over.
         tend_at: Monotonic time of the first housekeeping; infinite for none at all.
+        submit_limit: Seconds that a background submission waits for a store that is out of reach or hangs.
+        backlog: Bytes that may wait before background submissions are refused at once. What becomes of
+            jobs is kept beyond it.
     """
 
     def __init__(
@@ -214,17 +243,23 @@ class Journal:
         server: JobServer,
         *,
         claim_interval: float = 1.0,
-        submit_limit: float = 10.0,
+        submit_limit: float = SUBMIT_LIMIT,
+        backlog: int = BACKLOG,
         hold: float = math.inf,
         tend_at: float = math.inf,
     ) -> None:
         self._server = server
+        self._backlog = backlog
         self._claim_interval = claim_interval
         self._submit_limit = submit_limit
         self._hold = hold
         self._gathering: deque[Entry] = deque()
         self._failed: Batch | None = None
-        self._in_flight = False
+        self._in_flight: Batch | None = None
+        """What the writer is at work on."""
+        self._held = 0
+        """About how many bytes wait, those in flight too."""
+        self._compact_at = COMPACT_AT
         self._closing = False
         self._next_claim = 0.0
         self.tend_at = tend_at
@@ -237,7 +272,7 @@ class Journal:
     @property
     def busy(self) -> bool:
         """Whether the writer is at work."""
-        return self._in_flight
+        return self._in_flight is not None
 
     @property
     def idle(self) -> bool:
@@ -246,8 +281,38 @@ class Journal:
 
     def append(self, entries: Sequence[Entry], now: float, *, urgent: bool = True) -> None:
         """Take entries over from the core, in order; ``urgent`` when they must not wait for company."""
+        held = self._held + sum(map(_weight, entries))
+        if held > self._backlog:
+            entries = self._without_submissions(entries)
+            held = self._held + sum(map(_weight, entries))
+        self._held = held
         self._gathering.extend(entries)
+        if len(self._gathering) > self._compact_at:
+            self._compact()
         self._write_at = min(self._write_at, now if urgent else now + LINGER)
+
+    def refuse_overdue(self) -> None:
+        """
+        Let no submission wait longer than its limit while the writer is stuck; call it about once a second.
+
+        Those that the store has right now may be written all the same: what
+        follows them then undoes that. A server that is killed before may run
+        them when it starts again, though their clients were told of an error.
+        """
+        if self._failed is not None or not self._in_flight:
+            return  # the next attempt begins soon, and ``done`` refuses what is overdue
+        batch = self._in_flight
+        overdue = self._server.now - self._submit_limit
+        undone: list[Entry] = []
+        for entry in batch.entries:
+            if _is_submission(entry) and entry.at <= overdue and entry.handle not in batch.late:
+                batch.late.add(entry.handle)
+                undone += self._refuse(entry)
+        gathered = self._without_overdue(self._gathering, tried=False)
+        if undone or len(gathered) != len(self._gathering):
+            self._gathering = deque([*undone, *gathered])
+            self._weigh_again()
+            self._write_at = -math.inf
 
     def claim_soon(self) -> None:
         """Somebody says that rows wait at the database door."""
@@ -280,28 +345,27 @@ class Journal:
             if now < self._retry_at:
                 return None
             batch, self._failed = self._failed, None
-            batch.error = None
         else:
             claim = now >= self._next_claim and not self._closing
             if now >= self.tend_at and not self._closing:
                 # A trip of its own, so that nothing that was claimed or written waits to be told of.
-                self._in_flight = True
-                return Batch([], tend=True)
+                self._in_flight = Batch([], tend=True)
+                return self._in_flight
             if not claim and (not self._gathering or now < self._write_at):
                 return None
-            batch = Batch(self._gather())
+            batch = self._gather()
             if not self._gathering:
                 self._write_at = math.inf
             if claim:
                 self._next_claim = now + self._claim_interval
                 batch.claim = True
                 batch.full = [function.name for function in self._server.ready if function.waiting >= WINDOW]
-        self._in_flight = True
+        self._in_flight = batch
         return batch
 
     def done(self, batch: Batch, now: float) -> None:
         """The writer is back: tell the core what became of it."""
-        self._in_flight = False
+        self._in_flight = None
         server = self._server
         server.hand_out_until = batch.renewed + self._hold
         if batch.error is None:
@@ -309,6 +373,7 @@ class Journal:
         if batch.tend:
             self.tend_at = now + batch.tend_after
         if batch.written:
+            self._held -= batch.weight
             refused = batch.refused
             for index, reason in refused.items():
                 entry = batch.entries[index]
@@ -341,39 +406,87 @@ class Journal:
         if batch.written:
             self._next_claim = self._retry_at
             return
-        entries = self._without_overdue(batch.entries)
-        self._gathering = deque(self._without_overdue(self._gathering))
+        waiting = [e for e in batch.entries if not (_is_submission(e) and e.handle in batch.late)]
+        entries = self._without_overdue(waiting, tried=True)
+        self._gathering = deque(self._without_overdue(self._gathering, tried=False))
         self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
+        self._weigh_again()
 
-    def _without_overdue(self, entries: Iterable[Entry]) -> list[Entry]:
+    def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:
         overdue = self._server.now - self._submit_limit
         kept: list[Entry] = []
         for entry in entries:
-            if isinstance(entry, JobQueued) and entry.background and entry.at <= overdue:
-                reason = "The store is out of reach"
-                self._server.rejected(entry, reason)
-                # It may have been written all the same when only the answer was lost: undo that.
-                kept.append(JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now))
-            elif isinstance(entry, JobKept) and entry.at <= overdue:
-                # Nothing to undo: the job lives on for its foreground clients, and its record with it.
-                self._server.rejected(entry, "The store is out of reach")
+            if _is_submission(entry) and entry.at <= overdue:
+                undoing = self._refuse(entry)
+                kept += undoing if tried else []
             else:
                 kept.append(entry)
         return kept
+
+    def _refuse(self, entry: JobQueued | JobKept) -> list[Entry]:
+        """Tell the clients of a submission that it is lost; what undoes it if the store has seen it."""
+        reason = "The store is out of reach"
+        self._server.rejected(entry, reason)
+        if isinstance(entry, JobKept):
+            # Nothing to undo: the job lives on for its foreground clients, and its record with it.
+            return []
+        # It may be written all the same, when the store is slow or only its answer was lost.
+        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]
+
+    def _without_submissions(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Too much waits already: refuse what can be refused. Records of foreground jobs are left out."""
+        kept: list[Entry] = []
+        for entry in entries:
+            if isinstance(entry, JobQueued | JobKept):
+                self._server.rejected(entry, "Too much waits to be stored")
+            else:
+                kept.append(entry)
+        return kept
+
+    def _compact(self) -> None:
+        """Of each job's progress only the last matters; a store that is away must not cost memory for it."""
+        last = {entry.handle: entry for entry in self._gathering if isinstance(entry, JobProgress)}
+        self._gathering = deque(
+            entry
+            for entry in self._gathering
+            if not isinstance(entry, JobProgress) or last[entry.handle] is entry
+        )
+        self._compact_at = max(COMPACT_AT, 2 * len(self._gathering))
+        self._weigh_again()
+
+    def _weigh_again(self) -> None:
+        if self._failed is not None:
+            self._failed.weight = sum(map(_weight, self._failed.entries))
+        held = [batch.weight for batch in (self._failed, self._in_flight) if batch is not None]
+        self._held = sum(held) + sum(map(_weight, self._gathering))
 
     def _reject_submissions(self, entries: Sequence[Entry], reason: str) -> None:
         for entry in entries:
             if isinstance(entry, JobQueued | JobKept):
                 self._server.rejected(entry, reason)
 
-    def _gather(self) -> list[Entry]:
+    def _gather(self) -> Batch:
         gathering = self._gathering
-        if len(gathering) <= MAX_BATCH:
-            entries = list(gathering)
-            gathering.clear()
-        else:
-            entries = [gathering.popleft() for _ in range(MAX_BATCH)]
-        return entries
+        entries: list[Entry] = []
+        weight = 0
+        while gathering and len(entries) < MAX_BATCH and weight < MAX_BATCH_BYTES:
+            entry = gathering.popleft()
+            entries.append(entry)
+            weight += _weight(entry)
+        return Batch(entries, weight=weight)
+
+
+def _is_submission(entry: Entry) -> TypeGuard[JobQueued | JobKept]:
+    """Whether a client waits for it."""
+    return isinstance(entry, JobKept) or (isinstance(entry, JobQueued) and entry.background)
+
+
+def _weight(entry: Entry) -> int:
+    """About how many bytes of memory it takes."""
+    kind = type(entry)
+    if kind is JobQueued:
+        return 400 + len(entry.workload)  # type: ignore[union-attr]  # it is a JobQueued
+    return 200 + len(entry.data) if kind is JobFinished else 200  # type: ignore[union-attr]  # a JobFinished
 
 
 class JournalThread:

@@ -23,11 +23,11 @@ from typing import Any, Final, cast
 from ..exceptions import ProtocolError, UnreadableStream
 from ..protocol.packets import REQUEST, RESPONSE
 from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
-from . import text
+from . import journal, text
 from .core import JobServer, Peer, Shutdown
 from .door import TLSDoor
 from .http import MAX_AHEAD, Conversation
-from .journal import JobStore, Journal, JournalThread
+from .journal import SUBMIT_LIMIT, JobStore, Journal, JournalThread
 
 logger = logging.getLogger(__name__)
 
@@ -382,6 +382,8 @@ class GearmanServer:
         tls: Speak TLS, and nothing else, with this context; None for plain text.
         http_hosts: Names by which HTTP clients may call this server, beside ``localhost`` and IP addresses.
         hold: As of ``Journal``.
+        submit_limit: Seconds that a background submission waits for the store before it gets ERROR.
+        backlog: Bytes that may wait for the store before background submissions get ERROR at once.
     """
 
     def __init__(
@@ -391,6 +393,9 @@ class GearmanServer:
         limits: TransportLimits | None = None,
         tls: ssl.SSLContext | None = None,
         http_hosts: Collection[str] = (),
+        *,
+        submit_limit: float = SUBMIT_LIMIT,
+        backlog: int = journal.BACKLOG,
         hold: float = math.inf,
     ) -> None:
         self.core = core
@@ -400,7 +405,7 @@ class GearmanServer:
         self.loop: asyncio.AbstractEventLoop
         self._store = store
         self._tls = tls
-        self._journal = Journal(core, hold=hold)
+        self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog, hold=hold)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
         self._ended: asyncio.Future[None]
@@ -552,6 +557,7 @@ class GearmanServer:
             for connection in list(self.connections):
                 connection.close_if_stale(now)
             core.tick()
+            self._journal.refuse_overdue()
             self.schedule_turn()
 
     def schedule_turn(self) -> None:
@@ -579,6 +585,9 @@ class GearmanServer:
             core.entries = []
             core.urgent = False
             self._thread.kick()
+            if core.dirty:
+                # Submissions that it refused.
+                self.schedule_turn()
         if core.claim_wanted:
             core.claim_wanted = False
             self._journal.claim_soon()

@@ -177,7 +177,8 @@ class TestCost:
             connection,
         ) as captured:
             assert fetch().status_code == 200
-        return [query["sql"] for query in captured if 'FROM "django_gearman' in query["sql"]]
+        table = connection.ops.quote_name("django_gearman")[:-1]
+        return [query["sql"] for query in captured if f"FROM {table}" in query["sql"]]
 
     @pytest.mark.parametrize("parameters", [{}, {"status": "SUCCESSFUL"}, {"queue": "default", "q": "1"}])
     def test_list_asks_the_same_for_one_job_and_for_many(self, admin_page, make_job, parameters):

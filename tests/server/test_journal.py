@@ -366,6 +366,199 @@ class TestStoreOutOfReach:
         assert office.store.finished[handle(1)].data == b"r"
 
 
+class TestStoreHangs:
+    """DESIGN section 4: a stuck writer lets submissions wait up to a limit; all else goes on."""
+
+    def test_submission_in_the_writers_hands_is_refused_in_time(self):
+        office, client = settled(submit_limit=10.0)
+        submit(client)
+        batch = office.begin()
+        office.pass_time(9.9)
+        office.journal.refuse_overdue()
+        assert client.hears() == []
+        office.pass_time(0.1)
+        office.journal.refuse_overdue()
+        assert client.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        office.journal.refuse_overdue()
+        assert client.hears() == []
+        assert batch is not None
+
+    def hang(self, *script: BaseException | None, gathered: int = 0) -> tuple[Office, Caller, Batch]:
+        """A batch with one submission, refused while the store has it, and a client with later ones."""
+        office, client = settled(*script, submit_limit=10.0)
+        submit(client)
+        batch = office.begin()
+        assert batch is not None
+        office.pass_time(10.0)
+        for _ in range(gathered):
+            submit(client)
+        office.gather()
+        office.journal.refuse_overdue()
+        assert client.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        return office, client, batch
+
+    def test_what_is_written_after_all_is_undone_and_not_acknowledged(self):
+        office, client, batch = self.hang(gathered=1)
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        assert list(office.store.jobs) == [handle(1)]
+        assert client.hears() == []
+        assert office.wire.worker(b"f").grabs() is None
+        office.trip()
+        assert list(office.store.jobs) == [handle(2)]
+        assert office.store.finished[handle(1)].outcome is Outcome.CANCELLED
+        assert client.hears() == [(P.JOB_CREATED, handle(2))]
+
+    def test_what_fails_after_all_is_not_tried_again(self):
+        office, client, batch = self.hang(DOWN)
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        office.pass_time(1.0)
+        while not office.journal.idle:
+            office.trip()
+            office.pass_time(0.1)
+        assert office.store.jobs == {}
+        assert client.hears() == []
+
+    def test_undoing_comes_before_what_gathered_meanwhile(self):
+        office, _, _ = self.hang(gathered=2)
+        kinds = [type(entry) for entry in office.journal._gathering]
+        assert kinds == [JobFinished, JobQueued, JobQueued]
+
+    def test_submissions_that_gather_meanwhile_leave_nothing_behind(self):
+        office, client = settled(submit_limit=10.0)
+        submit(client)
+        office.begin()
+        other = office.wire.connect()
+        office.pass_time(5.0)
+        submit(other)
+        office.gather()
+        office.pass_time(10.0)
+        office.journal.refuse_overdue()
+        assert other.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        assert [entry.handle for entry in office.journal._gathering] == [handle(1)]
+
+    def test_background_submission_onto_a_foreground_job(self):
+        office, background = settled(submit_limit=10.0)
+        foreground = office.wire.connect()
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"")
+        office.gather()
+        office.pass_time(LINGER)
+        office.trip()
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"") == []
+        batch = office.begin()
+        assert batch is not None
+        office.pass_time(10.0)
+        office.journal.refuse_overdue()
+        assert background.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        assert background.hears() == []
+        worker = office.wire.worker(b"f")
+        assert worker.grabs() == handle(1)
+        foreground.hears()
+        worker(P.WORK_COMPLETE, handle(1), b"r")
+        assert foreground.hears() == [(P.WORK_COMPLETE, handle(1), b"r")]
+
+    def test_results_are_kept(self):
+        office, client = settled(submit_limit=10.0)
+        submit(client)
+        submit(client)
+        office.trip()
+        client.hears()
+        worker = office.wire.worker(b"f")
+        worker.grabs()
+        office.gather()
+        office.pass_time(LINGER)
+        batch = office.begin()
+        assert batch is not None
+        worker(P.WORK_COMPLETE, handle(1), b"r")
+        office.gather()
+        office.pass_time(1000.0)
+        office.journal.refuse_overdue()
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        office.trip()
+        assert office.store.finished[handle(1)].data == b"r"
+        assert list(office.store.jobs) == [handle(2)]
+
+
+class TestBacklog:
+    """What waits for the store is bounded; what became of jobs is kept all the same."""
+
+    def test_more_is_refused_at_once_until_there_is_room(self):
+        office, client = settled(backlog=10_000)
+        client(P.SUBMIT_JOB_BG, b"f", b"", bytes(6_000))
+        batch = office.begin()
+        assert batch is not None
+        client(P.SUBMIT_JOB_BG, b"f", b"", bytes(6_000))
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"small")
+        other = office.wire.connect()
+        other(P.SUBMIT_JOB_BG, b"f", b"", bytes(6_000))
+        office.gather()
+        assert other.hears() == [(P.ERROR, b"QUEUE_ERROR", b"Too much waits to be stored")]
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        client.hears()
+        while not office.journal.idle:
+            office.trip()
+        other(P.SUBMIT_JOB_BG, b"f", b"", bytes(6_000))
+        office.trip()
+        assert other.hears() == [(P.JOB_CREATED, handle(5))]
+        assert office.journal._held == 0
+
+    def test_foreground_jobs_go_on_without_records(self):
+        office, client = settled(backlog=1_000)
+        client(P.SUBMIT_JOB_BG, b"f", b"", bytes(2_000))
+        foreground = office.wire.connect()
+        assert foreground(P.SUBMIT_JOB, b"f", b"", b"w")[0][0] == P.JOB_CREATED
+        office.gather()
+        assert client.hears()[0][0] == P.ERROR
+        worker = office.wire.worker(b"f")
+        assert worker.grabs() == handle(2)
+        worker(P.WORK_COMPLETE, handle(2), b"r")
+        assert foreground.hears() == [(P.WORK_COMPLETE, handle(2), b"r")]
+
+    def test_results_are_kept_beyond_it(self):
+        office, client = settled(backlog=1_000)
+        submit(client)
+        office.trip()
+        assert client.hears() == [(P.JOB_CREATED, handle(1))]
+        worker = office.wire.worker(b"f")
+        worker.grabs()
+        worker(P.WORK_COMPLETE, handle(1), bytes(5_000))
+        office.gather()
+        office.pass_time(LINGER)
+        office.trip()
+        assert office.store.finished[handle(1)].data == bytes(5_000)
+
+    def test_large_entries_make_small_batches(self, monkeypatch):
+        monkeypatch.setattr(journal_module, "MAX_BATCH_BYTES", 10_000)
+        office, client = settled()
+        for _ in range(5):
+            client(P.SUBMIT_JOB_BG, b"f", b"", bytes(6_000))
+        assert [len(office.trip().entries) for _ in range(3)] == [2, 2, 1]
+        assert office.journal._held == 0
+
+    def test_progress_that_is_overtaken_does_not_gather(self, monkeypatch):
+        monkeypatch.setattr(journal_module, "COMPACT_AT", 10)
+        office, client = settled()
+        office.journal._compact_at = 10
+        submit(client)
+        office.trip()
+        worker = office.wire.worker(b"f")
+        worker.grabs()
+        office.gather()
+        for second in range(1000):
+            office.pass_time(1.0)
+            worker(P.WORK_STATUS, handle(1), b"%d" % second, b"1000")
+            office.gather()
+        gathered = list(office.journal._gathering)
+        assert len(gathered) <= 12
+        assert gathered[-1].numerator == b"999"
+        assert type(gathered[0]) is JobStarted
+
+
 class TestLostLease:
     """DESIGN section 3: a server that has lost its lease cannot acknowledge or finish anything."""
 

@@ -23,6 +23,7 @@ from django.db import DatabaseError, connections
 from django.utils import timezone
 
 from ... import conf
+from ...durability import durability_problems
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
 from ...jobs import declared_schedules, queue_of, scheduled_record
@@ -121,7 +122,16 @@ class Command(BaseCommand):
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
             core = _core(store, name, _shown(sockets[0]), options, settings)
-            server = GearmanServer(core, store, limits, tls, http_hosts=options["http_host"], hold=hold)
+            server = GearmanServer(
+                core,
+                store,
+                limits,
+                tls,
+                http_hosts=options["http_host"],
+                submit_limit=options["store_timeout"],
+                backlog=options["store_backlog"],
+                hold=hold,
+            )
             doors = _shown(sockets[0]) + (" (TLS)" if tls else "")
             if http_sockets:
                 doors += f", for HTTP on {_shown(http_sockets[0])}"
@@ -212,6 +222,7 @@ def _core(
         replayed = store.replay() if store else []
         if store:
             _synchronise(settings)
+            _warn_of_database(settings.database, settings.max_packet)
     except StoreError as error:
         raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
     finally:
@@ -341,6 +352,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+def _warn_of_database(alias: str, max_packet: int) -> None:
+    """What `manage.py check --database` would say of how it keeps commits."""
+    for id, problem, hint in durability_problems(connections[alias], max_packet):
+        logger.warning("The database %r %s %s (%s)", alias, problem, hint, id)
 
 
 def _synchronise(settings: conf.GearmanSettings) -> None:

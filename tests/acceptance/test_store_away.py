@@ -1,0 +1,134 @@
+"""A database that hangs: whoever needs it waits up to a limit, everybody else is served as before."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import connections, transaction
+
+from django_gearman.models import JobRecord, ServerLease
+from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
+from django_gearman.protocol.reader import PacketReader
+
+from .. import harness
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
+
+P = PacketType
+Status = JobRecord.Status
+
+
+class Talker:
+    """A connection that says packets and hears packets."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=15)
+        self._reader = PacketReader(RESPONSE)
+
+    def __enter__(self) -> Talker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+
+    def say(self, kind: P, *arguments: bytes) -> None:
+        self._socket.sendall(encode_request(kind, *arguments))
+
+    def hear(self) -> tuple[Any, ...]:
+        while (packet := self._reader.take()) is None:
+            data = self._socket.recv(65536)
+            assert data, "the server closed the connection"
+            self._reader.feed(data)
+        return (P(packet[0]), *packet[1])
+
+    def ask(self, kind: P, *arguments: bytes) -> tuple[Any, ...]:
+        self.say(kind, *arguments)
+        return self.hear()
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold what the server's every transaction needs: its lease, and on SQLite the whole file."""
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            with transaction.atomic():
+                ServerLease.objects.update(address="held")
+                held.set()
+                release.wait(60)
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(20)
+        yield
+    finally:
+        release.set()
+        thread.join()
+
+
+def test_a_database_that_hangs() -> None:
+    limit = 1.5
+    with harness.server(options=["--store-timeout", str(limit)]) as server, Talker(server.port) as early:
+        assert early.ask(P.SUBMIT_JOB_BG, b"kept", b"", b"kept")[0] == P.JOB_CREATED
+        with locked(), Talker(server.port) as client, Talker(server.port) as other:
+            client.say(P.SUBMIT_JOB_BG, b"refused", b"", b"refused")
+            asked = time.monotonic()
+            # Everything else is answered while the submission waits.
+            assert other.ask(P.ECHO_REQ, b"here") == (P.ECHO_RES, b"here")
+            assert server.status()["kept"] == (1, 0, 0)
+            functions = {
+                name: (lambda job, name=name: name.encode()) for name in ("kept", "refused", "front")
+            }
+            with harness.worker_thread(functions, server):
+                _, handle = other.ask(P.SUBMIT_JOB, b"front", b"", b"front")
+                assert other.hear() == (P.WORK_COMPLETE, handle, b"front")
+                harness.wait_until(lambda: server.status()["kept"][0] == 0, what="the end of the job")
+                assert time.monotonic() - asked < limit, "the others waited too"
+                assert client.hear() == (P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")
+                waited = time.monotonic() - asked
+                assert limit - 1.1 <= waited < limit + 5
+                # The connection goes on.
+                assert client.ask(P.ECHO_REQ, b"here") == (P.ECHO_RES, b"here")
+        # It is back: what became of jobs is written, and submissions are taken.
+        harness.wait_until(
+            lambda: JobRecord.objects.get(function="kept").status == Status.SUCCESSFUL, 30, "the kept outcome"
+        )
+        assert early.ask(P.SUBMIT_JOB_BG, b"later", b"", b"later")[0] == P.JOB_CREATED
+        assert bytes(JobRecord.objects.get(function="kept").result or b"") == b"kept"
+        # What was refused is not there, or was undone.
+        harness.wait_until(
+            lambda: (
+                set(JobRecord.objects.filter(function="refused").values_list("status", flat=True))
+                <= {Status.CANCELLED}
+            ),
+            what="the refused submission to be undone",
+        )
+        assert server.status().get("refused", (0, 0, 0))[0] == 0
+
+
+def test_too_much_waits() -> None:
+    """A bound for what gathers in memory; the first waits for its time, the next is refused at once."""
+    options = ["--store-timeout", "60", "--store-backlog", "1"]
+    with (
+        harness.server(options=options) as server,
+        Talker(server.port) as client,
+        Talker(server.port) as next,
+    ):
+        with locked():
+            client.say(P.SUBMIT_JOB_BG, b"f", b"", bytes(800_000))
+            harness.wait_until(lambda: "f" in server.status(), what="the submission to arrive")
+            answer = next.ask(P.SUBMIT_JOB_BG, b"f", b"", bytes(800_000))
+            assert answer == (P.ERROR, b"QUEUE_ERROR", b"Too much waits to be stored")
+        assert client.hear()[0] == P.JOB_CREATED
+        assert next.ask(P.SUBMIT_JOB_BG, b"f", b"", bytes(800_000))[0] == P.JOB_CREATED
+        assert JobRecord.objects.filter(function="f").count() == 2
