@@ -23,6 +23,8 @@ Every error of django_gearman, as one tree.
     └── StoreError                 the durable store cannot do its work
         └── LeaseLost              another server took this server's place
 
+    JobTimedOut                    raised inside a job that takes too long; a BaseException
+
 Imports nothing of ours. Each error carries its data as attributes and says in its
 sentence what can be done.
 """
@@ -221,6 +223,21 @@ class Discard(GearmanError):
 
     def __str__(self) -> str:
         return self.reason or "the job was discarded"
+
+
+class JobTimedOut(BaseException):
+    """
+    The job took longer than its ``timeout``; raised inside its function.
+
+    No ``Exception``, so that a function that passes over all of those ends too.
+    """
+
+    def __init__(self, timeout: int) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"the job took longer than {self.timeout} s"
 
 
 class InvalidJob(GearmanError, TypeError):

@@ -724,7 +724,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
         backoff: Called with the exception and the ``JobResult``; seconds until the next
             attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
-        timeout: Seconds that one attempt may take.
+        timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and soon
+            after its process is ended.
     Raises:
         InvalidJob: The function cannot be that, or the name is taken.
     """

@@ -126,6 +126,9 @@ class ServerOptions:
     timeout_in_seconds: bool = False
     """Whether CAN_DO_TIMEOUT counts seconds, as Perl's workers and old servers do, and not milliseconds."""
 
+    timeout_grace: float = 15.0
+    """Seconds after a job's own time limit, in which its worker may end it and say so."""
+
     zone: tzinfo | None = None
     """Whose clock the fields of SUBMIT_JOB_SCHED mean; None for this machine's."""
 
@@ -557,7 +560,8 @@ class JobServer:
         job.started_at = self.now
         peer.running[job.handle] = job
         if peer.timeouts is not None or job.timeout is not None:
-            limits = [job.timeout, (peer.timeouts or {}).get(function.name)]
+            own = None if job.timeout is None else job.timeout + self.options.timeout_grace
+            limits = [own, (peer.timeouts or {}).get(function.name)]
             given = [limit for limit in limits if limit is not None]
             if given:
                 self._limited[job] = self.clock + min(given)

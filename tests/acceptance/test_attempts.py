@@ -87,9 +87,27 @@ class TestEnds:
 
     def test_job_that_takes_too_long(self):
         result = jobs.sleep_long.enqueue()
-        with pytest.raises(JobFailed, match="The job's time was up at the last of 2 attempts"):
+        with pytest.raises(JobFailed, match="JobTimedOut: the job took longer than 1 s"):
             result.get(timeout=20)
-        assert (result.status, result.attempts) == (Status.DEAD, 2)
+        assert (result.status, result.attempts) == (Status.FAILED, 2)
+        assert all("in sleep_long" in error.traceback for error in result.errors)
+
+    def test_job_that_passes_over_every_exception(self):
+        with pytest.raises(JobFailed, match="the job took longer than 1 s"):
+            jobs.pass_over_everything.enqueue().get(timeout=20)
+
+    def test_foreground_job_that_takes_too_long(self):
+        with pytest.raises(JobFailed, match="the job took longer than 1 s"):
+            jobs.sleep_long.run()
+        assert jobs.just_in_time.run() == "done"
+
+
+def test_job_that_hangs_in_c(worker: harness.WorkerProcess):
+    result = jobs.hang_in_c.enqueue()
+    with pytest.raises(JobFailed, match="The worker was lost at the last of 1 attempts"):
+        result.get(timeout=30)
+    assert "in hang_in_c" in worker.stderr
+    assert jobs.just_in_time.run() == "done"
 
 
 def test_pause_survives_the_server(server: harness.GearmanServerProcess, worker: harness.WorkerProcess):

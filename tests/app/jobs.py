@@ -106,6 +106,27 @@ def fail_for_an_hour() -> None:
     raise ValueError("not now")
 
 
-@job(timeout=1, max_attempts=2)
+@job(timeout=1, max_attempts=2, backoff=soon)
 def sleep_long() -> None:
-    time.sleep(3)
+    time.sleep(30)
+
+
+@job(timeout=1)
+def pass_over_everything() -> None:
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:  # what a careless function does
+            pass
+
+
+@job(timeout=1, max_attempts=1)
+def hang_in_c() -> None:
+    """Python's own signals are not heard in here."""
+    sum(range(10**13))
+
+
+@job(timeout=2)
+def just_in_time() -> str:
+    time.sleep(0.1)
+    return "done"

@@ -211,7 +211,7 @@ class TestTimeout:
     """The time limit of a row, beside that of CAN_DO_TIMEOUT."""
 
     def test_attempt_is_over_when_its_time_is_up(self):
-        wire = Wire(durable=True)
+        wire = Wire(durable=True, timeout_grace=0.0)
         wire.core.adopt([stored(timeout=10, max_attempts=2)])
         worker = wire.worker(b"f")
         assert worker.grabs() == stored().handle
@@ -229,10 +229,20 @@ class TestTimeout:
 
     @pytest.mark.parametrize(("row", "offer"), [(10, b"20000"), (20, b"10000"), (10, b"0")])
     def test_shorter_limit_counts(self, row, offer):
-        wire = Wire(durable=True)
+        wire = Wire(durable=True, timeout_grace=0.0)
         wire.core.adopt([stored(timeout=row)])
         worker = wire.connect()
         worker(P.CAN_DO_TIMEOUT, b"f", offer)
         assert worker.grabs() == stored().handle
         passes(wire, 10)
+        assert worker.grabs() == stored().handle
+
+    def test_its_worker_may_end_it_before(self):
+        wire = Wire(durable=True)
+        wire.core.adopt([stored(timeout=10)])
+        worker = wire.worker(b"f")
+        assert worker.grabs() == stored().handle
+        passes(wire, 24.9)
+        assert worker.grabs() is None
+        passes(wire, 0.2)
         assert worker.grabs() == stored().handle

@@ -191,6 +191,7 @@ class World:
                 durable=self.durable,
                 record_foreground=self.record_foreground,
                 job_retries=RETRIES,
+                timeout_grace=0.0,
             )
         )
         server.world = self

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import socket
 import ssl
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
@@ -16,10 +20,14 @@ from django.db import connections
 from ... import conf
 from ...addresses import split_address
 from ...encoding import describe_exception
+from ...exceptions import JobTimedOut
 from ...jobs import Job, pause_before_retry, perform_assigned, registry
 from ...worker.loop import AssignedJob, Worker, WorkerFunction
 from ...worker.supervisor import Supervisor
 from ..console import log_to_terminal
+
+KILL_AFTER: Final = 5
+"""Seconds after its time limit in which a job may clean up; then its process ends."""
 
 
 class Command(BaseCommand):
@@ -100,7 +108,48 @@ class Command(BaseCommand):
             jobs = [job for job in jobs if job.queue_name in chosen]
             if not jobs:
                 raise CommandError(f"No function is in the queues {queues!r}. Known queues are: {known}.")
-        return {job.name: partial(perform_assigned, job) for job in jobs}
+        return {job.name: partial(_perform, job) for job in jobs}
+
+
+def _perform(job: Job[Any, Any], assigned: AssignedJob) -> bytes:
+    if job.timeout is None:
+        return perform_assigned(job, assigned)
+    try:
+        with _time_limit(job.timeout):
+            return perform_assigned(job, assigned)
+    except JobTimedOut:
+        # It may have been in the middle of a query.
+        connections.close_all()
+        raise
+
+
+@contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """
+    Raise ``JobTimedOut`` in the block when it takes too long, and end the process when it goes on.
+
+    Python hears of the alarm between two of its instructions only; the watchdog
+    of ``faulthandler`` is a thread of C, which ends a process whatever it hangs in,
+    and tells where that was.
+    """
+    running = True
+
+    def interrupt(*args: object) -> None:
+        if running:
+            raise JobTimedOut(seconds)
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    faulthandler.dump_traceback_later(seconds + KILL_AFTER, exit=True)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        try:
+            yield
+        finally:
+            running = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _work(
