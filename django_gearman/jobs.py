@@ -11,6 +11,7 @@ jobs, so that programs in any language can submit and serve them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 import logging
@@ -41,7 +42,7 @@ from typing import (
 )
 
 from django.core.signals import setting_changed
-from django.db import close_old_connections, reset_queries, transaction
+from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
 from django.dispatch import receiver
 from django.utils import timezone
 
@@ -60,7 +61,7 @@ from .exceptions import (
     Retry,
     WaitInTransaction,
 )
-from .models import JobRecord, Schedule
+from .models import JobRecord, Schedule, unique_key_of
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +359,12 @@ _STANDING: Final = (
 Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelta | None]"
 """Seconds until the next attempt of a job that raised; None when there is to be none."""
 
+Unique: TypeAlias = str | Sequence[str] | Callable[..., str]
+"""Which jobs of a function are one: a name of an argument, several, or a function of the arguments."""
+
+MAX_UNIQUE: Final = 200
+"""Bytes of a unique that is sent as it is; longer ones are hashed."""
+
 LONGEST_PAUSE: Final = 3600.0
 """Seconds between two attempts at the most, where no ``backoff`` says otherwise."""
 
@@ -377,6 +384,7 @@ class JobOptions(TypedDict, total=False):
     max_attempts: int
     backoff: Backoff
     timeout: int
+    unique: Unique
     schedule: schedules.Declaration | Sequence[schedules.Declaration]
 
 
@@ -399,6 +407,7 @@ class Job(Generic[P, R]):
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
         timeout: int | None = None,
+        unique: Unique | None = None,
         schedule: object = None,
     ) -> None:
         thing: object = function
@@ -413,6 +422,7 @@ class Job(Generic[P, R]):
         self.max_attempts = max_attempts
         self.backoff = backoff
         self.timeout = timeout
+        self.unique = unique
         self.schedules = schedules.declarations(schedule)
         self.run_after: datetime | timedelta | None = None
         self._signature = self._inspect()
@@ -431,7 +441,11 @@ class Job(Generic[P, R]):
         return cast(R, self._invoke(JobContext(), args, kwargs))
 
     def using(
-        self, *, priority: int | None = None, run_after: datetime | timedelta | None = None
+        self,
+        *,
+        priority: int | None = None,
+        run_after: datetime | timedelta | None = None,
+        unique: str | None = None,
     ) -> Job[P, R]:
         """
         The same job with other options for the submissions made through it.
@@ -440,6 +454,7 @@ class Job(Generic[P, R]):
             priority: -100 to 100, higher first.
             run_after: Not before this moment, or this long after the submission; datetimes
                 are aware when ``USE_TZ`` is on, and naive when it is off.
+            unique: While a job of this function with the same is to do, this is that one; empty for none.
         """
         other = Job.__new__(Job)
         other.__dict__.update(self.__dict__)
@@ -447,6 +462,8 @@ class Job(Generic[P, R]):
             other.priority = priority
         if run_after is not None:
             other.run_after = run_after
+        if unique is not None:
+            other.unique = lambda *args, **kwargs: unique
         other._validate()
         return other
 
@@ -469,12 +486,33 @@ class Job(Generic[P, R]):
         record = self._new_record(args, kwargs, options)
         if options.enqueue == "wire":
             # gearmand's stores would overwrite jobs without a unique.
-            record.unique = uuid.uuid4().hex
+            record.unique = record.unique or uuid.uuid4().hex
             transaction.on_commit(partial(_submit, record), using=options.database)
             return WireJobResult(record)
-        record.save(using=options.database, force_insert=True)
+        if record.unique_key is not None:
+            found = _insert_unless_there(record, options.database)
+            if found is not None:
+                return JobResult(found)
+        else:
+            record.save(using=options.database, force_insert=True)
         _nudge_after_commit(options.database)
         return JobResult(record)
+
+    def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """What a submission has in common with those that it is to be one with; empty for nothing."""
+        if self.unique is None:
+            return ""
+        if callable(self.unique):
+            unique: object = self.unique(*args, **kwargs)
+            if not isinstance(unique, str):
+                raise TypeError(f"the unique of {self.name} must be a str, not {unique!r}")
+        else:
+            names = [self.unique] if isinstance(self.unique, str) else list(self.unique)
+            bound = self._signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            unique = dumps([bound.arguments[name] for name in names]).decode()
+        unique = unique.strip()
+        return unique if len(unique.encode()) <= MAX_UNIQUE else hashlib.sha256(unique.encode()).hexdigest()
 
     def _new_record(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
@@ -487,10 +525,14 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
+        workload = self._encode(args, kwargs, options.max_packet)
+        unique = self._unique_of(args, kwargs)
         return JobRecord(
             function=self.name,
             queue_name=self.queue_name,
-            workload=self._encode(args, kwargs, options.max_packet),
+            workload=workload,
+            unique=unique,
+            unique_key=unique_key_of(self.name, unique, workload),
             priority=self.priority,
             client=_identity(os.getpid()),
             run_after=run_after,
@@ -521,8 +563,9 @@ class Job(Generic[P, R]):
             do = client.do_low
         else:
             do = client.do
+        unique = self._unique_of(args, kwargs)
         try:
-            result = do(self.name, workload, timeout=options.run_timeout)
+            result = do(self.name, workload, unique=unique, timeout=options.run_timeout)
         except JobFailed as error:
             told = exception_of(error.data)
             raise JobFailed(self.name, data=error.data, **told) from None
@@ -623,6 +666,24 @@ class Job(Generic[P, R]):
             raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
         return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])
 
+    def _validate_unique(self) -> None:
+        unique: object = self.unique
+        if unique is None or callable(unique):
+            return
+        names = [unique] if isinstance(unique, str) else unique
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InvalidJob(
+                f"unique of {self.name} must be a name of an argument, several, or a function, not {unique!r}"
+            )
+        known = self._signature.parameters
+        for name in names:
+            if self.raw or name not in known:
+                has = "its workload, bytes" if self.raw else ", ".join(known) or "none"
+                raise InvalidJob(
+                    f"unique of {self.name} names {name!r}, which is no argument that JSON can carry "
+                    f"(it has {has})"
+                )
+
     def _validate(self) -> None:
         if "<" in self.function.__qualname__:
             raise InvalidJob(f"{self.name} must be defined at the module's level, where a worker can find it")
@@ -648,6 +709,7 @@ class Job(Generic[P, R]):
                 raise InvalidJob(
                     f"{option} of {self.name} must be a whole number from 1 to {highest}, not {number!r}"
                 )
+        self._validate_unique()
         if self.backoff is not None and not callable(self.backoff):
             raise InvalidJob(
                 f"backoff of {self.name} must be a function of the exception and the JobResult, "
@@ -658,6 +720,28 @@ class Job(Generic[P, R]):
             _refuse_wrong_zone(self.name, run_after)
         elif run_after is not None and not isinstance(run_after, timedelta):
             raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
+
+
+def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
+    """Insert a record with a unique; the live record that has it already, if there is one."""
+    live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
+    for _ in range(20):
+        found = live.first()
+        if found is not None:
+            return found
+        try:
+            with transaction.atomic(using=using):
+                record.save(using=using, force_insert=True)
+        except IntegrityError:
+            # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
+            if connections[using].features.has_select_for_update:
+                with transaction.atomic(using=using):
+                    found = live.select_for_update().first()
+                if found is not None:
+                    return found
+            continue
+        return None
+    raise JobResultDoesNotExist(f"of unique {record.unique}")
 
 
 def _decode_result(name: str, data: bytes) -> object:
@@ -724,6 +808,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
         backoff: Called with the exception and the ``JobResult``; seconds until the next
             attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
+        unique: While a job with the same is to do, a submission is that one: a name of an argument,
+            several, or a function of the arguments that returns a str.
         timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and soon
             after its process is ended.
     Raises:

@@ -10,6 +10,7 @@ servers alone. What fires schedules is in ``scheduler.py``.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -88,6 +89,11 @@ class JobRecord(models.Model):
     unique = models.CharField(_("unique"), max_length=256, blank=True, default="")
     """The submitter's key, as ``store.text_of_unique`` writes it; empty for none."""
 
+    unique_key = models.CharField(  # noqa: DJ001
+        _("unique key"), max_length=64, null=True, blank=True, default=None, editable=False
+    )
+    """``unique_key_of`` a background job that has a unique and is still to do; null of all others."""
+
     reducer = models.CharField(_("reducer"), max_length=512, blank=True, default="")
     workload = models.BinaryField(_("workload"), default=b"")
     priority = models.SmallIntegerField(_("priority"), default=0)
@@ -150,6 +156,8 @@ class JobRecord(models.Model):
         verbose_name_plural = _("job records")
         constraints = [
             models.UniqueConstraint(fields=["handle"], name="job_handle_unique"),
+            # One job at a time for each unique of a function, whichever door it came by.
+            models.UniqueConstraint(fields=["unique_key"], name="job_unique_key"),
             models.CheckConstraint(
                 condition=Q(priority__gte=-100, priority__lte=100), name="job_priority_range"
             ),
@@ -204,6 +212,25 @@ class JobRecord(models.Model):
         if self.last_attempted_at is None:
             return None
         return (self.finished_at or timezone.now()) - self.last_attempted_at
+
+
+def unique_key_of(function: str, unique: str, workload: bytes = b"") -> str | None:
+    """
+    What two jobs have in common that are to be one; None for a job without a unique.
+
+    Of a fixed length, since functions and uniques together are longer than what
+    every database can have unique.
+
+    Args:
+        unique: As the column has it; ``-`` stands for the workload, and for none where that is empty.
+    """
+    if not unique or (unique == "-" and not workload):
+        return None
+    of = hashlib.sha256(function.encode())
+    of.update(b"\0" + unique.encode())
+    if unique == "-":
+        of.update(b"\0" + workload)
+    return of.hexdigest()
 
 
 class JobAttempt(models.Model):

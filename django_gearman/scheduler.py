@@ -133,14 +133,19 @@ class Scheduler:
         if not mine.update(**moved):
             return  # another server was quicker, or somebody has just edited it
         if due.times:
-            record = None
+            made = None
             for at in due.times:
                 record = self._record_of(schedule)
                 record.run_after = _moment(at)
                 record.client = f"schedule {schedule.name}"[:128]
+                if record.unique_key is not None:
+                    live = JobRecord.objects.using(self._using).filter(unique_key=record.unique_key)
+                    if live.exists():
+                        continue  # the last one is still to do
                 record.save(using=self._using, force_insert=True)
-            assert record is not None, "there were times"
-            self._rows().filter(pk=schedule.pk).update(last_job=record.pk)
+                made = record
+            if made is not None:
+                self._rows().filter(pk=schedule.pk).update(last_job=made.pk)
         logger.debug("Schedule %s: %d jobs, next at %s", schedule.name, len(due.times), _moment(due.next_at))
 
     def _readable(self) -> QuerySet[Schedule]:

@@ -28,7 +28,7 @@ from django.utils import timezone
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
-from .models import JobAttempt, JobRecord, ServerLease
+from .models import JobAttempt, JobRecord, ServerLease, unique_key_of
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Entry,
@@ -39,6 +39,7 @@ from .server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    Joined,
     Outcome,
     StoredJob,
 )
@@ -276,22 +277,23 @@ class DatabaseStore:
         self._perhaps_taken = []
         return [_stored_job(str(row[1]), row) for row in rows]
 
-    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         batch = _Folded(entries, self._queue_of)
         try:
             with self._transaction():
                 self._prove_lease()
-                self._write(batch, again=again)
+                joined = self._write(batch, again=again)
         except _BadRow:
             return self._write_apart(entries, again=again)
-        return {}
+        return _indexed(joined, entries)
 
     def close(self) -> None:
         self._let_go()
 
     # The statements.
 
-    def _write(self, batch: _Folded, *, again: bool) -> None:
+    def _write(self, batch: _Folded, *, again: bool) -> dict[bytes, Joined]:
+        """Write a batch; {handle of a submission: the job that has its unique already}."""
         queued = batch.queued
         if again and queued:
             kept = self._records().filter(
@@ -299,13 +301,41 @@ class DatabaseStore:
             )
             for handle in kept.values_list("handle", flat=True):
                 batch.is_there(str(handle).encode())
+        self._leave_keys_of_others(batch.changed)
+        # What ended makes room for the next of its unique.
+        for columns, changes in batch.changes_by_columns():
+            self._update(columns, changes)
+        joined = self._join(queued)
         if queued:
             common = {"server": self.lease_id, "server_epoch": self.epoch}
             self._insert([row | common for row in queued.values()])
-        for columns, changes in batch.changes_by_columns():
-            self._update(columns, changes)
         if batch.attempts:
             self._keep_attempts(batch.attempts)
+        return joined
+
+    def _leave_keys_of_others(self, changed: dict[bytes, Row]) -> None:
+        """A foreground job that is kept after all has no key where another job has it."""
+        kept = {row["unique_key"]: row for row in changed.values() if row.get("unique_key")}
+        for part in _in_parts(list(kept)):
+            there = self._records().filter(unique_key__in=part).values_list("unique_key", "handle")
+            for key, handle in there:
+                if changed.get(str(handle).encode()) is not kept[key]:
+                    kept[key]["unique_key"] = None
+
+    def _join(self, queued: dict[bytes, Row]) -> dict[bytes, Joined]:
+        """Take submissions out whose unique has a live row already; which job each of them joins."""
+        keys = {row["unique_key"]: handle for handle, row in queued.items() if row["unique_key"]}
+        joined: dict[bytes, Joined] = {}
+        for part in _in_parts(list(keys)):
+            there = self._records().filter(unique_key__in=part).values_list("unique_key", "pk", "handle")
+            for key, pk, handle in there:
+                if handle is None:
+                    # It waits at the door, without a name.
+                    handle = f"{self._row_prefix}{pk}"
+                    self._records().filter(pk=pk, handle=None).update(handle=handle)
+                del queued[keys[key]]
+                joined[keys[key]] = Joined(handle.encode())
+        return joined
 
     def _keep_attempts(self, attempts: list[JobRequeued]) -> None:
         prepare = self._preparer()
@@ -321,14 +351,15 @@ class DatabaseStore:
             rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
         self._execute_many(self._sql.keep_attempt, rows)
 
-    def _write_apart(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+    def _write_apart(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         """A row of the batch is bad: find it by halves, without refusing its neighbours."""
-        refused: dict[int, str] = {}
+        refused: dict[int, str | Joined] = {}
+        joined: dict[bytes, Joined] = {}
 
         def write(part: Sequence[Entry]) -> _BadRow | None:
             try:
                 with transaction.atomic(using=self._using):
-                    self._write(_Folded(part, self._queue_of), again=again)
+                    joined.update(self._write(_Folded(part, self._queue_of), again=again))
             except _BadRow as error:
                 return error
             return None
@@ -351,7 +382,7 @@ class DatabaseStore:
         with self._transaction():
             self._prove_lease()
             write_halves(0, len(entries))
-        return refused
+        return refused | _indexed(joined, entries)
 
     def _insert(self, rows: list[Row]) -> None:
         quote = self._connection.ops.quote_name
@@ -726,6 +757,23 @@ class _Now(Now):
         return self.as_sql(compiler, connection, template=template, **context)
 
 
+def _indexed(joined: dict[bytes, Joined], entries: Sequence[Entry]) -> dict[int, str | Joined]:
+    """Which of the entries are the submissions that joined another job."""
+    if not joined:
+        return {}
+    return {
+        index: joined[entry.handle]
+        for index, entry in enumerate(entries)
+        if type(entry) is JobQueued and entry.handle in joined
+    }
+
+
+def _in_parts(keys: list[str]) -> Iterator[list[str]]:
+    """As many as every database takes as parameters of one statement."""
+    for start in range(0, len(keys), 500):
+        yield keys[start : start + 500]
+
+
 class _BadRow(Exception):
     """The database refuses a row for what is in it."""
 
@@ -791,6 +839,7 @@ class _Folded:
             "function": function,
             "queue_name": self._queue_of(function),
             "unique": text_of_unique(entry.unique),
+            "unique_key": _key_of(entry) if entry.background else None,
             "workload": entry.workload,
             "priority": entry.priority,
             "background": entry.background,
@@ -800,6 +849,10 @@ class _Folded:
             "status": _SCHEDULED if entry.run_after > entry.at else _READY,
             "enqueued_at": _moment(entry.at),
         }
+
+
+def _key_of(entry: JobQueued | JobKept) -> str | None:
+    return unique_key_of(entry.function.decode(), text_of_unique(entry.unique), entry.workload)
 
 
 def _change(row: Row, entry: Entry) -> None:
@@ -825,8 +878,9 @@ def _change(row: Row, entry: Entry) -> None:
             row["status"] = _READY
         case JobKept():
             row["background"] = True
+            row["unique_key"] = _key_of(entry)
         case JobFinished():
-            row.update(status=entry.outcome.value, finished_at=_moment(entry.at))
+            row.update(status=entry.outcome.value, finished_at=_moment(entry.at), unique_key=None)
             if entry.outcome is Outcome.SUCCESSFUL:
                 row["result"] = entry.data
             else:

@@ -18,7 +18,7 @@ from django.utils import timezone
 from django_gearman import store as store_module
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import JobRecord, ServerLease, unique_key_of
 from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
     JobDue,
@@ -28,6 +28,7 @@ from django_gearman.server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    Joined,
     Outcome,
     StoredJob,
 )
@@ -94,6 +95,8 @@ class DatabaseHouse:
     def put(self, function: bytes = b"reverse", **columns: Any) -> JobRecord:
         if "unique" in columns:
             columns["unique"] = text_of_unique(columns["unique"])
+            workload = columns.get("workload", b"abc")
+            columns["unique_key"] = unique_key_of(function.decode(), columns["unique"], workload)
         return JobRecord.objects.create(function=function.decode(), **{"workload": b"abc", **columns})
 
     def restart(self) -> DatabaseStore:
@@ -225,6 +228,76 @@ class TestClaim:
         write(house.store, JobStarted(job.handle, b"w", 1, AT))
         write(house.store, JobFinished(job.handle, Outcome.SUCCESSFUL, b"cba", "", AT))
         assert house.restart().replay() == []
+
+
+class TestUnique:
+    """One live job for each unique of a function, whichever door it came by."""
+
+    def test_submission_joins_what_waits_at_the_door(self, house: House) -> None:
+        house.put(unique=b"u")
+        refused = write(house.store, queued(1, unique=b"u"), queued(2, unique=b"other"))
+        assert list(refused) == [0]
+        (job,) = house.store.claim(10, [])
+        assert refused[0] == Joined(job.handle)
+        assert {job.handle for job in house.restart().replay()} == {job.handle, queued(2).handle}
+
+    def test_other_functions_and_empty_uniques_are_others(self, house: House) -> None:
+        house.put(b"else", unique=b"u")
+        house.put(unique=b"")
+        assert write(house.store, queued(1, unique=b"u"), queued(2), queued(3)) == {}
+
+    def test_workload_is_the_unique_where_that_is_a_dash(self, house: House) -> None:
+        house.put(unique=b"-", workload=b"same")
+        refused = write(
+            house.store,
+            queued(1, unique=b"-", workload=b"same"),
+            queued(2, unique=b"-", workload=b"else"),
+            queued(3, unique=b"-", workload=b""),
+            queued(4, unique=b"-", workload=b""),
+        )
+        assert list(refused) == [0]
+
+    def test_unique_of_a_job_that_ended_is_free(self, house: House) -> None:
+        write(house.store, queued(1, unique=b"u"), started())
+        assert write(house.store, finished(), queued(2, unique=b"u")) == {}
+        assert write(house.store, queued(3, unique=b"u"), finished(2)) == {}
+        assert [job.handle for job in house.restart().replay()] == [queued(3).handle]
+
+    def test_batch_written_again_does_not_join_itself(self, house: House) -> None:
+        batch = [queued(1, unique=b"u"), queued(2)]
+        write(house.store, *batch)
+        assert write(house.store, *batch, again=True) == {}
+
+    def test_foreground_jobs_have_none(self, house: House) -> None:
+        write(house.store, queued(1, unique=b"u", background=False))
+        assert write(house.store, queued(2, unique=b"u")) == {}
+
+    def test_neighbours_of_a_bad_row_join_all_the_same(self, database: DatabaseHouse) -> None:
+        database.put(unique=b"u")
+        refused = write(database.store, queued(1, unique=b"u"), queued(2, priority=101), queued(3))
+        assert isinstance(refused[0], Joined)
+        assert isinstance(refused[1], str)
+        assert set(refused) == {0, 1}
+
+    def test_kept_job_has_its_key_unless_another_has(self, database: DatabaseHouse) -> None:
+        write(
+            database.store,
+            queued(1, unique=b"free", background=False),
+            queued(2, unique=b"taken", background=False),
+        )
+        database.put(unique=b"taken")
+        kept = JobKept(queued(1).handle, AT, b"reverse", b"free")
+        assert write(database.store, kept, kept._replace(handle=queued(2).handle, unique=b"taken")) == {}
+        assert row(1).unique_key == unique_key_of("reverse", "free")
+        assert row(2).unique_key is None
+        assert row(1).background
+        assert row(2).background
+
+    def test_ended_rows_have_no_key(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(unique=b"u"))
+        assert row().unique_key == unique_key_of("reverse", "u")
+        write(database.store, finished())
+        assert row().unique_key is None
 
 
 class TestTakeOver:

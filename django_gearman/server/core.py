@@ -374,6 +374,41 @@ class JobServer:
             job.background = False
             self._drop_if_abandoned(job)
 
+    def joined(self, entry: JobQueued, handle: bytes) -> None:
+        """
+        The store has a live job of the same function and unique: the submission is of that one.
+
+        It is another server's, or waits at the database door. Clients that have
+        joined in the foreground meanwhile cannot hear of it there: for them the
+        job is run here, and not kept.
+        """
+        job = self.jobs.get(entry.handle)
+        if job is None:
+            return
+        job.recorded = False
+        other = self.jobs.get(handle)
+        is_pending = job.state is PENDING
+        if not is_pending or (job.listeners and other is None):
+            named = job.handle if is_pending else handle
+            self._give_answers(job, encode_response(PacketType.JOB_CREATED, named))
+            job.background = False
+            if is_pending:
+                self._admit(job)
+            else:
+                self._drop_if_abandoned(job)
+            return
+        self._give_answers(job, encode_response(PacketType.JOB_CREATED, handle))
+        for listener in job.listeners or ():
+            listener.listens.discard(job)
+            if other is not None:
+                self._listen(listener, other)
+        job.listeners = None
+        key = job.key
+        self._remove(job)
+        if other is not None and other.key is None and key is not None:
+            other.key = key
+            other.function.uniques[key] = other
+
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         """The store handed these over: claimed from the database door, or replayed at the start."""
         for stored in jobs:
@@ -770,7 +805,10 @@ class JobServer:
             if self._durable:
                 self.urgent = True
                 if job.recorded:
-                    self.entries.append(JobKept(job.handle, self.now))
+                    workload = job.workload if job.unique == b"-" else b""
+                    self.entries.append(
+                        JobKept(job.handle, self.now, job.function.name, job.unique, workload)
+                    )
                 else:
                     job.recorded = True
                     self._record(job, peer)

@@ -51,6 +51,11 @@ class JobKept(NamedTuple):
     at: float = 0.0
     """When it was submitted: its client does not wait for the store for ever."""
 
+    function: bytes = b""
+    unique: bytes = b""
+    workload: bytes = b""
+    """Of the job, which from now on is to be found by its unique; the workload only where that is ``-``."""
+
 
 class JobStarted(NamedTuple):
     """The job was handed to a worker for the ``attempts``-th time."""
@@ -104,6 +109,16 @@ class JobFinished(NamedTuple):
     data: bytes
     reason: str
     at: float
+
+
+class Joined(NamedTuple):
+    """
+    What became of a submission instead of a row: its unique has one already.
+
+    Of a job that another server has, or that waits at the database door.
+    """
+
+    handle: bytes
 
 
 Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobRequeued | JobFinished

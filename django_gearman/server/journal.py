@@ -33,6 +33,7 @@ from .entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    Joined,
     Outcome,
     StoredJob,
 )
@@ -80,7 +81,7 @@ class JobStore(Protocol):
     renewed: float
     """Monotonic time at which this server last proved that its jobs are its own; infinite without rivals."""
 
-    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         """
         Write a batch in one transaction, in order.
 
@@ -88,7 +89,7 @@ class JobStore(Protocol):
             again: The batch was tried before with an unknown outcome: what is
                 there already must not be there twice.
         Returns:
-            {index of an entry that cannot be kept: why}; all others are kept.
+            {index of an entry that is not kept: why, or which job it joined}; all others are kept.
         """
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
@@ -132,10 +133,17 @@ class MemoryStore:
         self._foreground: dict[bytes, StoredJob] = {}
         self.finished: dict[bytes, JobFinished] = {}
 
-    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
-        for entry in entries:
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
+        joined: dict[int, str | Joined] = {}
+        # What ended makes room for the next of its unique, wherever in the batch it stands.
+        ended = {entry.handle for entry in entries if isinstance(entry, JobFinished)}
+        for index, entry in enumerate(entries):
             handle = entry.handle
             if isinstance(entry, JobQueued):
+                other = self.find_live(*entry[1:4]) if entry.background else None
+                if other is not None and other.handle not in (handle, *ended) and handle not in ended:
+                    joined[index] = Joined(other.handle)
+                    continue
                 job = StoredJob(
                     handle,
                     entry.function,
@@ -163,7 +171,17 @@ class MemoryStore:
                 self.jobs.pop(handle, None)
                 self._foreground.pop(handle, None)
                 self.finished[handle] = entry
-        return {}
+        return joined
+
+    def find_live(self, function: bytes, unique: bytes, workload: bytes) -> StoredJob | None:
+        """The job to do that has the unique; ``-`` stands for the workload."""
+        if not unique or (unique == b"-" and not workload):
+            return None
+        wanted = workload if unique == b"-" else None
+        for job in (*self.jobs.values(), *self.unclaimed):
+            if (job.function, job.unique) == (function, unique) and wanted in (None, job.workload):
+                return job
+        return None
 
     def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
         wanted = [job for job in self.unclaimed if job.function not in full]
@@ -199,7 +217,7 @@ class Batch:
     """Handles of submissions that were refused while the store had them."""
 
     # Filled in by ``perform``.
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str | Joined] = field(default_factory=dict)
     claimed: list[StoredJob] = field(default_factory=list)
     written: bool = False
     renewed: float = math.inf
@@ -377,6 +395,10 @@ class Journal:
             refused = batch.refused
             for index, reason in refused.items():
                 entry = batch.entries[index]
+                if isinstance(reason, Joined):
+                    assert isinstance(entry, JobQueued), "nothing else can join"
+                    server.joined(entry, reason.handle)
+                    continue
                 logger.error(
                     "Cannot keep %s of job %s: %s", type(entry).__name__, entry.handle.decode(), reason
                 )

@@ -12,6 +12,7 @@ from django_gearman.server.entries import (
     JobRequeued,
     JobStarted,
     Outcome,
+    StoredJob,
 )
 
 from .harness import Caller, Wire, handle
@@ -235,7 +236,7 @@ class TestBackgroundOntoForeground:
     def test_it_is_heard_once_that_is_written(self, recorded):
         wire, foreground, background = self.start(recorded)
         assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"other") == []
-        assert wire.commit() == [JobKept(handle(1), 1000.0) if recorded else queued()]
+        assert wire.commit() == [JobKept(handle(1), 1000.0, b"f", b"u") if recorded else queued()]
         assert background.hears() == [CREATED]
         assert foreground.hears() == []
         foreground.leaves()
@@ -266,7 +267,7 @@ class TestBackgroundOntoForeground:
         background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
         entries = wire.commit()
         started = JobStarted(handle(1), b"127.0.0.1", 1, 1000.0)
-        assert entries == ([JobKept(handle(1), 1000.0)] if recorded else [queued(), started])
+        assert entries == ([JobKept(handle(1), 1000.0, b"f", b"u")] if recorded else [queued(), started])
         foreground.leaves()
         worker.leaves()
         assert wire.worker(b"f").grabs() == handle(1)
@@ -414,6 +415,61 @@ class TestEntries:
         worker(P.WORK_STATUS, handle(1), b"1", b"2")
         worker(P.WORK_COMPLETE, handle(1), b"")
         assert wire.entries() == []
+
+
+class TestJoined:
+    """The store has a live job of the unique that this server has not: the submission is of that one."""
+
+    THEIRS = b"H:other:3.5"
+
+    def submitted(self, *, waits: bool = False) -> tuple[Wire, Caller, Caller, JobQueued]:
+        wire = Wire(durable=True)
+        background, foreground = wire.connect(), wire.connect()
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"w") == []
+        if waits:
+            assert foreground(P.SUBMIT_JOB, b"f", b"u", b"w") == []
+        (entry,) = wire.entries()
+        return wire, background, foreground, entry
+
+    def test_client_hears_of_the_other_and_no_second_is_made(self):
+        wire, background, _, entry = self.submitted()
+        wire.core.joined(entry, self.THEIRS)
+        assert background.hears() == [(P.JOB_CREATED, self.THEIRS)]
+        assert wire.core.jobs == {}
+        assert wire.worker(b"f").grabs() is None
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"w") == []
+
+    def test_who_waits_has_it_run_here(self):
+        wire, background, foreground, entry = self.submitted(waits=True)
+        wire.core.joined(entry, self.THEIRS)
+        assert background.hears() == foreground.hears() == [CREATED]
+        worker = wire.worker(b"f")
+        assert worker.grabs() == handle(1)
+        worker(P.WORK_COMPLETE, handle(1), b"done")
+        assert foreground.hears() == [(P.WORK_COMPLETE, handle(1), b"done")]
+        # Nothing of it is kept: the other job is.
+        assert wire.entries() == []
+
+    def test_who_waits_hears_of_one_that_was_claimed_meanwhile(self):
+        wire, background, foreground, entry = self.submitted(waits=True)
+        wire.core.adopt([StoredJob(self.THEIRS, b"f", b"u", b"w", 0, 0, None)])
+        wire.core.joined(entry, self.THEIRS)
+        created = (P.JOB_CREATED, self.THEIRS)
+        assert background.hears() == foreground.hears() == [created]
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"w") == [created]
+        worker = wire.worker(b"f")
+        assert worker.grabs() == self.THEIRS
+        assert worker(P.GRAB_JOB) == [(P.NO_JOB,)]
+        worker(P.WORK_COMPLETE, self.THEIRS, b"done")
+        assert foreground.hears() == [(P.WORK_COMPLETE, self.THEIRS, b"done")]
+        assert background.hears() == []
+
+    def test_client_that_left_is_not_missed(self):
+        wire, background, foreground, entry = self.submitted(waits=True)
+        background.leaves()
+        foreground.leaves()
+        wire.core.joined(entry, self.THEIRS)
+        assert wire.core.jobs == {}
 
 
 class TestHold:

@@ -656,7 +656,7 @@ class TestMemoryStore:
     """The contract of ``JobStore`` in its shortest form."""
 
     def queued(self, number: int = 1, *, background: bool = True, priority: int = 0) -> JobQueued:
-        return JobQueued(handle(number), b"f", b"u", b"w", priority, background, b"c", 1000.0)
+        return JobQueued(handle(number), b"f", b"", b"w", priority, background, b"c", 1000.0)
 
     def finished(self, number: int = 1) -> JobFinished:
         return JobFinished(handle(number), Outcome.SUCCESSFUL, b"r", "", 1001.0)
@@ -673,8 +673,8 @@ class TestMemoryStore:
         )
         store.write([self.finished(1)], again=False)
         assert store.replay() == [
-            StoredJob(handle(2), b"f", b"u", b"w", 50, 0, None),
-            StoredJob(handle(4), b"f", b"u", b"w", 0, 2, None),
+            StoredJob(handle(2), b"f", b"", b"w", 50, 0, None),
+            StoredJob(handle(4), b"f", b"", b"w", 0, 2, None),
         ]
 
     def test_foreground_job_that_was_kept_is_replayed(self):

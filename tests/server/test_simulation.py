@@ -24,7 +24,7 @@ from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import ATTEMPTS, PacketType
 from django_gearman.server import core, text
 from django_gearman.server.core import HIGH, LOW, NORMAL, JobServer, ServerOptions
-from django_gearman.server.entries import Entry, JobKept, JobQueued, Outcome, StoredJob
+from django_gearman.server.entries import Entry, JobKept, JobQueued, Joined, Outcome, StoredJob
 from django_gearman.server.jobs import JobState
 from django_gearman.server.journal import Batch, Journal, MemoryStore
 
@@ -57,11 +57,12 @@ class FlakyStore(MemoryStore):
         self.dice = dice
         self.trouble = 0.0
 
-    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
+    def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         if self.dice.random() < self.trouble:
             raise StoreError("nothing was written")
-        refused = {}
+        refused: dict[int, str | Joined] = {}
         kept: list[Entry] = []
+        places: list[int] = []
         for index, entry in enumerate(entries):
             if isinstance(entry, JobQueued) and entry.workload == b"bad" and entry.function == b"d":
                 refused[index] = "bad"
@@ -69,7 +70,9 @@ class FlakyStore(MemoryStore):
                 refused[index] = "unknown"
             else:
                 kept.append(entry)
-        super().write(kept, again=again)
+                places.append(index)
+        joined = super().write(kept, again=again)
+        refused |= {places[index]: other for index, other in joined.items()}
         if self.dice.random() < self.trouble:
             raise StoreError("it was written, but who knows")
         return refused
@@ -93,6 +96,10 @@ class Watched(JobServer):
     def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
         self.world.model_rejected(entry, reason)
         super().rejected(entry, reason)
+
+    def joined(self, entry: JobQueued, handle: bytes) -> None:
+        self.world.model_joined(entry, handle)
+        super().joined(entry, handle)
 
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         jobs = list(jobs)
@@ -299,6 +306,27 @@ class World:
             del self.jobs[job.handle]
         else:
             job.background = False
+            self.drop_if_abandoned(job)
+
+    def model_joined(self, entry: JobQueued, handle: bytes) -> None:
+        self.disowned.add(entry.handle)
+        job = self.jobs.get(entry.handle)
+        if job is None:
+            return
+        job.recorded = False
+        other = self.jobs.get(handle)
+        if job.state == "pending" and not (job.listeners and other is None):
+            self.answer(job, P.JOB_CREATED, handle)
+            del self.jobs[job.handle]
+            if other is not None:
+                other.listeners += job.listeners
+                other.key = other.key or job.key
+            return
+        self.answer(job, P.JOB_CREATED, job.handle if job.state == "pending" else handle)
+        job.background = False
+        if job.state == "pending":
+            self.enqueue(job)
+        else:
             self.drop_if_abandoned(job)
 
     def model_adopted(self, stored: StoredJob) -> None:
@@ -597,25 +625,27 @@ class World:
     def insert_row(self) -> None:
         """The database door: a committed row is a promise by itself."""
         self.rows += 1
-        self.store.unclaimed.append(
-            StoredJob(
-                b"H:test:1:r%d" % self.rows,
-                self.dice.choice(FUNCTIONS),
-                self.dice.choice(UNIQUES),
-                b"row",
-                self.dice.choice([HIGH, NORMAL, LOW]),
-                0,
-                self.dice.choice([None, None, 1, 2, 4]),
-                timeout=self.dice.choice([None, None, 2]),
-            )
+        row = StoredJob(
+            b"H:test:1:r%d" % self.rows,
+            self.dice.choice(FUNCTIONS),
+            self.dice.choice(UNIQUES),
+            b"row",
+            self.dice.choice([HIGH, NORMAL, LOW]),
+            0,
+            self.dice.choice([None, None, 1, 2, 4]),
+            timeout=self.dice.choice([None, None, 2]),
         )
+        # The table has one live row for each unique.
+        if self.store.find_live(row.function, row.unique, row.workload) is None:
+            self.store.unclaimed.append(row)
 
     def crash(self) -> None:
         """The process ends between two instructions; what is in the store is all that is left."""
         if self.batch is not None and self.dice.random() < 0.5:
             self.batch.perform(self.store)
         replayed = self.store.replay()
-        lost = self.acknowledged - set(self.outcomes) - {job.handle for job in replayed}
+        kept = {job.handle for job in (*replayed, *self.store.unclaimed)}
+        lost = self.acknowledged - set(self.outcomes) - kept
         assert not lost, f"acknowledged, not ended, and gone: {lost}"
         for job in replayed:
             # It ended, but nobody wrote that: it runs again.
@@ -659,7 +689,8 @@ class World:
     def acknowledge(self, handle: bytes) -> None:
         if handle in self.outcomes:
             return
-        assert handle in self.store.jobs, f"{handle} is acknowledged and not in the store"
+        kept = (*self.store.jobs, *(job.handle for job in self.store.unclaimed))
+        assert handle in kept, f"{handle} is acknowledged and not in the store"
         self.acknowledged.add(handle)
 
     def check_state(self) -> None:
