@@ -11,6 +11,7 @@ import pathlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -947,3 +948,107 @@ class TestAttempts:
         job(max_attempts=7, timeout=30)(plain).enqueue(1)
         record = JobRecord.objects.get()
         assert (record.max_attempts, record.timeout) == (7, 30)
+
+
+class TestUnique:
+    """While a job of a unique is to do, ``enqueue`` gives that one."""
+
+    @pytest.fixture(autouse=True)
+    def _database(self, transactional_db: None) -> None:
+        pass
+
+    def test_by_an_argument(self, registry: dict[str, Any]) -> None:
+        once = job(unique="left")(plain)
+        first = once.enqueue(1, right=2)
+        assert once.enqueue(1, right=3).id == first.id
+        assert once.enqueue(left=1).id == first.id
+        assert once.enqueue(2).id != first.id
+        record = JobRecord.objects.get(pk=first.id)
+        assert record.unique == "[1]"
+        assert record.workload == b'{"args":[1],"kwargs":{"right":2}}'
+
+    def test_by_several_with_their_defaults(self, registry: dict[str, Any]) -> None:
+        once = job(unique=["right", "left"])(plain)
+        first = once.enqueue(1)
+        assert once.enqueue(1, 1).id == first.id
+        assert once.enqueue(1, 2).id != first.id
+
+    def test_by_a_function(self, registry: dict[str, Any]) -> None:
+        once = job(unique=lambda left, right=1: f"sum {left + right}")(plain)
+        first = once.enqueue(1, 3)
+        assert once.enqueue(2, 2).id == first.id
+        assert JobRecord.objects.get(pk=first.id).unique == "sum 4"
+
+    def test_for_one_submission(self) -> None:
+        first = jobs.add.using(unique="mine").enqueue(1)
+        assert jobs.add.using(unique="mine").enqueue(2).id == first.id
+        assert jobs.add.using(unique="").enqueue(1).id != first.id
+        assert jobs.add.enqueue(1).id != first.id
+
+    def test_of_another_function_is_another(self, registry: dict[str, Any]) -> None:
+        first = job(unique="left")(plain).enqueue(1)
+        assert job(unique="left", name="other")(plain).enqueue(1).id != first.id
+
+    @pytest.mark.parametrize("status", [Status.SCHEDULED, Status.RUNNING, Status.RETRYING])
+    def test_running_job_is_joined_too(self, status: str) -> None:
+        once = jobs.add.using(unique="u")
+        first = once.enqueue(1)
+        JobRecord.objects.filter(pk=first.id).update(status=status)
+        assert once.enqueue(1).id == first.id
+        assert once.enqueue(1).status == status
+
+    def test_ended_job_is_not(self) -> None:
+        once = jobs.add.using(unique="u")
+        first = once.enqueue(1)
+        JobRecord.objects.filter(pk=first.id).update(status=Status.SUCCESSFUL, unique_key=None)
+        assert once.enqueue(1).id != first.id
+
+    def test_long_ones_are_hashed(self) -> None:
+        once = jobs.add.using(unique="ü" * 101)
+        first = once.enqueue(1)
+        unique = JobRecord.objects.get(pk=first.id).unique
+        assert len(unique) == 64
+        assert once.enqueue(1).id == first.id
+        assert jobs.add.using(unique="ü" * 102).enqueue(1).id != first.id
+
+    def test_rollback_leaves_room(self) -> None:
+        once = jobs.add.using(unique="u")
+        with transaction.atomic():
+            first = once.enqueue(1)
+            assert once.enqueue(1).id == first.id
+            transaction.set_rollback(True)
+        assert not JobRecord.objects.exists()
+        once.enqueue(1)
+        assert JobRecord.objects.count() == 1
+
+    def test_many_at_once(self) -> None:
+        once = jobs.add.using(unique="u")
+        together = threading.Barrier(8)
+
+        def enqueue(number: int) -> str:
+            try:
+                together.wait(20)
+                return once.enqueue(number).id
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(8) as pool:
+            ids = set(pool.map(enqueue, range(8)))
+        assert len(ids) == JobRecord.objects.count() == 1
+
+    @pytest.mark.parametrize(
+        ("unique", "message"),
+        [
+            ("middle", r"names 'middle', which is no argument .*it has left, right"),
+            (["left", "middle"], "names 'middle'"),
+            (3, "unique of .*plain must be a name of an argument, several, or a function, not 3"),
+        ],
+    )
+    def test_bad_ones(self, registry: dict[str, Any], unique: Any, message: str) -> None:
+        with pytest.raises(InvalidJob, match=message):
+            job(unique=unique)(plain)
+
+    def test_function_that_returns_no_text(self, registry: dict[str, Any]) -> None:
+        once = job(unique=lambda left, right=1: left)(plain)
+        with pytest.raises(TypeError, match=r"the unique of .*plain must be a str, not 1"):
+            once.enqueue(1)

@@ -130,3 +130,10 @@ def hang_in_c() -> None:
 def just_in_time() -> str:
     time.sleep(0.1)
     return "done"
+
+
+@job(unique="path")
+def append_once(path: str, line: str) -> None:
+    """One for each path at a time; long enough for many to ask for it."""
+    time.sleep(0.5)
+    append_line.call(path, line)
