@@ -99,6 +99,15 @@ class TestFiring:
         assert (own.queue_name, own.priority) == ("default", 10)
         assert (other.queue_name, other.priority) == ("fast", -7)
 
+    def test_none_while_the_last_of_a_unique_is_to_do(self):
+        schedule = make(function=jobs.append_once.name, args=["path", "line"], catch_up="all")
+        (first,) = work(NOON + 60)
+        assert work(NOON + 240) == []
+        schedule.refresh_from_db()
+        assert (schedule.next_at, schedule.last_job, schedule.error) == (NOON + 300, first.pk, "")
+        JobRecord.objects.filter(pk=first.pk).update(status="SUCCESSFUL", unique_key=None)
+        assert times(work(NOON + 300)) == [300]
+
     def test_a_function_of_somebody_else(self):
         make(function="resize", kwargs={"size": 3})
         (record,) = work(NOON + 60)
