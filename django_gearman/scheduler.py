@@ -138,15 +138,25 @@ class Scheduler:
                 record = self._record_of(schedule)
                 record.run_after = _moment(at)
                 record.client = f"schedule {schedule.name}"[:128]
-                if record.unique_key is not None:
-                    live = JobRecord.objects.using(self._using).filter(unique_key=record.unique_key)
-                    if live.exists():
-                        continue  # the last one is still to do
-                record.save(using=self._using, force_insert=True)
-                made = record
+                if self._insert(record):
+                    made = record
             if made is not None:
                 self._rows().filter(pk=schedule.pk).update(last_job=made.pk)
         logger.debug("Schedule %s: %d jobs, next at %s", schedule.name, len(due.times), _moment(due.next_at))
+
+    def _insert(self, record: JobRecord) -> bool:
+        """Whether the job was made: of a unique there is none while the last one is to do."""
+        key = record.unique_key
+        if key is not None and JobRecord.objects.using(self._using).filter(unique_key=key).exists():
+            return False
+        try:
+            with transaction.atomic(using=self._using):
+                record.save(using=self._using, force_insert=True)
+        except IntegrityError:
+            if key is None:
+                raise
+            return False  # somebody was quicker
+        return True
 
     def _readable(self) -> QuerySet[Schedule]:
         # The others are for a server that can read them.
