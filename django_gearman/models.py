@@ -131,6 +131,9 @@ class JobRecord(models.Model):
     attempts = models.PositiveIntegerField(_("attempts"), default=0)
     """How often the job was handed to a worker."""
 
+    interruptions = models.PositiveIntegerField(_("interruptions"), default=0)
+    """How many of the attempts ended with their job server, which is no fault of the job's."""
+
     numerator = models.BigIntegerField(_("progress numerator"), null=True, blank=True)
     denominator = models.BigIntegerField(_("progress denominator"), null=True, blank=True)
 
@@ -164,16 +167,17 @@ class JobRecord(models.Model):
         ]
         # The partial indexes hold live rows only, so that claim, due and replay
         # cost the same whatever the history. MySQL has no partial indexes: there
-        # migration 0002 makes job_claim and job_due of other columns.
+        # migration 0006 makes job_claim and job_due of other columns.
         indexes = [
             models.Index(
+                models.F("function").asc(),
                 models.F("priority").desc(),
                 models.F("id").asc(),
                 name="job_claim",
                 condition=Q(status="READY", server__isnull=True),
             ),
             models.Index(
-                fields=["run_after"],
+                fields=["function", "run_after", "id"],
                 name="job_due",
                 condition=Q(status__in=("SCHEDULED", "RETRYING"), server__isnull=True),
             ),
@@ -199,7 +203,7 @@ class JobRecord(models.Model):
 
     @classmethod
     def check(cls, **kwargs: Any) -> list[CheckMessage]:
-        # What MySQL cannot do of our indexes (conditions, expressions) is made up for in migration 0002.
+        # What MySQL cannot do of our indexes (conditions, expressions) is made up for in migration 0006.
         return [message for message in super().check(**kwargs) if message.id not in _OF_MYSQL_INDEXES]
 
     @property

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property
 from math import inf
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from django.conf import settings
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
@@ -31,6 +31,7 @@ from .history import History
 from .models import JobAttempt, JobRecord, ServerLease, unique_key_of
 from .scheduler import Scheduler, current_time
 from .server.entries import (
+    Claimed,
     Entry,
     JobDue,
     JobFinished,
@@ -41,7 +42,12 @@ from .server.entries import (
     JobStarted,
     Joined,
     Outcome,
+    Question,
+    Reply,
+    Standing,
     StoredJob,
+    Topic,
+    Waiting,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,10 +61,27 @@ LEASE: Final = 15.0
 ADOPTED_AT_ONCE: Final = 10_000
 """Rows of a dead server that are freed in one transaction."""
 
+FUNCTIONS_AT_ONCE: Final = 200
+"""Functions that are looked at in one claim; the others' turn comes with the next."""
+
+INLINE: Final = 16 * 1024
+"""Bytes of a workload that is read along with its row; larger ones are read of jobs that are taken."""
+
+CLAIM_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of workloads that one claim reads, as many as make it full and the last job's."""
+
+COUNT_SHARE: Final = 20
+"""Counting what lies at the door may take one part in so many of the writer's time."""
+
+DUE_INTERVAL: Final = 1.0
+"""Seconds between two looks at the jobs for later: those of others come without a word."""
+
 _READY: Final = Status.READY.value
 _SCHEDULED: Final = Status.SCHEDULED.value
 _RUNNING: Final = Status.RUNNING.value
 _RETRYING: Final = Status.RETRYING.value
+_AT_DOOR: Final = (Status.READY, Status.SCHEDULED, Status.RETRYING)
+"""Of a job that no server has, and that is to do."""
 _MAX_PROGRESS: Final = 2**63 - 1
 
 
@@ -107,6 +130,16 @@ class DatabaseStore:
         """Bytes of a statement that the database takes."""
         self._perhaps_taken: list[int] = []
         """Ids of rows that a claim with an unknown outcome may have made ours."""
+        self._resuming = False
+        """Whether there are more rows of an earlier run to lay at the door."""
+        self._first_function = ""
+        """After which function the next claim begins to look; empty for the first."""
+        self._first_due_function = ""
+        self._look_for_due_at = 0.0
+        """Monotonic time at which jobs for later are looked at again."""
+        self._has_later = False
+        self._count_at = 0.0
+        """Monotonic time from which what lies at the door is counted again."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
@@ -133,45 +166,195 @@ class DatabaseStore:
         self.renewed = self._looked_for_dead = began
         return lease.epoch
 
-    def replay(self) -> list[StoredJob]:
-        sql = self._sql
+    def resume(self) -> None:
         with self._transaction():
             self._prove_lease()
-            self._end_attempts(self.lease_id, server_epoch=self.epoch)
-            rows = self._execute(sql.owned, [self.lease_id])
-        return [_stored_job(str(row[1]), row) for row in rows]
+            self._end_attempts(self.lease_id)
+            self._resuming = self._free(self.lease_id) == ADOPTED_AT_ONCE
 
-    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
-        sql = self._sql
+    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
+        if self._resuming:
+            self._resume_more()
         with self._database_errors():
-            # Mostly there is nothing, and finding that out need not write.
-            now = self._now()
-            is_due = bool(self._execute(sql.due, [now]))
             is_time = scheduler is not None and scheduler.has_work(moment)
         if monotonic() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
         with self._database_errors():
-            rows = [] if is_due or is_time else self._unclaimed(limit, full)
+            # Mostly there is nothing, and finding that out need not write.
+            door = _Look() if is_time else self._look(limit, full)
         unsure = self._perhaps_taken
-        found = self._found_again()
-        if not rows and not is_due and not is_time and monotonic() - self.renewed < self._lease / 3:
-            return found
-        try:
-            with self._transaction():
-                self._prove_lease()
-                if is_time and scheduler is not None:
-                    scheduler.work(moment)
-                if is_due:
-                    self._execute(sql.make_ready, [now])
-                if is_due or is_time:
-                    rows = self._unclaimed(limit, full)
-                taken = self._take(rows)
-        except StoreError:
-            # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
-            self._perhaps_taken = [*unsure, *(row[0] for row in rows)]
-            raise
-        return found + taken
+        taken = self._found_again()
+        if door.rows or is_time or monotonic() - self.renewed >= self._lease / 3:
+            try:
+                with self._transaction():
+                    self._prove_lease()
+                    if is_time and scheduler is not None:
+                        scheduler.work(moment)
+                        door = self._look(limit, full)
+                    taken += self._take(door.rows)
+            except StoreError:
+                # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
+                self._perhaps_taken = [*unsure, *(row.id for row in door.rows)]
+                raise
+        left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
+        if door.is_partial and monotonic() >= self._count_at:
+            with self._database_errors():
+                left = self._count()
+        return Claimed(taken, self._resuming or door.more, frozenset(door.emptied), left, door.due_in)
+
+    def _resume_more(self) -> None:
+        with self._transaction():
+            self._prove_lease()
+            self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
+
+    def _look(self, limit: int, full: Mapping[bytes, int]) -> _Look:
+        """What is to be taken from the door, and what is known of the rest."""
+        look = _Look()
+        now = timezone.now()
+        ready = [str(name) for (name,) in self._execute(self._sql.functions_ready, [self._first_function])]
+        look.is_partial = bool(full) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
+        look.more = len(ready) == FUNCTIONS_AT_ONCE
+        self._first_function = ready[-1] if look.more else ""
+        due = self._functions_due(now, look)
+        names = [*ready, *(name for name in due if name not in ready)]
+        share = max(1, limit // max(len(names), 1))
+        budget = CLAIM_BYTES
+        for name in names:
+            above = full.get(name.encode(), -1000)
+            rows = []
+            if name in ready:
+                rows = self._rows_of(self._sql.ready_of, [name, above, share])
+                if len(rows) < share and name.encode() not in full:
+                    look.emptied.add(name.encode())
+            if name in due:
+                rows = self._merge(rows, name, above, share, now)
+            for row in rows[:share]:
+                if budget <= 0:
+                    look.cut(name)
+                    break
+                budget -= row.size
+                look.rows.append(row)
+            if len(rows) >= share:
+                look.cut(name)
+        return look
+
+    def _functions_due(self, now: datetime, look: _Look) -> set[str]:
+        """Functions with jobs whose time has come; looked for once a second, and when it comes."""
+        if monotonic() < self._look_for_due_at:
+            look.due_in = self._look_for_due_at - monotonic()
+            look.is_partial = look.is_partial or self._has_later
+            return set()
+        times = {
+            str(name): _seconds(at)
+            for name, at in self._execute(self._sql.functions_due, [self._first_due_function])
+        }
+        all_of_them = len(times) < FUNCTIONS_AT_ONCE
+        self._first_due_function = "" if all_of_them else max(times)
+        self._has_later = bool(times)
+        look.is_partial = look.is_partial or self._has_later
+        due = {name for name, at in times.items() if at <= now.timestamp()}
+        next_due = min((at for name, at in times.items() if name not in due), default=inf)
+        # Jobs that are due and stay, because their function has enough, are looked at again in their turn.
+        look.due_in = min(max(next_due - now.timestamp(), 0.0), DUE_INTERVAL)
+        self._look_for_due_at = 0.0 if due or not all_of_them else monotonic() + look.due_in
+        return due
+
+    def _merge(self, ready: list[_Row], name: str, above: int, share: int, now: datetime) -> list[_Row]:
+        """Jobs that are ready, and those whose time has come, in the order in which they became ready."""
+        at = self._fields["run_after"].get_db_prep_value(now, self._connection)
+        due = [row for row in self._rows_of(self._sql.due_of, [name, at, share]) if row.job.priority > above]
+        rows = sorted([*ready, *due], key=lambda row: (-row.job.priority, row.ready_at, row.id))
+        return rows[:share]
+
+    def _rows_of(self, statement: str, parameters: list[Any]) -> list[_Row]:
+        rows: list[_Row] = []
+        ready_at, priority = 0.0, None
+        for id, size, status, enqueued_at, *columns in self._execute(statement, parameters):
+            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
+            # Those that are ready have the order of their ids, whatever the clocks said.
+            ready_at = max(ready_at if job.priority == priority else 0.0, _seconds(enqueued_at))
+            priority = job.priority
+            was_due = status != _READY
+            rows.append(_Row(id, size, job, job.run_after if was_due else ready_at))
+        return rows
+
+    def _count(self) -> dict[tuple[bytes, int], Waiting]:
+        """How many jobs lie at the door; from indexes alone."""
+        began = monotonic()
+        counts: dict[tuple[bytes, int], Waiting] = {}
+        for name, priority, count in self._execute(self._sql.count_ready, []):
+            counts[name.encode(), priority] = Waiting(count, 0)
+        for name, count in self._execute(self._sql.count_later, []):
+            # gearmand counts those as normal ones.
+            ready, _ = counts.get((name.encode(), 0), (0, 0))
+            counts[name.encode(), 0] = Waiting(ready, count)
+        now = monotonic()
+        self._count_at = now + max(1.0, COUNT_SHARE * (now - began))
+        return counts
+
+    def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
+        replies: dict[int, Reply] = {}
+        with self._database_errors():
+            self._tell_standings([q for q in questions if q.topic is Topic.STATUS], replies)
+            for question in questions:
+                if question.topic is Topic.UNIQUE:
+                    live = self._records().filter(status__in=JobRecord.LIVE)
+                    found = live.filter(unique=text_of_unique(question.unique)).order_by("-pk")
+                    for columns in found.values_list("status", "numerator", "denominator")[:1]:
+                        replies[question.number] = _standing(*columns)
+        for question in questions:
+            if question.topic is Topic.TAKE:
+                replies[question.number] = self._take_one(question)
+            elif question.topic is Topic.CANCEL:
+                replies[question.number] = self._cancel(question)
+            else:
+                replies.setdefault(question.number, None)
+        return replies
+
+    def _tell_standings(self, questions: list[Question], replies: dict[int, Reply]) -> None:
+        handles: dict[str, list[int]] = {}
+        for question in questions:
+            handles.setdefault(text_of(question.handle), []).append(question.number)
+        for part in _in_parts(list(handles)):
+            live = self._records().filter(handle__in=part, status__in=JobRecord.LIVE)
+            told = live.values_list("handle", "status", "numerator", "denominator")
+            for handle, status, numerator, denominator in told:
+                for number in handles[str(handle)]:
+                    replies[number] = _standing(status, numerator, denominator)
+
+    def _take_one(self, question: Question) -> StoredJob | None:
+        """Make a job ours that lies at the door, whether its time has come or not."""
+        door = self._records().filter(server=None, status__in=_AT_DOOR)
+        if question.handle:
+            door = door.filter(handle=text_of(question.handle))
+        else:
+            unique = text_of_unique(question.unique)
+            key = unique_key_of(question.function.decode(), unique, question.workload)
+            door = door.filter(unique_key=key)
+        with self._transaction():
+            self._prove_lease()
+            id = door.values_list("pk", flat=True).first()
+            if id is None:
+                return None
+            ((_, size, status, _, *columns),) = self._execute(self._sql.by_id(1), [id])
+            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
+            is_later = status != _READY and job.run_after > timezone.now().timestamp()
+            taken = self._take([_Row(id, size, job, 0.0)], status=status if is_later else _READY)
+            return taken[0] if taken else None
+
+    def _cancel(self, question: Question) -> bool | None:
+        """End a job that lies at the door."""
+        ended = {
+            "status": Status.CANCELLED,
+            "finished_at": timezone.now(),
+            "message": "An operator cancelled the job",
+            "unique_key": None,
+        }
+        with self._transaction():
+            self._prove_lease()
+            door = self._records().filter(server=None, status__in=_AT_DOOR)
+            return bool(door.filter(handle=text_of(question.handle)).update(**ended)) or None
 
     def _free_jobs_of_the_dead(self) -> None:
         """
@@ -196,31 +379,36 @@ class DatabaseStore:
     def _free_jobs_of(self, lease: ServerLease) -> bool:
         """Free a part of its jobs; whether there may be more."""
         self._end_attempts(lease.pk)
-        some = self._held(lease.pk, ADOPTED_AT_ONCE)
-        for start in range(0, len(some), 500):
-            self._records().filter(pk__in=some[start : start + 500]).update(server=None, server_epoch=None)
-        if some:
+        freed = self._free(lease.pk)
+        if freed:
             logger.warning(
                 "The job server %s was not heard of for %g s: %d of its jobs were freed",
                 lease.name,
                 self._lease,
-                len(some),
+                freed,
             )
-        return len(some) == ADOPTED_AT_ONCE
+        return freed == ADOPTED_AT_ONCE
 
-    def _held(self, lease_id: int, limit: int) -> list[int]:
+    def _free(self, lease_id: int, but_of_epoch: int | None = None) -> int:
+        """Lay a part of a server's jobs at the door; how many."""
+        some = self._held(lease_id, ADOPTED_AT_ONCE, but_of_epoch)
+        for start in range(0, len(some), 500):
+            self._records().filter(pk__in=some[start : start + 500]).update(server=None, server_epoch=None)
+        return len(some)
+
+    def _held(self, lease_id: int, limit: int, but_of_epoch: int | None = None) -> list[int]:
         """Ids of so many live jobs of a server, the oldest first."""
-        return [id for (id,) in self._execute(self._sql.held, [lease_id, limit])]
+        but = -1 if but_of_epoch is None else but_of_epoch
+        return [id for (id,) in self._execute(self._sql.held, [lease_id, but, limit])]
 
-    def _end_attempts(self, lease_id: int, **changes: Any) -> None:
+    def _end_attempts(self, lease_id: int) -> None:
         """The server ended: foreground jobs ended with it, background ones that ran wait again."""
-        owned = self._records().filter(server_id=lease_id, status__in=JobRecord.LIVE)
+        sql, now = self._sql, self._now()
         # The clients of foreground jobs left with it.
-        ended = {"finished_at": timezone.now(), "message": "The job server ended before the job did"}
-        owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
-        owned.filter(background=False).update(status=Status.CANCELLED, **ended)
-        self._execute(self._sql.keep_interrupted, [self._now(), lease_id])
-        owned.filter(status=_RUNNING).update(status=_READY, numerator=None, denominator=None, **changes)
+        self._execute(sql.end_running, [now, lease_id])
+        self._execute(sql.end_waiting, [now, lease_id])
+        self._execute(sql.keep_interrupted, [now, lease_id])
+        self._execute(sql.interrupt, [lease_id])
 
     def _now(self) -> Any:
         """This machine's time, as the driver takes it."""
@@ -243,24 +431,26 @@ class DatabaseStore:
                 raise
         return history.pause_after(batch, monotonic() - began)
 
-    def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Any]:
-        names = [name.decode() for name in full]
-        return self._execute(self._sql.unclaimed(len(names)), [*names, limit])
-
-    def _take(self, rows: list[Any]) -> list[StoredJob]:
+    def _take(self, rows: list[_Row], status: str = _READY) -> list[StoredJob]:
         """Make rows ours; those that somebody else was quicker to take stay his."""
         if not rows:
             return []
-        # Of a row's id, which is never used twice; handles of the wire door have an epoch there. A job
-        # that another server had keeps the handle that its client knows.
-        jobs = {row[0]: _stored_job(row[1] or f"{self._row_prefix}{row[0]}", row) for row in rows}
+        # A handle is of a row's id, which is never used twice; handles of the wire door have an epoch
+        # there. A job that another server had keeps the handle that its client knows.
+        jobs = {row.id: row.job for row in rows}
         with self._connection.cursor() as cursor:
-            cursor.execute(self._sql.take(len(jobs)), [self._row_prefix, self.lease_id, self.epoch, *jobs])
+            cursor.execute(
+                self._sql.take(len(jobs)), [self._row_prefix, self.lease_id, self.epoch, status, *jobs]
+            )
             taken = cursor.rowcount
-        if taken == len(rows):
-            return list(jobs.values())
-        still_ours = self._ours(jobs)
-        return [job for id, job in jobs.items() if id in still_ours]
+        if taken < len(rows):
+            still_ours = self._ours(jobs)
+            jobs = {id: job for id, job in jobs.items() if id in still_ours}
+        large = [row.id for row in rows if row.size > INLINE and row.id in jobs]
+        for id in large:
+            ((workload,),) = self._execute(self._sql.workload, [id])
+            jobs[id] = jobs[id]._replace(workload=bytes(workload))
+        return list(jobs.values())
 
     def _ours(self, ids: Collection[int]) -> set[int]:
         """Which of the rows this run of the server has."""
@@ -272,12 +462,19 @@ class DatabaseStore:
         if not self._perhaps_taken:
             return []
         with self._database_errors():
-            ours = self._ours(self._perhaps_taken)
-            rows = self._execute(self._sql.by_id(len(ours)), sorted(ours)) if ours else []
+            ours = sorted(self._ours(self._perhaps_taken))
+            rows = self._rows_of(self._sql.by_id(len(ours)), ours) if ours else []
+            found = [row.job for row in rows if row.size <= INLINE]
+            for row in rows:
+                if row.size > INLINE:
+                    ((workload,),) = self._execute(self._sql.workload, [row.id])
+                    found.append(row.job._replace(workload=bytes(workload)))
         self._perhaps_taken = []
-        return [_stored_job(str(row[1]), row) for row in rows]
+        return found
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
+        if any(isinstance(e, JobQueued | JobRequeued) and e.unclaimed and e.run_after for e in entries):
+            self._look_for_due_at = 0.0
         batch = _Folded(entries, self._queue_of)
         try:
             with self._transaction():
@@ -288,6 +485,13 @@ class DatabaseStore:
         return _indexed(joined, entries)
 
     def close(self) -> None:
+        # What waits here need not wait for this lease to run out.
+        try:
+            with self._transaction():
+                self._prove_lease()
+                self._execute(self._sql.leave, [self.lease_id, self.epoch])
+        except (StoreError, LeaseLost):
+            pass  # then others find it all the same
         self._let_go()
 
     # The statements.
@@ -296,9 +500,8 @@ class DatabaseStore:
         """Write a batch; {handle of a submission: the job that has its unique already}."""
         queued = batch.queued
         if again and queued:
-            kept = self._records().filter(
-                handle__in=[text_of(handle) for handle in queued], server_id=self.lease_id
-            )
+            # Handles are of this run alone, whoever may have claimed the row since.
+            kept = self._records().filter(handle__in=[text_of(handle) for handle in queued])
             for handle in kept.values_list("handle", flat=True):
                 batch.is_there(str(handle).encode())
         self._leave_keys_of_others(batch.changed)
@@ -308,7 +511,7 @@ class DatabaseStore:
         joined = self._join(queued)
         if queued:
             common = {"server": self.lease_id, "server_epoch": self.epoch}
-            self._insert([row | common for row in queued.values()])
+            self._insert([common | row for row in queued.values()])
         if batch.attempts:
             self._keep_attempts(batch.attempts)
         return joined
@@ -407,7 +610,7 @@ class DatabaseStore:
             case "mysql":
                 self._update_by_join(names, handles, rows)
             case _:
-                where = f"{self._column('handle')} = %s AND {self._column('server')} = %s"
+                where = f"{self._column('handle')} = %s AND {self._mine}"
                 assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
                 self._execute_many(
                     f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
@@ -422,7 +625,7 @@ class DatabaseStore:
         assignments = ", ".join(f"{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
         sql = (
             f"UPDATE {self._table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
-            f"WHERE t.{self._column('handle')} = v.handle AND t.{self._column('server')} = %s"
+            f"WHERE t.{self._column('handle')} = v.handle AND {self._mine}"
         )
         columns = [list(column) for column in zip(*rows, strict=True)]
         self._change(sql, [handles, *columns, self.lease_id])
@@ -435,7 +638,7 @@ class DatabaseStore:
         """
         with self._connection.cursor() as cursor:
             wanted = ", ".join(["%s"] * len(handles))
-            where = f"{self._column('handle')} IN ({wanted}) AND {self._column('server')} = %s"
+            where = f"{self._column('handle')} IN ({wanted}) AND {self._mine}"
             cursor.execute(
                 f"SELECT {self._column('handle')}, {self._column('id')} FROM {self._table} WHERE {where}",  # noqa: S608
                 [*handles, self.lease_id],
@@ -485,6 +688,16 @@ class DatabaseStore:
 
     def _column(self, name: str) -> str:
         return self._connection.ops.quote_name(str(self._fields[name].column))
+
+    @property
+    def _mine(self) -> str:
+        """
+        Rows that this server may change, given its lease: its own, and those at the door.
+
+        What it has laid there may have to be undone.
+        """
+        server = self._column("server")
+        return f"({server} = %s OR {server} IS NULL)"
 
     def _preparer(self) -> Callable[[Any], Any]:
         """
@@ -644,23 +857,90 @@ class _Statements:
 
         columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
         server, status, due = columns["server"], columns["status"], columns["run_after"]
-        job = ", ".join(columns[name] for name in ("id", *_JOB_FIELDS))
-        order = f"ORDER BY {columns['priority']} DESC, {columns['id']}"
         live = ", ".join(f"'{each.value}'" for each in JobRecord.LIVE)
         # Whose index on MySQL, which has no partial ones, is by the server too.
         owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
         unclaimed = f"{server} IS NULL AND {status} = '{_READY}'"
-        later = (
-            f"{server} IS NULL AND {status} IN ('{Status.SCHEDULED}', '{Status.RETRYING}') AND {due} <= %s"
+        later = f"{server} IS NULL AND {status} IN ('{_SCHEDULED}', '{_RETRYING}')"
+        at_door = ", ".join(f"'{each.value}'" for each in _AT_DOOR)
+        function = columns["function"]
+        row = ", ".join(
+            [
+                columns["id"],
+                f"LENGTH({columns['workload']})",
+                status,
+                columns["enqueued_at"],
+                *(
+                    # Large ones are only read of jobs that are taken.
+                    f"CASE WHEN LENGTH({columns[name]}) <= {INLINE} THEN {columns[name]} END"
+                    if name == "workload"
+                    else columns[name]
+                    for name in _JOB_FIELDS
+                ),
+            ]
         )
 
-        self.due = f"SELECT 1 FROM {by('job_due')} WHERE {later} LIMIT 1"  # noqa: S608
-        self.make_ready = f"UPDATE {by('job_due')} SET {status} = '{_READY}' WHERE {later}"  # noqa: S608
-        self.held = (
-            f"SELECT {columns['id']} FROM {by(owned)} WHERE {server} = %s AND {status} IN ({live}) "  # noqa: S608
-            f"ORDER BY {columns['id']} LIMIT %s"
+        def names(where: str, *also: str) -> str:
+            """The functions that rows of an index are of, after one, without reading all of the rows."""
+            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"  # noqa: S608
+            following = first.replace("%s", "door.name")
+            return (
+                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "  # noqa: S608
+                f"SELECT ({following}), number + 1 FROM door "
+                f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
+                f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
+            )
+
+        claim, later_rows = f"{by('job_claim')} WHERE {unclaimed}", f"{by('job_due')} WHERE {later}"
+        self.functions_ready = names(claim)
+        first_due = f"SELECT {due} FROM {later_rows} AND {function} = door.name ORDER BY {due} LIMIT 1"  # noqa: S608
+        self.functions_due = names(later_rows, f"({first_due})")
+        priority = columns["priority"]
+        self.ready_of = (
+            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
+            f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
-        self.owned = f"SELECT {job} FROM {by(owned)} WHERE {server} = %s AND {status} IN ({live}) {order}"  # noqa: S608
+        self.due_of = (
+            f"SELECT {row} FROM {later_rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
+            f"ORDER BY {due}, {columns['id']} LIMIT %s"
+        )
+        self.count_ready = (
+            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"  # noqa: S608
+        )
+        self.count_later = f"SELECT {function}, COUNT(*) FROM {later_rows} GROUP BY {function}"  # noqa: S608
+        of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
+        self.held = (
+            f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
+            f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
+        )
+        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
+
+        def change(assignments: str, condition: str) -> str:
+            return (
+                f"UPDATE {by(owned)} SET {assignments} "  # noqa: S608
+                f"WHERE {server} = %s AND {status} IN ({live}) AND {condition}"
+            )
+
+        background = columns["background"]
+        is_postgres = connection.vendor == "postgresql"
+        is_foreground = f"{background} = {'FALSE' if is_postgres else '0'}"
+        ended = (
+            f"{columns['finished_at']} = %s, {columns['message']} = 'The job server ended before the job did'"
+        )
+        is_running = f"{status} = '{_RUNNING}'"
+        self.end_running = change(f"{status} = '{Status.DEAD}', {ended}", f"{is_foreground} AND {is_running}")
+        self.end_waiting = change(f"{status} = '{Status.CANCELLED}', {ended}", is_foreground)
+        interruptions = columns["interruptions"]
+        self.interrupt = change(
+            f"{status} = '{_READY}', {columns['numerator']} = NULL, {columns['denominator']} = NULL, "
+            f"{interruptions} = {interruptions} + 1",
+            is_running,
+        )
+        self.leave = (
+            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "  # noqa: S608
+            f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
+            f"AND {status} <> '{_RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
+        )
         is_mysql = connection.vendor == "mysql"
         made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
         # What another server had keeps its handle.
@@ -668,10 +948,11 @@ class _Statements:
         by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
         self._take = (
             f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
-            f"{columns['server_epoch']} = %s WHERE {unclaimed} AND {columns['id']} IN "
+            f"{columns['server_epoch']} = %s, {status} = %s "
+            f"WHERE {server} IS NULL AND {status} IN ({at_door}) AND {columns['id']} IN "
         )
-        self._by_id = f"SELECT {job} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
-        self._order = f" {order}"
+        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        self._order = f" ORDER BY {priority} DESC, {columns['id']}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
         what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
@@ -684,16 +965,14 @@ class _Statements:
         )
         self.keep_attempt = (
             f"{insert}{marks} FROM {table} "
-            f"WHERE {columns['handle']} = %s AND {server} = %s AND {unless_kept}%s)"
+            # At the door it lies by now where the next attempt is later.
+            f"WHERE {columns['handle']} = %s AND ({server} = %s OR {server} IS NULL) AND {unless_kept}%s)"
         )
         self.keep_interrupted = (
             f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
             f"'', 'The job server ended before the job did', '' FROM {table} "
             f"WHERE {server} = %s AND {status} = '{_RUNNING}' AND {unless_kept}{columns['attempts']})"
         )
-        self._unclaimed = f"SELECT {job} FROM {by('job_claim')} WHERE {unclaimed}"  # noqa: S608
-        self._not_in = f" AND {columns['function']} NOT IN "
-        self._first = f" {order} LIMIT %s"
 
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(_Now())
@@ -704,16 +983,11 @@ class _Statements:
         )
 
     def take(self, rows: int) -> str:
-        """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, ids."""
+        """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
         return f"{self._take}({', '.join(['%s'] * rows)})"
 
     def by_id(self, rows: int) -> str:
         return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
-
-    def unclaimed(self, excluded: int) -> str:
-        """Claimable rows, most urgent first, of all but so many functions; then the limit."""
-        but = f"{self._not_in}({', '.join(['%s'] * excluded)})" if excluded else ""
-        return self._unclaimed + but + self._first
 
 
 _JOB_FIELDS: Final = (
@@ -727,6 +1001,7 @@ _JOB_FIELDS: Final = (
     "reducer",
     "run_after",
     "timeout",
+    "interruptions",
 )
 
 
@@ -834,7 +1109,8 @@ class _Folded:
 
     def _new_row(self, entry: JobQueued) -> Row:
         function = entry.function.decode()
-        return {
+        where = {"server": None, "server_epoch": None} if entry.unclaimed else {}
+        return where | {
             "handle": text_of(entry.handle),
             "function": function,
             "queue_name": self._queue_of(function),
@@ -874,6 +1150,8 @@ def _change(row: Row, entry: Entry) -> None:
             row.update(status=_READY, numerator=None, denominator=None)
             if entry.run_after > entry.at:
                 row.update(status=_RETRYING, run_after=_moment(entry.run_after))
+            if entry.unclaimed:
+                row.update(server=None, server_epoch=None)
         case JobDue():
             row["status"] = _READY
         case JobKept():
@@ -913,20 +1191,58 @@ def _storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
-def _stored_job(handle: str, row: Sequence[Any]) -> StoredJob:
-    _, _, function, unique, workload, priority, attempts, max_attempts, reducer, run_after, timeout = row
+class _Row(NamedTuple):
+    """A row at the door that may be taken."""
+
+    id: int
+    size: int
+    """Bytes of the workload, which ``job`` has only where it is ``INLINE``."""
+    job: StoredJob
+    ready_at: float
+
+
+class _Look:
+    """What a look at the door has found."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        self.emptied: set[bytes] = set()
+        """Functions of which nothing ready will be left."""
+        self.more = False
+        """Whether there may be more that is wanted."""
+        self.is_partial = False
+        """Whether anything may lie there that was not seen."""
+        self.due_in = inf
+        """Seconds until there is something to be seen that waits for its time."""
+
+    def cut(self, name: str) -> None:
+        """There may be more of that function."""
+        self.emptied.discard(name.encode())
+        self.more = self.is_partial = True
+
+
+def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
+    """A job of the columns ``_JOB_FIELDS``; with no workload where that was not read."""
+    _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, interruptions = (
+        columns
+    )
     return StoredJob(
         handle.encode(),
         function.encode(),
         bytes_of_unique(unique),
-        bytes(workload),
+        bytes(workload or b""),
         priority,
         attempts,
-        max_attempts,
+        most,
         reducer.encode(),
         _seconds(run_after),
         timeout,
+        interruptions,
     )
+
+
+def _standing(status: str, numerator: int | None, denominator: int | None) -> Standing:
+    return Standing(status == _RUNNING, b"%d" % (numerator or 0), b"%d" % (denominator or 0))
 
 
 def _seconds(moment: datetime | str | None) -> float:

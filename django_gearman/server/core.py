@@ -3,10 +3,14 @@ What each packet means to the job server.
 
 No sockets, no asyncio, no database, no clock: the shell says what happened
 (``connected``, ``receive``, ``disconnected``, ``committed``, ``rejected``,
-``adopt``, ``tick``) and then performs what the core left behind: ``dirty``
-peers with ``output`` to send, and ``entries`` for the journal. Behaviour
-follows gearmand's PROTOCOL document; where we differ or it is silent, the
-handler says so.
+``claimed``, ``replied``, ``tick``) and then performs what the core left behind:
+``dirty`` peers with ``output`` to send, ``entries`` and ``questions`` for the
+journal. Behaviour follows gearmand's PROTOCOL document; where we differ or it
+is silent, the handler says so.
+
+A queue may be larger than memory. Of each function a window of jobs is here,
+the next of each priority; those behind them, and all that wait for their time,
+lie at the store's door, where any server claims them.
 
 The law of this file: JOB_CREATED of a background job leaves when the journal
 has written the job, answers keep the order of their requests, and a final
@@ -37,6 +41,7 @@ from ..protocol.packets import (
 from ..protocol.reader import Packet
 from .cron import next_match
 from .entries import (
+    Claimed,
     Entry,
     JobDue,
     JobFinished,
@@ -46,9 +51,13 @@ from .entries import (
     JobRequeued,
     JobStarted,
     Outcome,
+    Question,
+    Reply,
+    Standing,
     StoredJob,
+    Topic,
 )
-from .jobs import Function, Job, JobState, UniqueKey
+from .jobs import HIGHEST, Function, Job, JobState, UniqueKey
 
 HIGH: Final = 50
 NORMAL: Final = 0
@@ -59,6 +68,15 @@ ENDED_LIMIT: Final = 1_000
 
 CANCELLED_LIMIT: Final = 1_000
 """Cancelled jobs of one worker whose late results are passed over; of more, the first get an ERROR."""
+
+LEAST_SHARE: Final = 256 * 1024
+"""Bytes of jobs that every function may have waiting, however much of memory others take."""
+
+PATIENCE: Final = 1.0
+"""Seconds that a client waits for what only the store knows."""
+
+MAX_QUESTIONS: Final = 10_000
+"""Questions that may wait for the store; what is asked beyond gets the answer that is given without it."""
 
 PENDING, DELAYED, READY, RUNNING, GONE = JobState
 
@@ -137,6 +155,12 @@ class ServerOptions:
 
     exceptions: bool = False
     """Whether every connection gets WORK_EXCEPTION without asking for it."""
+
+    window: int = 10_000
+    """How many jobs of one function and priority wait in memory; the others only in the store."""
+
+    window_bytes: int = 64 * 1024 * 1024
+    """About how many bytes of waiting jobs there are in memory, of one function at most a quarter."""
 
     progress_interval: float = 1.0
     """Seconds between two entries of one job's progress."""
@@ -253,7 +277,7 @@ class JobServer:
     The state of one job server, and what each event does to it.
 
     After every call, and before the next wait: send ``output`` of the ``dirty``
-    peers, give ``entries`` to the journal, and look at ``claim_wanted`` and
+    peers, give ``entries`` and ``questions`` to the journal, and look at ``claim_wanted`` and
     ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic seconds, for time limits)
     before events are handed in.
     """
@@ -275,7 +299,9 @@ class JobServer:
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
         self.claim_wanted = False
-        """Whether somebody said that rows wait at the database door."""
+        """Whether jobs wait at the store's door for which there is room, or somebody said so."""
+        self.questions: list[Question] = []
+        """What only the store knows; each is answered by ``replied``."""
         self.shutdown_wanted: Shutdown | None = None
         """How an operator said that the server is to end; None while it goes on."""
         self._delayed: list[tuple[float, int, Job]] = []
@@ -284,6 +310,13 @@ class JobServer:
         """{running job with a time limit: the clock's time when it is up}"""
         prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
         self._handle_prefix = prefix.encode()
+        self._open: dict[int, tuple[Question, Callable[[Reply], None]]] = {}
+        """{number of a question: itself, and what is done with the reply}, the oldest first."""
+        self._asked = 0
+        self._away: dict[Function, None] = {}
+        """Functions of which jobs lie at the store's door, as far as is known."""
+        self._weight = 0
+        """Of all jobs that wait here."""
         self._idle: OrderedDict[Function, None] = OrderedDict()
         """Functions that were without workers and jobs when last looked at, longest first."""
         self._serial = 0
@@ -345,7 +378,10 @@ class JobServer:
                     continue
                 self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
                 if job.state is PENDING:
-                    self._admit(job)
+                    if job.spilled:
+                        self._lay(job)
+                    else:
+                        self._admit(job)
 
     def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
         """
@@ -409,8 +445,66 @@ class JobServer:
             other.key = key
             other.function.uniques[key] = other
 
+    def claimed(self, claim: Claimed) -> None:
+        """The store has looked at its door: take the jobs over, and note what is left there."""
+        if claim.left is not None:
+            for function in list(self._away):
+                function.left.clear()
+                function.later = 0
+            for (name, priority), waiting in claim.left.items():
+                function = self.functions.get(name) or self._add_function(name)
+                if waiting.ready:
+                    function.left[priority] = waiting.ready
+                function.later += waiting.later
+                self._away[function] = None
+        else:
+            for job in claim.jobs:
+                self._take_from_door(job)
+            for name in claim.emptied:
+                if name in self.functions:
+                    self.functions[name].left.clear()
+        for function in [function for function in self._away if not function.away]:
+            del self._away[function]
+            self._note_if_idle(function)
+        self.adopt(claim.jobs)
+
+    def _take_from_door(self, job: StoredJob) -> None:
+        """Count one less there."""
+        function = self.functions.get(job.function)
+        if function is None:
+            return
+        if job.run_after:
+            function.later = max(function.later - 1, 0)
+        else:
+            count = function.left.pop(job.priority, 0)
+            if count > 1:
+                function.left[job.priority] = count - 1
+
+    def replied(self, question: Question, reply: Reply) -> None:
+        """The store has answered. A job that it handed over is taken over, also when nobody waits for it."""
+        if isinstance(reply, StoredJob):
+            self._take_from_door(reply)
+        _, then = self._open.pop(question.number, (None, None))
+        if then is not None:
+            then(reply)
+        elif isinstance(reply, StoredJob):
+            self.adopt([reply])
+
+    def is_open(self, question: Question) -> bool:
+        """Whether somebody still waits for the reply."""
+        return question.number in self._open
+
+    def full(self) -> dict[bytes, int]:
+        """{function: priority from which down no more of its jobs are taken in}."""
+        found = {}
+        for function in self.ready:
+            priority = self._full_from(function)
+            if priority is not None:
+                found[function.name] = priority
+        return found
+
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
-        """The store handed these over: claimed from the database door, or replayed at the start."""
+        """The store handed these over: from now on they are this server's."""
         for stored in jobs:
             if stored.handle in self.jobs:
                 continue
@@ -427,6 +521,7 @@ class JobServer:
             job.reducer = stored.reducer
             job.due = stored.run_after
             job.attempts = stored.attempts
+            job.interruptions = stored.interruptions
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
             key = self._unique_key(stored.unique, stored.workload)
@@ -461,6 +556,20 @@ class JobServer:
         for function in self.ready:
             if function.sleepers:
                 self._wake(function)
+        self._answer_impatient()
+
+    def _answer_impatient(self) -> None:
+        """Whoever has waited too long for what only the store knows is told what can be said without it."""
+        while self._open:
+            question, then = next(iter(self._open.values()))
+            if self.clock - question.at < PATIENCE:
+                break
+            del self._open[question.number]
+            then(self._guess(question.topic))
+
+    def _guess(self, topic: Topic) -> Reply:
+        """Who asks how a job stands asks again while it is there: rather so than that it were gone."""
+        return Standing(running=False) if self._away and topic in (Topic.STATUS, Topic.UNIQUE) else None
 
     # Packets of workers.
 
@@ -583,6 +692,9 @@ class JobServer:
         job = function.take() if self.clock < self.hand_out_until else function.take_foreground()
         if not function.waiting:
             del self.ready[function]
+        self._unload(job)
+        if function.left and function.waiting < self.options.window // 2:
+            self.claim_wanted = self.claim_wanted or function.weight < self.options.window_bytes // 8
         self._served = function.served = self._served + 1
         if self.options.function_order is FunctionOrder.ROUND_ROBIN:
             # To the far end of what ``_best_function`` looks through.
@@ -752,6 +864,7 @@ class JobServer:
         background: bool,
         reducer: bytes = b"",
         due: float = 0.0,
+        asked: bool = False,
     ) -> None:
         name, unique, workload = arguments
         function = self.functions.get(name)
@@ -771,6 +884,9 @@ class JobServer:
             if job is not None:
                 self._join(peer, job, background=background)
                 return
+            if not background and not asked and function.away:
+                self._ask_before_submitting(peer, arguments, priority, reducer)
+                return
         if function.limits is not None and function.is_full(priority):
             self.refuse(peer, b"QUEUE_ERROR", b"Job queue is full")
             return
@@ -781,21 +897,71 @@ class JobServer:
         job.reducer = reducer
         if due > self.now:
             job.due = due
+        if background and recorded:
+            job.state = PENDING
+            job.spilled = job.due > 0 or self._is_behind(function, priority)
+            if job.spilled:
+                function.spilling[priority] = function.spilling.get(priority, 0) + 1
+            else:
+                function.arriving += 1
         self._hold(job)
         if key is not None:
             job.key = key
             function.uniques[key] = job
         if recorded:
             self._record(job, peer)
-        if background and recorded:
+        if job.state is PENDING:
             self.urgent = True
-            job.state = PENDING
             self._answer_later(peer, job)
             return
         self._send(peer, encode_response(PacketType.JOB_CREATED, handle))
         if not background:
             self._listen(peer, job)
         self._admit(job)
+
+    def _ask_before_submitting(
+        self, peer: Peer, arguments: list[bytes], priority: int, reducer: bytes
+    ) -> None:
+        """
+        Submit a foreground job once it is known whether one of its unique waits at the store's door.
+
+        That one is taken in then, ahead of others that wait there: somebody waits for it now.
+        """
+        name, unique, workload = arguments
+        place = self._keep_place(peer)
+
+        def submit(reply: Reply) -> None:
+            if isinstance(reply, StoredJob):
+                self.adopt([reply])
+            if peer.line is None:
+                return  # it is gone
+            line, peer.line = peer.line, deque()
+            self._submit(peer, arguments, priority, background=False, reducer=reducer, asked=True)
+            at = line.index(place)
+            del line[at]
+            for item in reversed(peer.line):
+                line.insert(at, item)
+            peer.line = line
+            self._send_line(peer)
+
+        self._ask(Topic.TAKE, submit, function=name, unique=unique, workload=workload)
+
+    def _is_behind(self, function: Function, priority: int) -> bool:
+        """Whether a new job is to wait at the store's door: others of its kind do, or the window is full."""
+        if priority in function.left or priority in function.spilling:
+            return True
+        full_from = self._full_from(function)
+        return full_from is not None and priority <= full_from
+
+    def _full_from(self, function: Function) -> int | None:
+        """The priority from which down no more of its jobs are taken in; None while there is room."""
+        options = self.options
+        weight = function.weight
+        if weight >= LEAST_SHARE and (
+            weight >= options.window_bytes // 4 or self._weight >= options.window_bytes
+        ):
+            return function.best_priority() if function.waiting else HIGHEST
+        return function.full_from(options.window)
 
     def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
         """Attach a submission to the live job of the same unique, which keeps its own workload."""
@@ -836,6 +1002,15 @@ class JobServer:
             # gearmand does not answer.
             self.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Job handle too large")
             return
+        if job is None and self._durable:
+            place = self._keep_place(peer)
+
+            def answer(reply: Reply) -> None:
+                numbers = _status_numbers(reply)
+                self._fill(place, encode_response(PacketType.STATUS_RES, handle, *numbers))
+
+            self._ask(Topic.STATUS, answer, handle=handle)
+            return
         if job is None or job.state is PENDING:
             self._send(peer, encode_response(PacketType.STATUS_RES, handle, b"0", b"0", b"0", b"0"))
             return
@@ -868,6 +1043,15 @@ class JobServer:
                 _as_unsigned(job.denominator),
                 b"%d" % len(job.listeners or ()),
             ]
+        elif not found and self._durable and unique:
+            place = self._keep_place(peer)
+
+            def answer(reply: Reply) -> None:
+                told = [*_status_numbers(reply), b"0"]
+                self._fill(place, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *told))
+
+            self._ask(Topic.UNIQUE, answer, unique=unique)
+            return
         else:
             numbers = [b"0"] * 5
         self._send(peer, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *numbers))
@@ -919,6 +1103,14 @@ class JobServer:
         self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
         return True
 
+    def cancel_for(self, peer: Peer, handle: bytes, done: bytes, missing: bytes) -> None:
+        """End a job, wherever it waits, and answer with one of two texts in the peer's turn."""
+        if handle in self.jobs or not self._durable:
+            self._send(peer, done if self.cancel(handle) else missing)
+            return
+        place = self._keep_place(peer)
+        self._ask(Topic.CANCEL, lambda reply: self._fill(place, done if reply else missing), handle=handle)
+
     def create_function(self, name: bytes) -> tuple[bytes, bytes] | None:
         """List a function before anybody uses it; code and text of the error when the name is refused."""
         if name in self.functions:
@@ -938,7 +1130,7 @@ class JobServer:
             KeyError: There is none of that name.
         """
         function = self.functions[name]
-        if function.held or function.workers:
+        if function.held or function.workers or function.away:
             return False
         del self.functions[name]
         self._idle.pop(function, None)
@@ -964,12 +1156,60 @@ class JobServer:
 
     def _admit(self, job: Job) -> None:
         """A new job is kept: it waits for a worker, or for its time first."""
+        if job.state is PENDING:
+            self._arrive(job)
         if job.due > self.now:
             job.state = DELAYED
             job.function.delayed += 1
             heapq.heappush(self._delayed, (job.due, job.serial, job))
         else:
             self._make_ready(job)
+
+    def _arrive(self, job: Job) -> None:
+        """It is pending no more."""
+        function = job.function
+        if not job.spilled:
+            function.arriving -= 1
+            return
+        count = function.spilling.pop(job.priority)
+        if count > 1:
+            function.spilling[job.priority] = count - 1
+        job.spilled = False
+
+    def _lay(self, job: Job) -> None:
+        """The store has it at its door: forget it until it is claimed."""
+        function = job.function
+        self._away[function] = None
+        if job.due:
+            function.later += 1
+        else:
+            function.left[job.priority] = function.left.get(job.priority, 0) + 1
+        if not job.listeners:
+            self._remove(job)
+            return
+
+        def take_back(reply: Reply) -> None:
+            if job.state is not PENDING:
+                return
+            if not isinstance(reply, StoredJob):
+                # Another server has it. Who waits for it here cannot hear of it there.
+                job.background = job.recorded = False
+            self._arrive(job)
+            self._load(job)
+            self._admit(job)
+
+        self._ask(Topic.TAKE, take_back, handle=job.handle)
+
+    def _load(self, job: Job) -> None:
+        """It waits here: what it weighs counts."""
+        weight = job.weight
+        job.function.weight += weight
+        self._weight += weight
+
+    def _unload(self, job: Job) -> None:
+        weight = job.weight
+        job.function.weight -= weight
+        self._weight -= weight
 
     def _make_ready(self, job: Job) -> None:
         job.state = READY
@@ -1010,25 +1250,43 @@ class JobServer:
         limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
             self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
-        elif limit and job.attempts >= limit:
+        elif limit and job.attempts - job.interruptions >= limit:
             self._fail(job, Outcome.DEAD, f"{cause} at the last of {job.attempts} attempts")
         else:
             self._requeue(job, cause)
 
     def _may_try_again(self, job: Job) -> bool:
         """Whether its worker may ask for another attempt: a client that waits wants the exception."""
-        return job.background and (job.max_attempts is None or job.attempts < job.max_attempts)
+        if not job.background:
+            return False
+        return job.max_attempts is None or job.attempts - job.interruptions < job.max_attempts
 
     def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
+        # Who waits for it must hear of it here.
+        unclaimed = due > self.now and job.recorded and job.background and not job.listeners
         if job.recorded:
             self.entries.append(
                 JobRequeued(
-                    job.handle, job.worker.identity, job.attempts, job.started_at, self.now, reason, data, due
+                    job.handle,
+                    job.worker.identity,
+                    job.attempts,
+                    job.started_at,
+                    self.now,
+                    reason,
+                    data,
+                    due,
+                    unclaimed,
                 )
             )
         self._release(job)
+        if unclaimed:
+            job.function.later += 1
+            self._away[job.function] = None
+            self._remove(job)
+            return
+        self._load(job)
         job.numerator = job.denominator = b"0"
         job.progress_unsaved = False
         if due > self.now:
@@ -1075,7 +1333,11 @@ class JobServer:
 
     def _remove(self, job: Job) -> None:
         function = job.function
-        if job.state is DELAYED:
+        if job.state is not RUNNING and not job.spilled:
+            self._unload(job)
+        if job.state is PENDING:
+            self._arrive(job)
+        elif job.state is DELAYED:
             function.delayed -= 1
         elif job.state is READY:
             function.waiting -= 1
@@ -1113,35 +1375,65 @@ class JobServer:
         peer.output.append(data)
 
     def _answer_later(self, peer: Peer, job: Job) -> None:
+        if job.answers is None:
+            job.answers = []
+        job.answers.append(self._keep_place(peer))
+
+    def _keep_place(self, peer: Peer) -> Answer:
         answer = Answer(peer)
         if peer.line is None:
             peer.line = deque()
         peer.line.append(answer)
-        if job.answers is None:
-            job.answers = []
-        job.answers.append(answer)
+        return answer
+
+    def _ask(
+        self,
+        topic: Topic,
+        then: Callable[[Reply], None],
+        *,
+        handle: bytes = b"",
+        function: bytes = b"",
+        unique: bytes = b"",
+        workload: bytes = b"",
+    ) -> None:
+        """Ask the store; ``then`` is told within ``PATIENCE``, and at once if too much is asked."""
+        if len(self._open) >= MAX_QUESTIONS:
+            then(self._guess(topic))
+            return
+        self._asked += 1
+        # Of a workload only what tells jobs apart is needed.
+        sent = workload if unique == b"-" else b""
+        question = Question(topic, self._asked, self.clock, handle, function, unique, sent)
+        self._open[self._asked] = question, then
+        self.questions.append(question)
 
     def _give_answers(self, job: Job, data: bytes) -> None:
         answers = job.answers or ()
         job.answers = None
         for answer in answers:
-            answer.data = data
-            peer = answer.peer
-            line = peer.line
-            if line is None:
-                continue  # the peer is gone
-            if not peer.output:
-                self.dirty.append(peer)
-            while line:
-                head = line[0]
-                if isinstance(head, Answer):
-                    if head.data is None:
-                        break
-                    head = head.data
-                peer.output.append(head)
-                line.popleft()
-            else:
-                peer.line = None
+            self._fill(answer, data)
+
+    def _fill(self, answer: Answer, data: bytes) -> None:
+        answer.data = data
+        if answer.peer.line is not None:  # else it is gone
+            self._send_line(answer.peer)
+
+    def _send_line(self, peer: Peer) -> None:
+        """Send what stands in a peer's line before the first answer that is not known."""
+        line = peer.line
+        assert line is not None, "nothing stands there"
+        if not peer.output:
+            self.dirty.append(peer)
+        while line:
+            head = line[0]
+            if isinstance(head, Answer):
+                if head.data is None:
+                    break
+                head = head.data
+            peer.output.append(head)
+            line.popleft()
+        else:
+            peer.line = None
 
     def _tell(self, job: Job, kind: PacketType, arguments: list[bytes]) -> None:
         if job.listeners is not None:
@@ -1168,6 +1460,7 @@ class JobServer:
                 self.now,
                 job.reducer,
                 job.due,
+                job.spilled,
             )
         )
 
@@ -1223,6 +1516,8 @@ class JobServer:
         job.function.held += 1
         self._serial += 1
         job.serial = self._serial
+        if not job.spilled:
+            self._load(job)
 
     def _make_handlers(self) -> list[Callable[[Peer, list[bytes]], None]]:
         handlers: list[Callable[[Peer, list[bytes]], None]] = [self._unexpected] * (HIGHEST_TYPE + 1)
@@ -1259,6 +1554,14 @@ class JobServer:
             self._submit(peer, arguments, priority, background=background)
 
         return handle
+
+
+def _status_numbers(reply: Reply) -> list[bytes]:
+    """Known, running and progress, as both kinds of status tell them."""
+    if not isinstance(reply, Standing):
+        return [b"0"] * 4
+    running = b"1" if reply.running else b"0"
+    return [b"1", running, _as_unsigned(reply.numerator), _as_unsigned(reply.denominator)]
 
 
 def is_printable(name: bytes) -> bool:

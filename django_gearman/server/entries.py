@@ -9,7 +9,7 @@ time in seconds since 1970.
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import NamedTuple
 
 
@@ -36,6 +36,9 @@ class JobQueued(NamedTuple):
     reducer: bytes = b""
     run_after: float = 0.0
     """Wall time before which it must not run; 0 for none."""
+
+    unclaimed: bool = False
+    """Whether it is laid at the store's door, for any server to claim, and not kept by this one."""
 
 
 class JobDue(NamedTuple):
@@ -94,6 +97,9 @@ class JobRequeued(NamedTuple):
     run_after: float = 0.0
     """Wall time before which there is no other attempt; 0 for none."""
 
+    unclaimed: bool = False
+    """Whether it is laid at the store's door until then."""
+
 
 class JobFinished(NamedTuple):
     """
@@ -125,7 +131,7 @@ Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobRequeued | 
 
 
 class StoredJob(NamedTuple):
-    """A job that the store hands to the core: claimed from the database door, or replayed."""
+    """A job that the store hands to the core: what it claimed at the door."""
 
     handle: bytes
     function: bytes
@@ -138,3 +144,74 @@ class StoredJob(NamedTuple):
     run_after: float = 0.0
     timeout: int | None = None
     """Seconds that one attempt may take."""
+
+    interruptions: int = 0
+    """Attempts that ended with their server, which is no fault of the job's."""
+
+
+class Waiting(NamedTuple):
+    """How many jobs of one function and priority lie at the store's door."""
+
+    ready: int
+    later: int
+    """Those that wait for their time."""
+
+
+class Claimed(NamedTuple):
+    """What a server took from the store's door, and what it knows of the rest."""
+
+    jobs: list[StoredJob]
+    more: bool = False
+    """Whether there may be others that it would have taken."""
+
+    emptied: frozenset[bytes] = frozenset()
+    """Functions of which nothing ready is left there."""
+
+    left: dict[tuple[bytes, int], Waiting] | None = None
+    """{(function, priority): what is left there}, of all functions; None when it was not counted."""
+
+    due_in: float = float("inf")
+    """Seconds until the next job for later is due; infinite for none."""
+
+
+class Topic(Enum):
+    """What a question is about."""
+
+    STATUS = "status"
+    """How the job of a handle stands: the answer is a ``Standing``."""
+    UNIQUE = "unique"
+    """How the last job of a unique stands: a ``Standing``."""
+    TAKE = "take"
+    """The job of a function and unique, or of a handle, is to be this server's if it lies at the door:
+    a ``StoredJob``."""
+    CANCEL = "cancel"
+    """The job of a handle is to end if it lies at the door: True."""
+
+
+class Question(NamedTuple):
+    """What the core does not know, since it holds only those jobs that are next."""
+
+    topic: Topic
+    number: int
+    """Tells it from others."""
+
+    at: float
+    """When it was asked, by the core's clock; nobody waits for the store for long."""
+
+    handle: bytes = b""
+    function: bytes = b""
+    unique: bytes = b""
+    workload: bytes = b""
+    """The unique's, where that is ``-``."""
+
+
+class Standing(NamedTuple):
+    """How a job stands that is to do, and that this server does not hold."""
+
+    running: bool
+    numerator: bytes = b"0"
+    denominator: bytes = b"0"
+
+
+Reply = Standing | StoredJob | bool | None
+"""What becomes of a question; None when there is no such job."""

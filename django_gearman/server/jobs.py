@@ -11,10 +11,16 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .core import Answer, Peer
+
+OVERHEAD: Final = 600
+"""About how many bytes a job takes beside its workload."""
+
+HIGHEST: Final = 100
+"""The most urgent priority that there is."""
 
 UniqueKey = bytes | tuple[bytes]
 """A unique as sent, or the workload in a tuple where the unique was ``-``."""
@@ -42,6 +48,7 @@ class Job:
         "due",
         "function",
         "handle",
+        "interruptions",
         "key",
         "listeners",
         "max_attempts",
@@ -52,6 +59,7 @@ class Job:
         "recorded",
         "reducer",
         "serial",
+        "spilled",
         "started_at",
         "state",
         "timeout",
@@ -93,7 +101,11 @@ class Job:
         """Who gets the worker's packets; a peer that submitted twice is listed twice."""
         self.answers: list[Answer] | None = None
         """JOB_CREATED replies that wait for the commit; None when there is nothing to wait for."""
+        self.spilled = False
+        """Whether it is only held until the store has it: it waits at the store's door."""
         self.attempts = 0
+        self.interruptions = 0
+        """How many of the attempts ended with their server."""
         self.max_attempts: int | None = None
         """How often it may be handed out; None for the server's own limit."""
         self.timeout: int | None = None
@@ -107,14 +119,22 @@ class Job:
         self.progress_unsaved = False
         """Whether there was some since."""
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes of memory it takes."""
+        return OVERHEAD + len(self.workload)
+
 
 class Function:
     """All that waits, runs and serves under one name."""
 
     __slots__ = (
+        "arriving",
         "delayed",
         "ended",
         "held",
+        "later",
+        "left",
         "levels",
         "limits",
         "name",
@@ -122,8 +142,10 @@ class Function:
         "running",
         "served",
         "sleepers",
+        "spilling",
         "uniques",
         "waiting",
+        "weight",
         "workers",
     )
 
@@ -142,6 +164,16 @@ class Function:
         self.running = 0
         self.delayed = 0
         """Jobs that wait for their time."""
+        self.arriving = 0
+        """Pending jobs that are to wait here."""
+        self.weight = 0
+        """About how many bytes those are that wait here, or are to."""
+        self.left: dict[int, int] = {}
+        """{priority: ready jobs that lie at the store's door, as far as is known}, without zeros."""
+        self.later = 0
+        """Jobs that wait there for their time."""
+        self.spilling: dict[int, int] = {}
+        """{priority: pending jobs that are on their way there}, without zeros."""
         self.served = 0
         """Serial of the last hand-out of any function: those of equal priority take turns by it."""
         self.limits: tuple[int, int, int] | None = None
@@ -153,26 +185,34 @@ class Function:
 
     @property
     def total(self) -> int:
-        """Waiting, delayed and running jobs, as ``status`` counts them."""
-        return self.waiting + self.delayed + self.running
+        """Waiting, delayed and running jobs, as ``status`` counts them: in the store too."""
+        return self.waiting + self.delayed + self.running + self.away
+
+    @property
+    def away(self) -> int:
+        """Jobs that only the store has."""
+        return self.later + sum(self.left.values()) if self.left else self.later
 
     @property
     def idle(self) -> bool:
         """Whether nothing would be lost with it."""
-        return not self.held and not self.workers and self.limits is None
+        return not self.held and not self.workers and self.limits is None and not self.away
 
     def is_full(self, priority: int) -> bool:
         """Whether a new job of that priority is one too many; only to be asked while there are ``limits``."""
         assert self.limits is not None, "without limits it is never full"
         high, normal, low = self.limits
         limit = high if priority > 0 else low if priority < 0 else normal
-        return limit > 0 and self.held >= limit
+        return limit > 0 and self.held + self.away >= limit
 
     def count_waiting(self) -> tuple[int, int, int]:
         """How many jobs wait of high priority, above 0, of normal, delayed ones too, and of low, below 0."""
-        high, normal, low = 0, self.delayed, 0
+        high, normal, low = 0, self.delayed + self.later, 0
+        counts = dict(self.left)
         for priority, level in self.levels.items():
             count = sum(job.state is JobState.READY for job in level) if self.ended else len(level)
+            counts[priority] = counts.get(priority, 0) + count
+        for priority, count in counts.items():
             if priority > 0:
                 high += count
             elif priority < 0:
@@ -180,6 +220,17 @@ class Function:
             else:
                 normal += count
         return high, normal, low
+
+    def full_from(self, window: int) -> int | None:
+        """The priority from which down as many jobs wait, or come, as fit; None while there is room."""
+        if self.waiting + self.arriving < window:
+            return None
+        if self.arriving >= window:
+            return HIGHEST
+        for priority in self.priorities:
+            if len(self.levels[-priority]) + self.arriving >= window:
+                return -priority
+        return None
 
     def put(self, job: Job) -> None:
         """Let a job wait behind those of its priority."""

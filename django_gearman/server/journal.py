@@ -18,14 +18,16 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
 from .core import JobServer
 from .entries import (
+    Claimed,
     Entry,
     JobFinished,
     JobKept,
@@ -35,7 +37,12 @@ from .entries import (
     JobStarted,
     Joined,
     Outcome,
+    Question,
+    Reply,
+    Standing,
     StoredJob,
+    Topic,
+    Waiting,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,17 +54,13 @@ MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
 """Bytes in one transaction, as many as make it full and the last entry's."""
 
 CLAIM_LIMIT: Final = 1_000
-"""Rows claimed from the database door at once."""
+"""Jobs claimed from the store's door at once."""
 
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
 TEND_AGAIN: Final = 10.0
 """Seconds after which housekeeping is tried again when the store could not be reached."""
-
-WINDOW: Final = 10_000
-"""Jobs of one function that wait in memory before its rows are left in the database."""
-
 
 SUBMIT_LIMIT: Final = 10.0
 """Seconds that a background submission waits for a store that is out of reach or hangs."""
@@ -92,16 +95,27 @@ class JobStore(Protocol):
             {index of an entry that is not kept: why, or which job it joined}; all others are kept.
         """
 
-    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         """
-        Take up to ``limit`` due jobs that no server has, most urgent first, of functions not in ``full``.
+        Take about ``limit`` jobs from the door: those that no server has, and that are due.
 
-        Called about once a second whatever happens: it also proves that this
-        server is alive.
+        Of each function the most urgent first, then in the order in which they
+        became ready. Called about once a second whatever happens: it also proves
+        that this server is alive.
+
+        Args:
+            full: {function: priority from which down none of its jobs is wanted}.
         """
 
-    def replay(self) -> list[StoredJob]:
-        """The unfinished background jobs of this server, most urgent first, before it opens its socket."""
+    def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
+        """What the store knows of jobs that the server does not hold: {number of a question: reply}."""
+
+    def resume(self) -> None:
+        """
+        Lay what an earlier run of this server left unfinished at the door. Called once, and first.
+
+        What it ran was interrupted, and waits again; foreground jobs ended with it.
+        """
 
     def tend(self) -> float:
         """
@@ -121,16 +135,21 @@ class MemoryStore:
 
     The contract of ``JobStore`` in its shortest form, for tests and for
     embedding; ``gearman_server --store memory`` needs no store at all.
+
+    Args:
+        clock: Wall time in seconds since 1970.
     """
 
     renewed = math.inf
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.jobs: dict[bytes, StoredJob] = {}
-        """Unfinished background jobs, in the order they came."""
+        """Unfinished background jobs that the server has, in the order they came."""
         self.unclaimed: list[StoredJob] = []
-        """What lies at the database door."""
+        """What lies at the door, in the order it came."""
+        self._clock = clock
         self._foreground: dict[bytes, StoredJob] = {}
+        self._running: dict[bytes, Standing] = {}
         self.finished: dict[bytes, JobFinished] = {}
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
@@ -140,38 +159,57 @@ class MemoryStore:
         for index, entry in enumerate(entries):
             handle = entry.handle
             if isinstance(entry, JobQueued):
+                if again and (handle in self.jobs or any(job.handle == handle for job in self.unclaimed)):
+                    continue
                 other = self.find_live(*entry[1:4]) if entry.background else None
                 if other is not None and other.handle not in (handle, *ended) and handle not in ended:
                     joined[index] = Joined(other.handle)
                     continue
-                job = StoredJob(
-                    handle,
-                    entry.function,
-                    entry.unique,
-                    entry.workload,
-                    entry.priority,
-                    0,
-                    None,
-                    entry.reducer,
-                    entry.run_after,
-                )
-                (self.jobs if entry.background else self._foreground)[handle] = job
+                self._keep(entry)
             elif isinstance(entry, JobKept):
                 # Not there when the batch was written before: kept already, or ended.
                 if handle in self._foreground:
                     self.jobs[handle] = self._foreground.pop(handle)
             elif isinstance(entry, JobStarted):
+                self._running[handle] = Standing(running=True)
                 for jobs in (self.jobs, self._foreground):
                     if handle in jobs:
                         jobs[handle] = jobs[handle]._replace(attempts=entry.attempts)
+            elif isinstance(entry, JobProgress):
+                self._running[handle] = Standing(True, entry.numerator, entry.denominator)
             elif isinstance(entry, JobRequeued):
+                self._running.pop(handle, None)
                 if handle in self.jobs and entry.run_after:
                     self.jobs[handle] = self.jobs[handle]._replace(run_after=entry.run_after)
+                if handle in self.jobs and entry.unclaimed:
+                    self.unclaimed.append(self.jobs.pop(handle))
             elif isinstance(entry, JobFinished):
-                self.jobs.pop(handle, None)
-                self._foreground.pop(handle, None)
+                self._forget(handle)
                 self.finished[handle] = entry
         return joined
+
+    def _keep(self, entry: JobQueued) -> None:
+        job = StoredJob(
+            entry.handle,
+            entry.function,
+            entry.unique,
+            entry.workload,
+            entry.priority,
+            0,
+            None,
+            entry.reducer,
+            entry.run_after,
+        )
+        if entry.unclaimed:
+            self.unclaimed.append(job)
+        else:
+            (self.jobs if entry.background else self._foreground)[entry.handle] = job
+
+    def _forget(self, handle: bytes) -> None:
+        self._running.pop(handle, None)
+        self.jobs.pop(handle, None)
+        self._foreground.pop(handle, None)
+        self.unclaimed = [job for job in self.unclaimed if job.handle != handle]
 
     def find_live(self, function: bytes, unique: bytes, workload: bytes) -> StoredJob | None:
         """The job to do that has the unique; ``-`` stands for the workload."""
@@ -183,16 +221,61 @@ class MemoryStore:
                 return job
         return None
 
-    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
-        wanted = [job for job in self.unclaimed if job.function not in full]
-        claimed = sorted(wanted, key=lambda job: -job.priority)[:limit]
+    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+        now = self._clock()
+        wanted = [
+            job
+            for job in self.unclaimed
+            if job.run_after <= now and (job.function not in full or job.priority > full[job.function])
+        ]
+        # Those for later became ready when they were due; nobody knows that of the others.
+        wanted.sort(key=lambda job: (-job.priority, job.run_after))
+        claimed = wanted[:limit]
         for job in claimed:
-            self.unclaimed.remove(job)
-            self.jobs[job.handle] = job
-        return claimed
+            self._claim(job)
+        left: dict[tuple[bytes, int], Waiting] = {}
+        for job in self.unclaimed:
+            ready, later = left.get((job.function, job.priority), (0, 0))
+            is_later = job.run_after > now
+            left[job.function, job.priority] = Waiting(ready + (not is_later), later + is_later)
+        due_in = min((job.run_after - now for job in self.unclaimed if job.run_after > now), default=math.inf)
+        return Claimed(claimed, more=len(wanted) > limit, left=left, due_in=due_in)
 
-    def replay(self) -> list[StoredJob]:
-        return sorted(self.jobs.values(), key=lambda job: -job.priority)
+    def _claim(self, job: StoredJob) -> None:
+        self.unclaimed.remove(job)
+        self.jobs[job.handle] = job
+
+    def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
+        return {question.number: self._reply(question) for question in questions}
+
+    def _reply(self, question: Question) -> Reply:
+        handle = question.handle
+        match question.topic:
+            case Topic.STATUS:
+                known = handle in self.jobs or any(job.handle == handle for job in self.unclaimed)
+                return self._running.get(handle, Standing(running=False)) if known else None
+            case Topic.UNIQUE:
+                known = any(job.unique == question.unique for job in (*self.jobs.values(), *self.unclaimed))
+                return Standing(running=False) if known else None
+            case Topic.TAKE:
+                for job in self.unclaimed:
+                    same = job is self.find_live(question.function, question.unique, question.workload)
+                    if job.handle == handle or same:
+                        self._claim(job)
+                        return job
+                return None
+            case Topic.CANCEL:
+                there = any(job.handle == handle for job in self.unclaimed)
+                self._forget(handle)
+                return there or None
+
+    def resume(self) -> None:
+        self._foreground.clear()
+        for job in self.jobs.values():
+            interrupted = job.handle in self._running
+            self.unclaimed.append(job._replace(interruptions=job.interruptions + interrupted))
+        self.jobs.clear()
+        self._running.clear()
 
     def tend(self) -> float:
         return math.inf
@@ -208,8 +291,9 @@ class Batch:
     entries: list[Entry]
     again: bool = False
     claim: bool = False
-    full: list[bytes] = field(default_factory=list)
-    """Functions whose rows are to stay in the database."""
+    full: dict[bytes, int] = field(default_factory=dict)
+    """{function: priority from which down its jobs are to stay at the door}."""
+    questions: list[Question] = field(default_factory=list)
     tend: bool = False
     weight: int = 0
     """About how many bytes the entries are."""
@@ -218,7 +302,8 @@ class Batch:
 
     # Filled in by ``perform``.
     refused: dict[int, str | Joined] = field(default_factory=dict)
-    claimed: list[StoredJob] = field(default_factory=list)
+    claimed: Claimed | None = None
+    replies: dict[int, Reply] = field(default_factory=dict)
     written: bool = False
     renewed: float = math.inf
     """When the store last proved that the jobs are this server's."""
@@ -232,6 +317,8 @@ class Batch:
             if self.entries:
                 self.refused = store.write(self.entries, again=self.again)
             self.written = True
+            if self.questions:
+                self.replies = store.ask(self.questions)
             if self.claim:
                 self.claimed = store.claim(CLAIM_LIMIT, self.full)
             if self.tend:
@@ -272,6 +359,7 @@ class Journal:
         self._submit_limit = submit_limit
         self._hold = hold
         self._gathering: deque[Entry] = deque()
+        self._questions: list[Question] = []
         self._failed: Batch | None = None
         self._in_flight: Batch | None = None
         """What the writer is at work on."""
@@ -309,6 +397,10 @@ class Journal:
             self._compact()
         self._write_at = min(self._write_at, now if urgent else now + LINGER)
 
+    def ask(self, questions: Iterable[Question]) -> None:
+        """Take over what the core wants to know."""
+        self._questions.extend(questions)
+
     def refuse_overdue(self) -> None:
         """
         Let no submission wait longer than its limit while the writer is stuck; call it about once a second.
@@ -344,6 +436,8 @@ class Journal:
         """The monotonic time at which ``next_batch`` may have something by itself; infinite for never."""
         if self._failed:
             return self._retry_at
+        if self._questions:
+            return -math.inf
         return self._write_at if self._closing else min(self._next_claim, self._write_at, self.tend_at)
 
     def hurry(self) -> None:
@@ -369,7 +463,7 @@ class Journal:
                 # A trip of its own, so that nothing that was claimed or written waits to be told of.
                 self._in_flight = Batch([], tend=True)
                 return self._in_flight
-            if not claim and (not self._gathering or now < self._write_at):
+            if not claim and not self._questions and (not self._gathering or now < self._write_at):
                 return None
             batch = self._gather()
             if not self._gathering:
@@ -377,7 +471,9 @@ class Journal:
             if claim:
                 self._next_claim = now + self._claim_interval
                 batch.claim = True
-                batch.full = [function.name for function in self._server.ready if function.waiting >= WINDOW]
+                batch.full = self._server.full()
+        batch.questions = [question for question in self._questions if self._server.is_open(question)]
+        self._questions = []
         self._in_flight = batch
         return batch
 
@@ -404,20 +500,44 @@ class Journal:
                 )
                 if isinstance(entry, JobQueued | JobKept):
                     server.rejected(entry, "The job could not be stored")
+            self._claim_when_due(batch.entries, now)
             if refused:
                 server.committed(entry for index, entry in enumerate(batch.entries) if index not in refused)
             else:
                 server.committed(batch.entries)
-            server.adopt(batch.claimed)
-            if len(batch.claimed) >= CLAIM_LIMIT:
-                self.claim_soon()
+            for question in batch.questions:
+                if question.number in batch.replies:
+                    server.replied(question, batch.replies[question.number])
+            if batch.claimed is not None:
+                self._adopt(batch, batch.claimed, now)
         if batch.error is None:
             return
+        # Those that nobody waits for any more are left out then.
+        self._questions = [q for q in batch.questions if q.number not in batch.replies] + self._questions
         if isinstance(batch.error, LeaseLost):
             self.lease_lost = batch.error
             self._reject_submissions(batch.entries, "This job server was replaced by another")
             return
         self._postpone(batch, now)
+
+    def _adopt(self, batch: Batch, claimed: Claimed, now: float) -> None:
+        """Give the core what was claimed, but for what has ended since it was laid at the door."""
+        ended = batch.late | {entry.handle for entry in self._gathering if type(entry) is JobFinished}
+        if ended:
+            claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
+        self._server.claimed(claimed)
+        if claimed.more:
+            self.claim_soon()
+        self._next_claim = min(self._next_claim, now + claimed.due_in)
+
+    def _claim_when_due(self, entries: Iterable[Entry], now: float) -> None:
+        """Jobs for later were laid at the door: look there when they are due."""
+        server = self._server
+        for entry in entries:
+            if isinstance(entry, JobQueued | JobRequeued) and entry.unclaimed and entry.run_after:
+                # The core's two clocks were read at one moment, which may be past.
+                due_in = entry.run_after - server.now - (now - server.clock)
+                self._next_claim = min(self._next_claim, now + due_in)
 
     def _postpone(self, batch: Batch, now: float) -> None:
         """The store is out of reach: keep what happened, refuse what may not wait longer."""

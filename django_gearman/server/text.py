@@ -26,7 +26,8 @@ MAX_WORDS: Final = 5
 _OK: Final = b"OK\r\n"
 _NOT_HERE: Final = b"ERR PERMISSION_DENIED This+command+is+taken+from+the+server's+own+machine+alone\r\n"
 
-Command = Callable[[JobServer, list[bytes]], bytes]
+Question = Callable[[JobServer, list[bytes]], bytes]
+Change = Callable[[JobServer, Peer, list[bytes]], bytes]
 
 
 def answer(server: JobServer, peer: Peer, line: bytes) -> bytes | None:
@@ -42,7 +43,7 @@ def answer(server: JobServer, peer: Peer, line: bytes) -> bytes | None:
         return _QUESTIONS[name](server, words)
     if name not in _CHANGES or (name == b"shutdown" and not server.options.allow_shutdown):
         return _unknown(words[0])
-    return _CHANGES[name](server, words) if peer.local else _NOT_HERE
+    return _CHANGES[name](server, peer, words) if peer.local else _NOT_HERE
 
 
 # Questions.
@@ -116,15 +117,17 @@ def _version(server: JobServer, words: list[bytes]) -> bytes:
 # Changes.
 
 
-def _cancel(server: JobServer, words: list[bytes]) -> bytes:
+def _cancel(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(words) < 3:
         return _unknown(words[0])
     if len(words) > 3 or words[1].lower() != b"job":
         return b"ERR UNKNOWN_ERROR\r\n"
-    return _OK if server.cancel(words[2]) else b"ERR UNKNOWN_JOB\r\n"
+    # Only the store may know the job: the answer has its place, and comes in its time.
+    server.cancel_for(peer, words[2], _OK, b"ERR UNKNOWN_JOB\r\n")
+    return b""
 
 
-def _create(server: JobServer, words: list[bytes]) -> bytes:
+def _create(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(words) != 3 or words[1].lower() != b"function":
         return _incomplete(words[0])
     refusal = server.create_function(words[2])
@@ -134,7 +137,7 @@ def _create(server: JobServer, words: list[bytes]) -> bytes:
     return b"ERR %s %s\r\n" % (code, text.replace(b" ", b"+"))
 
 
-def _drop(server: JobServer, words: list[bytes]) -> bytes:
+def _drop(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(words) != 3 or words[1].lower() != b"function":
         return _incomplete(words[0])
     # gearmand finds the name without looking at case, and may drop another function.
@@ -145,7 +148,7 @@ def _drop(server: JobServer, words: list[bytes]) -> bytes:
     return _OK
 
 
-def _limit(server: JobServer, words: list[bytes]) -> bytes:
+def _limit(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(words) < 2:
         return _incomplete(words[0])
     limits = [max(atoi(word), 0) for word in words[2:]]
@@ -156,7 +159,7 @@ def _limit(server: JobServer, words: list[bytes]) -> bytes:
     return _OK
 
 
-def _shut_down(server: JobServer, words: list[bytes]) -> bytes:
+def _shut_down(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     how = [word.lower() for word in words[1:]]
     if how not in ([], [b"graceful"]):
         return _incomplete(words[0])
@@ -195,7 +198,7 @@ _LEVELS: Final = {
     logging.WARNING: b"WARNING",
     logging.ERROR: b"ERROR",
 }
-_QUESTIONS: Final[dict[bytes, Command]] = {
+_QUESTIONS: Final[dict[bytes, Question]] = {
     b"status": _status,
     b"prioritystatus": _priority_status,
     b"workers": _workers,
@@ -204,7 +207,7 @@ _QUESTIONS: Final[dict[bytes, Command]] = {
     b"verbose": _verbosity,
     b"version": _version,
 }
-_CHANGES: Final[dict[bytes, Command]] = {
+_CHANGES: Final[dict[bytes, Change]] = {
     b"cancel": _cancel,
     b"create": _create,
     b"drop": _drop,

@@ -588,6 +588,10 @@ class GearmanServer:
             if core.dirty:
                 # Submissions that it refused.
                 self.schedule_turn()
+        if core.questions:
+            self._journal.ask(core.questions)
+            core.questions = []
+            self._thread.kick()
         if core.claim_wanted:
             core.claim_wanted = False
             self._journal.claim_soon()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from django_gearman.protocol.packets import ATTEMPTS, PacketType
-from django_gearman.server.entries import JobDue, JobFinished, JobRequeued, JobStarted, Outcome, StoredJob
+from django_gearman.server.entries import Claimed, JobDue, JobFinished, JobRequeued, JobStarted, Outcome, StoredJob
 
 from .harness import Caller, Wire, handle
 
@@ -83,14 +83,19 @@ class TestRetry:
         worker = self.raised(wire, max_attempts=3)
         assert wire.entries() == [
             JobStarted(stored().handle, b"127.0.0.1", 1, NOW),
-            JobRequeued(stored().handle, b"127.0.0.1", 1, NOW, NOW, "", b"boom", NOW + 5),
+            JobRequeued(
+                stored().handle, b"127.0.0.1", 1, NOW, NOW, "", b"boom", NOW + 5, unclaimed=True
+            ),
         ]
         assert worker(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
         assert worker(P.PRE_SLEEP) == []
-        assert wire.core.next_due() == NOW + 5
+        # Until then it lies at the store's door.
+        assert not wire.core.jobs
+        assert worker.line(b"status") == b"f\t1\t0\t1\n.\n"
         passes(wire, 5)
+        wire.core.claimed(Claimed([stored(attempts=1, max_attempts=3, run_after=NOW + 5)]))
         assert worker.hears() == [(P.NOOP,)]
-        assert wire.entries() == [JobDue(stored().handle)]
+        assert worker.line(b"status") == b"f\t1\t0\t1\n.\n"
         told, job = worker(P.GRAB_JOB_UNIQ)
         assert (told, job[1]) == ((P.OPTION_RES, b"attempt 2 3"), stored().handle)
 
@@ -157,21 +162,24 @@ class TestRetry:
     def test_pause_has_a_bound(self):
         wire = Wire(durable=True)
         self.raised(wire, b"9" * 5000, max_attempts=2)
-        assert wire.core.next_due() < 2**33
+        assert wire.entries()[-1].run_after < 2**33
 
-    def test_unique_is_kept_meanwhile(self):
+    def test_who_waits_for_it_goes_on_waiting(self):
+        """Then it stays here, where its client hears of it."""
         wire = Wire(durable=True)
-        self.raised(wire, max_attempts=2, unique=b"u")
+        wire.core.adopt([stored(unique=b"u", max_attempts=2)])
         client = wire.connect()
-        assert client(P.SUBMIT_JOB_BG, b"f", b"u", b"") == [(P.JOB_CREATED, stored().handle)]
-
-    def test_cancelled_meanwhile(self):
-        wire = Wire(durable=True)
-        self.raised(wire, max_attempts=2)
-        assert wire.core.cancel(stored().handle)
-        passes(wire, 10)
-        assert wire.core.jobs == {}
-        assert not wire.core.ready
+        client(P.SUBMIT_JOB, b"f", b"u", b"")
+        worker = speaker(wire)
+        worker(P.GRAB_JOB_UNIQ)
+        worker(P.OPTION_REQ, b"retry 5000 " + stored().handle)
+        worker(P.WORK_EXCEPTION, stored().handle, b"boom")
+        assert not wire.entries()[-1].unclaimed
+        assert wire.core.next_due() == NOW + 5
+        assert client(P.SUBMIT_JOB_BG, b"f", b"u", b"")[-1] == (P.JOB_CREATED, stored().handle)
+        passes(wire, 5)
+        assert wire.entries() == [JobDue(stored().handle)]
+        assert worker(P.GRAB_JOB_UNIQ)[-1][1] == stored().handle
 
 
 class TestLost:

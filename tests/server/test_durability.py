@@ -102,13 +102,17 @@ class TestOrderOfAnswers:
         client(P.SUBMIT_JOB_BG, b"f", b"u", b"w")
         assert client(P.ECHO_REQ, b"1") == []
         assert client(P.GET_STATUS, b"H:no") == []
+        (question,) = wire.core.questions
         assert client(P.GRAB_JOB) == []
         assert client.line(b"version") == b""
         wire.commit()
         assert client.takes() == b"".join(
+            [encode_response(P.JOB_CREATED, handle(1)), encode_response(P.ECHO_RES, b"1")]
+        )
+        # Only the store knows that there is no such job.
+        wire.core.replied(question, None)
+        assert client.takes() == b"".join(
             [
-                encode_response(P.JOB_CREATED, handle(1)),
-                encode_response(P.ECHO_RES, b"1"),
                 encode_response(P.STATUS_RES, b"H:no", b"0", b"0", b"0", b"0"),
                 encode_response(P.NO_JOB),
                 b"OK " + __version__.encode() + b"\n",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -10,6 +10,7 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import journal as journal_module
 from django_gearman.server.entries import (
+    Claimed,
     Entry,
     JobFinished,
     JobKept,
@@ -34,7 +35,7 @@ class ScriptedStore(MemoryStore):
         super().__init__()
         self.script = list(script)
         self.writes: list[tuple[list[Entry], bool]] = []
-        self.claims: list[tuple[int, list[bytes]]] = []
+        self.claims: list[tuple[int, dict[bytes, int]]] = []
         self.claim_error: StoreError | None = None
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str]:
@@ -45,24 +46,37 @@ class ScriptedStore(MemoryStore):
         super().write(entries, again=again)
         return step or {}
 
-    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
-        self.claims.append((limit, list(full)))
+    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+        self.claims.append((limit, dict(full)))
         if self.claim_error is not None:
             raise self.claim_error
         return super().claim(limit, full)
 
 
+def replayed(store: MemoryStore) -> list[StoredJob]:
+    """What an earlier run left to be done, as the next one takes it over."""
+    store.resume()
+    return store.claim(1000, {}).jobs
+
+
 class Office:
     """A wire whose entries a journal carries to a store; the clock is in its hands."""
 
-    def __init__(self, *script: BaseException | dict[int, str] | None, **options: float) -> None:
-        self.wire = Wire(durable=True)
+    def __init__(
+        self, *script: BaseException | dict[int, str] | None, window: int = 10_000, **options: float
+    ) -> None:
+        self.wire = Wire(durable=True, window=window)
         self.store = ScriptedStore(*script)
         self.journal = Journal(self.wire.core, **options)
         self.now = 50.0
 
     def gather(self) -> None:
         core = self.wire.core
+        self.journal.ask(core.questions)
+        core.questions = []
+        if core.claim_wanted:
+            core.claim_wanted = False
+            self.journal.claim_soon()
         if core.entries:
             self.journal.append(self.wire.entries(), self.now, urgent=core.urgent)
             core.urgent = False
@@ -197,7 +211,7 @@ class TestCommit:
         office.trip()
         assert client.hears() == [(P.JOB_CREATED, handle(1))]
         assert list(office.store.jobs) == [handle(1)]
-        assert office.store.replay() == [StoredJob(handle(1), b"f", b"", b"w", 0, 0, None)]
+        assert replayed(office.store) == [StoredJob(handle(1), b"f", b"", b"w", 0, 0, None)]
 
     def test_refused_entry_alone_is_refused(self, caplog):
         office, client = settled({1: "not UTF-8"})
@@ -633,18 +647,17 @@ class TestClaims:
         batches: list[Callable] = []
         while (batch := office.trip()) is not None:
             batches.append(batch)
-        assert [len(batch.claimed) for batch in batches] == [2, 2, 1]
-        assert office.store.claims[0] == (2, [])
+        assert [len(batch.claimed.jobs) for batch in batches] == [2, 2, 1]
+        assert office.store.claims[0] == (2, {})
 
-    def test_functions_with_enough_in_memory_are_left_in_the_store(self, monkeypatch):
-        monkeypatch.setattr(journal_module, "WINDOW", 2)
-        office = Office()
+    def test_functions_with_enough_in_memory_are_left_in_the_store(self):
+        office = Office(window=2)
         office.store.unclaimed = [self.stored(n, b"full") for n in range(2)] + [self.stored(9, b"other")]
         office.trip()
         office.store.unclaimed = [self.stored(3, b"full"), self.stored(10, b"other")]
         office.pass_time(1.0)
         office.trip()
-        assert office.store.claims[-1][1] == [b"full"]
+        assert office.store.claims[-1][1] == {b"full": 0}
         assert office.store.unclaimed == [self.stored(3, b"full")]
         office.wire.worker(b"full").grabs()
         office.pass_time(1.0)
@@ -672,7 +685,7 @@ class TestMemoryStore:
             again=False,
         )
         store.write([self.finished(1)], again=False)
-        assert store.replay() == [
+        assert replayed(store) == [
             StoredJob(handle(2), b"f", b"", b"w", 50, 0, None),
             StoredJob(handle(4), b"f", b"", b"w", 0, 2, None),
         ]
@@ -687,7 +700,8 @@ class TestMemoryStore:
             ],
             again=False,
         )
-        assert [(job.handle, job.attempts) for job in store.replay()] == [(handle(1), 1)]
+        told = [(job.handle, job.attempts, job.interruptions) for job in replayed(store)]
+        assert told == [(handle(1), 1, 1)]
 
     @pytest.mark.parametrize("more", [[], [JobFinished(handle(1), Outcome.SUCCESSFUL, b"r", "", 1.0)]])
     def test_batch_that_was_written_may_come_again(self, more):
@@ -695,11 +709,12 @@ class TestMemoryStore:
         batch = [self.queued(background=False), JobKept(handle(1), 1.0), *more]
         tail = [JobKept(handle(1), 1.0), *more]
         store.write(batch, again=False)
-        jobs = store.replay()
+        jobs = dict(store.jobs)
         assert store.write(batch, again=True) == {}
-        assert store.replay() == jobs
+        assert store.jobs == jobs
         assert store.write(tail, again=True) == {}
-        assert store.replay() == jobs
+        assert store.jobs == jobs
+        assert store.unclaimed == []
 
     def test_claims_the_most_urgent_first(self):
         store = MemoryStore()
@@ -707,6 +722,6 @@ class TestMemoryStore:
             StoredJob(b"r%d" % number, b"f", b"", b"", priority, 0, None)
             for number, priority in enumerate((0, 50, -50, 50))
         ]
-        assert [job.handle for job in store.claim(3, [])] == [b"r1", b"r3", b"r0"]
-        assert [job.handle for job in store.claim(3, [])] == [b"r2"]
-        assert len(store.replay()) == 4
+        assert [job.handle for job in store.claim(3, {}).jobs] == [b"r1", b"r3", b"r0"]
+        assert [job.handle for job in store.claim(3, {}).jobs] == [b"r2"]
+        assert len(replayed(store)) == 4

@@ -101,24 +101,20 @@ class TestEpoch:
         (queued,) = wire.commit()
         assert isinstance(queued, JobQueued)
         assert (queued.run_after, queued.background, queued.priority) == (NOW + 10, True, 0)
+        # It waits in the store, and costs nothing here.
+        assert queued.unclaimed
         assert client.hears() == [(P.JOB_CREATED, handle(1))]
-        passes(wire, 10)
-        assert wire.entries() == [JobDue(handle(1))]
+        assert not wire.core.jobs
+        assert client.line(b"status") == b"f\t1\t0\t0\n.\n"
 
-    def test_commit_that_comes_after_its_time_makes_it_ready_at_once(self):
-        wire = Wire(durable=True)
-        later(wire.connect(), 1)
-        passes(wire, 2)
-        wire.commit()
-        assert wire.worker(b"f").grabs() == handle(1)
-
-    def test_replayed_job_keeps_its_time(self):
+    def test_job_that_somebody_waits_for_keeps_its_time(self):
         wire = Wire(durable=True)
         wire.core.adopt([StoredJob(b"H:old", b"f", b"", b"w", 0, 0, None, b"", NOW + 10)])
         worker = wire.worker(b"f")
         assert worker.grabs() is None
         passes(wire, 10)
         assert worker.grabs() == b"H:old"
+        assert wire.entries()[0] == JobDue(b"H:old")
 
     def test_clock_that_is_set_back_makes_it_later_but_loses_nothing(self):
         wire = Wire()

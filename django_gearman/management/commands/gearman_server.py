@@ -137,7 +137,7 @@ class Command(BaseCommand):
                 doors += f", for HTTP on {_shown(http_sockets[0])}"
             kept = "in memory only"
             if store is not None:
-                kept = f"in the database {settings.database!r}, {len(core.jobs)} jobs replayed"
+                kept = f"in the database {settings.database!r}"
 
             def greet() -> None:
                 if pid_file is not None:
@@ -215,12 +215,12 @@ def _core(
     options: dict[str, Any],
     settings: conf.GearmanSettings,
 ) -> JobServer:
-    """The core, with the lease and what the store kept of earlier runs."""
+    """The core, with the lease; what the store kept of earlier runs is claimed beside everything else."""
     try:
         # What is not in a database must have handles that no earlier run gave either: tenths of a second.
         epoch = store.take_lease(address) if store else int(time.time() * 10)
-        replayed = store.replay() if store else []
         if store:
+            store.resume()
             _synchronise(settings)
             _warn_of_database(settings.database, settings.max_packet)
     except StoreError as error:
@@ -232,7 +232,7 @@ def _core(
     if prefix is not None:
         # Several servers of a database may have one prefix, but not one lease.
         prefix = f"{prefix}:{store.lease_id}-{epoch}." if store else f"{prefix}:{epoch}."
-    core = JobServer(
+    return JobServer(
         ServerOptions(
             name=name,
             epoch=epoch,
@@ -248,8 +248,6 @@ def _core(
             allow_shutdown=options["allow_shutdown"],
         )
     )
-    core.adopt(replayed)
-    return core
 
 
 async def _serve(
