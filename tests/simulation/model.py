@@ -17,9 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import ATTEMPTS, PacketType, encode_response
+from django_gearman.server import core as core_module
 from django_gearman.server import text
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder, JobServer, Peer, ServerOptions
-from django_gearman.server.entries import Entry, JobKept, JobQueued, Outcome, StoredJob
+from django_gearman.server.entries import (
+    Entry,
+    JobKept,
+    JobQueued,
+    Outcome,
+    Question,
+    Reply,
+    Standing,
+    StoredJob,
+    Topic,
+)
 from django_gearman.server.jobs import JobState
 from django_gearman.server.journal import Batch, Journal
 
@@ -117,6 +128,7 @@ class ModelJob:
         "due",
         "function",
         "handle",
+        "interruptions",
         "key",
         "listeners",
         "max_attempts",
@@ -153,6 +165,7 @@ class ModelJob:
         """Replies that wait for the commit."""
         self.recorded = False
         self.attempts = 0
+        self.interruptions = 0
         self.max_attempts: int | None = None
         self.due = 0.0
         self.timeout: int | None = None
@@ -168,6 +181,13 @@ def key_of(unique: bytes, workload: bytes) -> tuple[bytes, ...] | None:
     if unique == b"-":
         return (b"workload", workload) if workload else None
     return (unique,) if unique else None
+
+
+def numbers_of(reply: Reply) -> tuple[bytes, ...]:
+    """Known, running and progress, as a status tells them."""
+    if not isinstance(reply, Standing):
+        return (b"0",) * 4
+    return b"1", b"1" if reply.running else b"0", reply.numerator, reply.denominator
 
 
 class Watched(JobServer):
@@ -189,6 +209,10 @@ class Watched(JobServer):
         self.model.joined(entry, handle)
         super().joined(entry, handle)
 
+    def replied(self, question: Question, reply: Reply) -> None:
+        super().replied(question, reply)
+        self.model.replied(question, reply)
+
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         jobs = list(jobs)
         for job in jobs:
@@ -199,7 +223,7 @@ class Watched(JobServer):
 class Server:
     """One run of one server: its core, its journal, its connections, and the model."""
 
-    def __init__(self, world: World, name: str, store: SimulatedStore | None, replayed: list[StoredJob]) -> None:
+    def __init__(self, world: World, name: str, store: SimulatedStore | None) -> None:
         self.world = world
         self.random = world.dice.random
         self.name = name
@@ -221,6 +245,8 @@ class Server:
             worker_wakeup=shape.wakeup,
             function_order=shape.order,
             timeout_grace=0.0,
+            window=shape.window,
+            window_bytes=shape.window_bytes,
         )
         self.core = core = Watched(options)
         core.model = self
@@ -263,10 +289,13 @@ class Server:
         """Submissions that were answered ERROR."""
         self.disowned: dict[bytes, None] = {}
         """Jobs whose record was refused: it need not tell how they ended."""
-        self.operator = core.connected(0, "unix")
+        self.operator = ModelPeer(0, [])
+        self.operator.peer = core.connected(0, "unix", self.operator)
         self.lost = False
         """Whether its lease is another's and it ends."""
-        core.adopt(replayed)
+        self.asked = 0
+        self.open: dict[int, tuple[float, Topic, Callable[[Reply], None]]] = {}
+        """What the core has asked the store, and what follows the reply."""
 
     # The model: how jobs move.
 
@@ -331,7 +360,7 @@ class Server:
         limit = self.shape.retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
             self.end(job, Outcome.CANCELLED)
-        elif limit and job.attempts >= limit:
+        elif limit and job.attempts - job.interruptions >= limit:
             self.tell(job, P.WORK_FAIL)
             self.end(job, Outcome.DEAD)
         else:
@@ -339,6 +368,10 @@ class Server:
 
     def put_back(self, job: ModelJob, due: float = 0.0) -> None:
         self.world.came_to_nothing(self, job)
+        if due > self.core.now and job.recorded and job.background and not job.listeners:
+            # Until then it lies at the door.
+            self.remove(job)
+            return
         job.worker = None
         job.numbers = (b"0", b"0")
         if due > self.core.now:
@@ -374,8 +407,47 @@ class Server:
         if job is None or job.slots is None:
             return
         self.answer(job, encode_response(P.JOB_CREATED, job.handle), job.handle)
-        if job.state == "pending":
+        if job.state != "pending":
+            return
+        if kind is not JobQueued or not entry.unclaimed:
             self.wait(job)
+        elif job.listeners:
+            self.ask_store(Topic.TAKE, lambda reply: self.take_back(job, reply))
+        else:
+            self.remove(job)
+
+    def take_back(self, job: ModelJob, reply: Reply) -> None:
+        """It was laid at the door, and somebody waits for it here."""
+        if job.state != "pending":
+            return
+        if not isinstance(reply, StoredJob):
+            # Another server has it: for those who wait here it runs here, and is not kept.
+            job.background = job.recorded = False
+            self.disowned[job.handle] = None
+        self.wait(job)
+
+    def ask_store(self, topic: Topic, then: Callable[[Reply], None]) -> None:
+        if len(self.open) >= core_module.MAX_QUESTIONS:
+            then(self.guess(topic))
+            return
+        self.asked += 1
+        self.open[self.asked] = self.core.clock, topic, then
+
+    def guess(self, topic: Topic) -> Reply:
+        """What is told without the store: a job that may be there is not gone."""
+        asks = topic in (Topic.STATUS, Topic.UNIQUE)
+        return Standing(running=False) if asks and self.core._away else None
+
+    def replied(self, question: Question, reply: Reply) -> None:
+        _, _, then = self.open.pop(question.number, (0.0, None, None))
+        if then is not None:
+            then(reply)
+
+    def fill(self, peer: ModelPeer, slot: Slot, packet: bytes) -> None:
+        slot.packet = packet
+        if not peer.touched:
+            peer.touched = True
+            self.touched.append(peer)
 
     def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
         handle = entry.handle
@@ -423,12 +495,14 @@ class Server:
 
     def adopted(self, stored: StoredJob) -> None:
         handle = stored.handle
-        promise(handle not in self.jobs, f"the store handed {handle!r} over twice")
         self.world.adopted(self, stored)
+        if handle in self.jobs:
+            return
         job = ModelJob(
             handle, stored.function, stored.unique, stored.workload, stored.priority, background=True
         )
         job.attempts = stored.attempts
+        job.interruptions = stored.interruptions
         job.max_attempts = stored.max_attempts
         job.timeout = stored.timeout
         job.due = stored.run_after
@@ -486,24 +560,44 @@ class Server:
         elif kind is P.SUBMIT_REDUCE_JOB or kind is P.SUBMIT_REDUCE_JOB_BACKGROUND:
             reducer = b"sum"
             options = (reducer, b"0")
+        job = ModelJob(b"", function, unique, workload, priority, background)
+        job.due = due if due > self.core.now else 0.0
+        job.reducer = reducer
+        slot = Slot(self.world.clock)
+        peer.line.append(slot)
+        known = self.core.functions.get(function)
         key = key_of(unique, workload)
+        if (
+            not background
+            and key is not None
+            and known is not None
+            and known.away
+            and (function, key) not in self.uniques
+        ):
+            # The store may have one of that unique.
+            self.ask_store(Topic.TAKE, lambda reply: self.submitted(peer, job, slot))
+        else:
+            self.submitted(peer, job, slot)
+        self.say(peer, kind, function, unique, *options, workload)
+
+    def submitted(self, peer: ModelPeer, new: ModelJob, slot: Slot) -> None:
+        """Of all answers to a submission one goes into its slot."""
+        if peer.peer not in self.core.peers:
+            return
+        function, background, priority = new.function, new.background, new.priority
+        key = key_of(new.unique, new.workload)
         job = self.uniques.get((function, key)) if key is not None else None
         if job is None and function in self.limits:
             high, normal, low = self.limits[function]
             limit = high if priority == HIGH else low if priority == LOW else normal
-            if limit and self.count[function] >= limit:
-                self.expect(peer, encode_response(P.ERROR, b"QUEUE_ERROR", b"Job queue is full"))
-                self.say(peer, kind, function, unique, *options, workload)
+            if limit and self.count[function] + self.core.functions[function].away >= limit:
+                self.fill(peer, slot, encode_response(P.ERROR, b"QUEUE_ERROR", b"Job queue is full"))
                 return
-        slot = Slot(self.world.clock)
-        peer.line.append(slot)
         if job is None:
+            job = new
             self.created += 1
-            handle = self.prefix + b"%d" % self.created
-            job = ModelJob(handle, function, unique, workload, priority, background)
+            job.handle = self.prefix + b"%d" % self.created
             job.recorded = self.durable if background else self.record_foreground
-            job.due = due if due > self.core.now else 0.0
-            job.reducer = reducer
             if key is not None:
                 job.key = key
                 self.uniques[function, key] = job
@@ -511,6 +605,7 @@ class Server:
             if background and self.durable:
                 job.state = "pending"
                 job.slots = []
+                self.world.submitted(self, job)
             else:
                 self.wait(job)
         elif background and not job.background:
@@ -521,15 +616,11 @@ class Server:
         if job.slots is not None and (background or job.state == "pending"):
             job.slots.append(slot)
         else:
-            slot.packet = encode_response(P.JOB_CREATED, job.handle)
             if background and self.durable:
                 slot.acknowledged = job.handle
-            if not peer.touched:
-                peer.touched = True
-                self.touched.append(peer)
+            self.fill(peer, slot, encode_response(P.JOB_CREATED, job.handle))
         if not background:
             job.listeners.append(peer)
-        self.say(peer, kind, function, unique, *options, workload)
 
     def offer(self, peer: ModelPeer) -> None:
         # Offered while asleep it does not wake for what waits already, so nobody does that here.
@@ -719,7 +810,8 @@ class Server:
             if peer.tells_attempts and luck < 0.96:
                 delay = self.choose((0, 0, 1500, 4000))
                 self.say(peer, P.OPTION_REQ, b"retry %d %s" % (delay, handle))
-                if job.background and (job.max_attempts is None or job.attempts < job.max_attempts):
+                tried = job.attempts - job.interruptions
+                if job.background and (job.max_attempts is None or tried < job.max_attempts):
                     peer.excused = handle
                     self.put_back(job, self.core.now + delay / 1000)
                     self.say(peer, P.WORK_EXCEPTION, handle, data)
@@ -752,31 +844,48 @@ class Server:
         else:
             handle = self.some_handle()
             job = self.jobs.get(handle)
-            if job is None or job.state == "pending":
-                numbers = (b"0", b"0", b"0", b"0")
+            if job is None and self.durable:
+                slot = Slot(self.world.clock)
+                peer.line.append(slot)
+                self.ask_store(
+                    Topic.STATUS,
+                    lambda reply: self.fill(
+                        peer, slot, encode_response(P.STATUS_RES, handle, *numbers_of(reply))
+                    ),
+                )
             else:
-                numbers = (b"1", b"1" if job.worker else b"0", *job.numbers)
-            self.expect(peer, encode_response(P.STATUS_RES, handle, *numbers))
+                numbers: tuple[bytes, ...] = (b"0", b"0", b"0", b"0")
+                if job is not None and job.state != "pending":
+                    numbers = (b"1", b"1" if job.worker else b"0", *job.numbers)
+                self.expect(peer, encode_response(P.STATUS_RES, handle, *numbers))
             self.say(peer, P.GET_STATUS, handle)
 
     def ask_by_unique(self, peer: ModelPeer) -> None:
         unique = self.choose(self.shape.uniques)
-        found = [
-            job
-            for job in self.jobs.values()
-            if job.key == (unique,) and job.state != "pending" and unique != b"-"
-        ]
-        numbers = [b"0"] * 5
-        if found:
-            job = max(found, key=lambda job: job.serial)
-            numbers = [b"1", b"1" if job.worker else b"0", *job.numbers, b"%d" % len(job.listeners)]
-        self.expect(peer, encode_response(P.STATUS_RES_UNIQUE, unique, *numbers))
+        found = [job for job in self.jobs.values() if job.key == (unique,)]
+        known = [job for job in found if job.state != "pending"]
+        if not found and self.durable and unique:
+            slot = Slot(self.world.clock)
+            peer.line.append(slot)
+            self.ask_store(
+                Topic.UNIQUE,
+                lambda reply: self.fill(
+                    peer, slot, encode_response(P.STATUS_RES_UNIQUE, unique, *numbers_of(reply), b"0")
+                ),
+            )
+        else:
+            numbers = [b"0"] * 5
+            if known:
+                job = max(known, key=lambda job: job.serial)
+                running = b"1" if job.worker else b"0"
+                numbers = [b"1", running, *job.numbers, b"%d" % len(job.listeners)]
+            self.expect(peer, encode_response(P.STATUS_RES_UNIQUE, unique, *numbers))
         self.say(peer, P.GET_STATUS_UNIQUE, unique)
 
-    # What operators do, who are no part of the model: their answers come at once.
+    # What operators do.
 
     def command(self, line: bytes) -> bytes:
-        answer = text.answer(self.core, self.operator, line)
+        answer = text.answer(self.core, self.operator.peer, line)
         if self.world.trace is not None:
             self.world.note(f"{self.label} operator: {line.decode()} -> {answer!r}")
         assert answer is not None
@@ -785,6 +894,15 @@ class Server:
     def cancel(self) -> None:
         handle = self.some_handle()
         job = self.jobs.get(handle)
+        operator = self.operator
+        slot = Slot(self.world.clock)
+        operator.line.append(slot)
+
+        def answered(reply: Reply) -> None:
+            if reply:
+                self.world.cancelled_at_door[handle] = None
+            self.fill(operator, slot, b"OK\r\n" if reply else b"ERR UNKNOWN_JOB\r\n")
+
         if job is not None:
             if job.worker is not None:
                 cancelled = job.worker.cancelled
@@ -793,8 +911,13 @@ class Server:
                     del cancelled[next(iter(cancelled))]
             self.tell(job, P.WORK_FAIL)
             self.end(job, Outcome.CANCELLED)
-        answer = self.command(b"cancel job " + handle)
-        promise(answer == (b"OK\r\n" if job else b"ERR UNKNOWN_JOB\r\n"), f"{answer!r} to the operator")
+            answered(True)
+            self.world.cancelled_at_door.pop(handle, None)
+        elif self.durable:
+            self.ask_store(Topic.CANCEL, answered)
+        else:
+            answered(None)
+        promise(self.command(b"cancel job " + handle) == b"", "an answer that does not keep its place")
         self.hear()
 
     def limit(self) -> None:
@@ -826,6 +949,12 @@ class Server:
         for job in sorted(running, key=lambda job: job.taken):
             self.lose(job)
         asleep = [peer for peer in self.peers if peer.asleep]
+        while self.open:
+            number, (at, topic, then) = next(iter(self.open.items()))
+            if core.clock - at < core_module.PATIENCE:
+                break
+            del self.open[number]
+            then(self.guess(topic))
         if self.world.trace is not None:
             self.world.note(f"{self.label} ticks")
         core.tick()
@@ -865,21 +994,28 @@ class Server:
             core.urgent = False
             if core.dirty:
                 self.hear()
+        if core.questions:
+            self.journal.ask(core.questions)
+            core.questions = []
         if core.claim_wanted:
             core.claim_wanted = False
             self.journal.claim_soon()
 
-    def write(self) -> None:
-        """One third of a trip to the store."""
+    def write(self) -> bool:
+        """One third of a trip to the store; whether there was anything to do."""
         if self.batch is None:
             self.turn()
             self.batch = self.journal.next_batch(self.core.clock)
-            if self.batch is not None and self.world.trace is not None:
+            if self.batch is None:
+                return False
+            if self.world.trace is not None:
                 self.world.note_batch(self, self.batch)
         elif not self.performed:
-            self.perform()
+            if not self.world.hanging:
+                self.perform()
         else:
             self.done()
+        return True
 
     def perform(self) -> None:
         assert self.batch is not None
@@ -994,8 +1130,8 @@ class Server:
                 promise(job.key == key and job.handle in core.jobs, f"the unique {key!r} is of no job")
             promise(set(function.sleepers) <= set(function.workers), "one sleeps who is no worker")
             workers = sum(name in peer.abilities for peer in self.peers)
-            lines.append(b"%s\t%d\t%d\t%d\n" % (name, sum(there[:3]), there[1], workers))
-        status = text.answer(core, self.operator, b"status")
+            lines.append(b"%s\t%d\t%d\t%d\n" % (name, sum(there[:3]) + function.away, there[1], workers))
+        status = text.answer(core, self.operator.peer, b"status")
         promise(status == b"".join(lines) + b".\n", f"status tells {status!r}")
         running: dict[ModelPeer, set[bytes]] = {}
         listens: dict[ModelPeer, set[bytes]] = {}

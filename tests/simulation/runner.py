@@ -14,7 +14,7 @@ from django_gearman.server import core, journal
 
 from .world import World
 
-TRACED = 4000
+TRACED = 40000
 """Lines of a failed world that are shown, the last."""
 
 CONSTANTS = [
@@ -22,7 +22,8 @@ CONSTANTS = [
     (core, "CANCELLED_LIMIT"),
     (journal, "MAX_BATCH"),
     (journal, "CLAIM_LIMIT"),
-    (journal, "WINDOW"),
+    (core, "LEAST_SHARE"),
+    (core, "MAX_QUESTIONS"),
     (journal, "COMPACT_AT"),
 ]
 """What a world sets to its size."""

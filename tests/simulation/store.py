@@ -10,10 +10,12 @@ keeps it honest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.server.entries import (
+    Claimed,
     Entry,
     JobDue,
     JobFinished,
@@ -24,7 +26,12 @@ from django_gearman.server.entries import (
     JobStarted,
     Joined,
     Outcome,
+    Question,
+    Reply,
+    Standing,
     StoredJob,
+    Topic,
+    Waiting,
 )
 
 Key = tuple[bytes, bytes, bytes]
@@ -40,11 +47,13 @@ class Row:
         "data",
         "denominator",
         "door",
+        "enqueued_at",
         "epoch",
         "function",
         "handle",
         "id",
         "interrupted",
+        "interruptions",
         "key",
         "kept_attempts",
         "max_attempts",
@@ -76,6 +85,7 @@ class Row:
         later: bool = False,
         max_attempts: int | None = None,
         timeout: int | None = None,
+        enqueued_at: float = 0.0,
     ) -> None:
         self.id = 0
         self.handle = handle
@@ -88,6 +98,7 @@ class Row:
         self.run_after = run_after
         self.max_attempts = max_attempts
         self.timeout = timeout
+        self.enqueued_at = enqueued_at
         self.wanted = key_of(function, unique, workload)
         self.key: Key | None = self.wanted if background else None
         """Its place in the index of uniques, which only one job to do can have."""
@@ -105,6 +116,7 @@ class Row:
         """Numbers of attempts that came to nothing."""
         self.interrupted: list[int] = []
         """Those of them that the server did not outlive."""
+        self.interruptions = 0
         self.door = False
         """Whether a view inserted it."""
 
@@ -121,7 +133,11 @@ class Row:
             self.reducer,
             self.run_after,
             self.timeout,
+            self.interruptions,
         )
+
+
+LATER = ("SCHEDULED", "RETRYING")
 
 
 def key_of(function: bytes, unique: bytes, workload: bytes) -> Key | None:
@@ -193,6 +209,7 @@ class SimulatedStore:
         fault: Called with ``before`` and ``after`` of each transaction; raises ``StoreError`` to let it fail.
         is_bad: Whether the database refuses what an entry holds.
         freed_at_once: Rows of a dead server that are freed in one transaction.
+        is_counted: Whether a claim counts what it leaves, if there may be any.
     """
 
     def __init__(
@@ -206,6 +223,7 @@ class SimulatedStore:
         is_bad: Callable[[Entry], bool] = lambda entry: False,
         lease: float = 15.0,
         freed_at_once: int = 10_000,
+        is_counted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.database = database
         self.name = name
@@ -215,11 +233,13 @@ class SimulatedStore:
         self._is_bad = is_bad
         self._lease = lease
         self._freed_at_once = freed_at_once
+        self._is_counted = is_counted
         self.renewed = 0.0
         self.lease_id = 0
         self.epoch = 0
         self._looked_for_dead = 0.0
         self._perhaps_taken: list[Row] = []
+        self._resuming = False
         self._again = False
 
     def take_lease(self) -> int:
@@ -238,13 +258,13 @@ class SimulatedStore:
         self.renewed = self._looked_for_dead = self._clock()
         return lease.epoch
 
-    def replay(self) -> list[StoredJob]:
+    def resume(self) -> None:
         self._fault("before")
         self._prove_lease()
-        self._end_attempts(self.lease_id, epoch=self.epoch)
-        rows = [row for row in self.database.live.values() if row.server == self.lease_id]
+        self._end_attempts(self.lease_id)
+        resuming = self._free(self.lease_id)
         self._fault("after")
-        return [row.stored() for row in sorted(rows, key=lambda row: (-row.priority, row.id))]
+        self._resuming = resuming
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         self._fault("before")
@@ -254,6 +274,7 @@ class SimulatedStore:
         by_handle = database.by_handle
         refused: dict[int, str | Joined] = {}
         new: dict[bytes, tuple[int, Row]] = {}
+        laid: dict[bytes, bool] = {}
         ends: list[tuple[Row, JobFinished]] = []
         for index, entry in enumerate(entries):
             handle = entry.handle
@@ -264,13 +285,15 @@ class SimulatedStore:
                     continue
                 there = by_handle.get(handle)
                 if there is None:
+                    laid[handle] = entry.unclaimed
                     new[handle] = index, self._new_row(entry)
-                elif not (again and there.server == self.lease_id):
+                elif not (again and (there.server == self.lease_id or entry.unclaimed)):
                     refused[index] = "there is a job of that handle"
                 continue
             queued = new.get(handle)
             row = queued[1] if queued is not None else by_handle.get(handle)
-            if row is None or (queued is None and row.server != self.lease_id):
+            # What this server has laid at the door may have to be undone.
+            if row is None or (queued is None and row.server not in (self.lease_id, None)):
                 continue
             if kind is JobFinished:
                 if self._is_bad(entry):
@@ -296,8 +319,9 @@ class SimulatedStore:
                     assert other.handle is not None
                     refused[index] = Joined(other.handle)
                     continue
-            row.server = self.lease_id
-            row.epoch = self.epoch
+            if not laid[handle]:
+                row.server = self.lease_id
+                row.epoch = self.epoch
             database.insert(row)
         for row, entry in ends:
             if row.id:
@@ -316,6 +340,7 @@ class SimulatedStore:
             reducer=entry.reducer,
             run_after=entry.run_after,
             later=entry.run_after > entry.at,
+            enqueued_at=entry.at,
         )
 
     def _change(self, row: Row, entry: Entry) -> None:
@@ -333,6 +358,8 @@ class SimulatedStore:
             if entry.run_after > entry.at:
                 row.status = "RETRYING"
                 row.run_after = entry.run_after
+            if entry.unclaimed:
+                row.server = row.epoch = None
             if entry.attempt not in row.kept_attempts:
                 row.kept_attempts.append(entry.attempt)
         elif kind is JobDue:
@@ -352,53 +379,143 @@ class SimulatedStore:
         row.reason = entry.reason
         self.database.end(row, entry.outcome.value)
 
-    def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         self._fault("before")
-        database = self.database
-        wall = self._wall()
-        due = [
-            row
-            for row in database.live.values()
-            if row.server is None and row.status in ("SCHEDULED", "RETRYING") and row.run_after <= wall
-        ]
+        if self._resuming:
+            self._prove_lease()
+            resuming = self._free(self.lease_id, but_of_epoch=self.epoch)
+            self._fault("after")
+            self._resuming = resuming
         if self._clock() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
-        rows = [] if due else self._unclaimed(limit, full)
+        wall = self._wall()
+        rows, emptied, more = self._look(limit, full, wall)
         unsure = self._perhaps_taken
         found = [row for row in unsure if (row.server, row.epoch) == (self.lease_id, self.epoch)]
         self._perhaps_taken = []
-        if not rows and not due and self._clock() - self.renewed < self._lease / 3:
-            return [row.stored() for row in found]
-        try:
-            self._fault("before")
-            self._prove_lease()
-            for row in due:
-                row.status = "READY"
-            if due:
-                rows = self._unclaimed(limit, full)
-            for row in rows:
-                self._take(row)
-            self._fault("after")
-        except StoreError:
-            # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
-            self._perhaps_taken = [*unsure, *rows]
-            raise
-        return [row.stored() for row in (*found, *rows)]
+        if rows or self._clock() - self.renewed >= self._lease / 3:
+            try:
+                self._fault("before")
+                self._prove_lease()
+                for row in rows:
+                    self._take(row)
+                self._fault("after")
+            except StoreError:
+                # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
+                self._perhaps_taken = [*unsure, *rows]
+                raise
+        left, due_in = self._count(wall)
+        jobs = [row.stored() for row in (*found, *rows)]
+        counted = left if self._is_counted() else None
+        return Claimed(jobs, self._resuming or more, frozenset(emptied), counted, due_in)
 
-    def _unclaimed(self, limit: int, full: Sequence[bytes]) -> list[Row]:
-        rows = [
-            row
-            for row in self.database.live.values()
-            if row.server is None and row.status == "READY" and row.function not in full
-        ]
-        rows.sort(key=lambda row: (-row.priority, row.id))
-        return rows[:limit]
+    def _look(self, limit: int, full: Mapping[bytes, int], wall: float) -> tuple[list[Row], set[bytes], bool]:
+        """Rows to take, functions of which nothing ready will be left, and whether there may be more."""
+        ready: dict[bytes, list[Row]] = {}
+        due: dict[bytes, list[Row]] = {}
+        for row in self.database.live.values():
+            if row.server is None:
+                if row.status not in LATER:
+                    ready.setdefault(row.function, []).append(row)
+                elif row.run_after <= wall:
+                    due.setdefault(row.function, []).append(row)
+        names = sorted({*ready, *due})
+        share = max(1, limit // max(len(names), 1))
+        taken: list[Row] = []
+        emptied: set[bytes] = set()
+        more = False
+        for name in names:
+            above = full.get(name, -1000)
+            at = 0.0
+            priority = None
+            wanted = []
+            of_name = sorted(ready.get(name, ()), key=lambda row: (-row.priority, row.id))
+            for row in [row for row in of_name if row.priority > above][:share]:
+                # Those that are ready have the order of their ids, whatever the clocks said.
+                at = max(at if row.priority == priority else 0.0, row.enqueued_at)
+                priority = row.priority
+                wanted.append((-row.priority, at, row.id, row))
+            if name in ready and len(wanted) < share and name not in full:
+                emptied.add(name)
+            of_name = sorted(due.get(name, ()), key=lambda row: (row.run_after, row.id))[:share]
+            wanted += [(-row.priority, row.run_after, row.id, row) for row in of_name if row.priority > above]
+            wanted.sort()
+            taken += [row for *_, row in wanted[:share]]
+            if len(wanted) >= share:
+                more = True
+                emptied.discard(name)
+        return taken, emptied, more
 
-    def _take(self, row: Row) -> None:
+    def _count(self, wall: float) -> tuple[dict[tuple[bytes, int], Waiting], float]:
+        """What lies at the door, and in how many seconds more of it is due."""
+        left: dict[tuple[bytes, int], Waiting] = {}
+        due_in = math.inf
+        for row in self.database.live.values():
+            if row.server is None:
+                is_later = row.status in LATER
+                key = row.function, 0 if is_later else row.priority
+                ready, later = left.get(key, (0, 0))
+                left[key] = Waiting(ready + (not is_later), later + is_later)
+                if is_later:
+                    due_in = min(due_in, max(row.run_after - wall, 0.0), 1.0)
+        return left, due_in
+
+    def _take(self, row: Row, status: str = "READY") -> None:
         if row.handle is None:
             self._name(row)
         row.server = self.lease_id
         row.epoch = self.epoch
+        row.status = status
+
+    def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
+        replies: dict[int, Reply] = {}
+        for question in questions:
+            self._fault("before")
+            match question.topic:
+                case Topic.STATUS:
+                    replies[question.number] = self._standing(self.database.by_handle.get(question.handle))
+                case Topic.UNIQUE:
+                    last = None
+                    for row in self.database.live.values():
+                        last = row if row.unique == question.unique else last
+                    replies[question.number] = self._standing(last)
+                case Topic.TAKE:
+                    replies[question.number] = self._take_one(question)
+                case Topic.CANCEL:
+                    replies[question.number] = self._cancel(question.handle)
+        return replies
+
+    def _standing(self, row: Row | None) -> Standing | None:
+        if row is None or row.id not in self.database.live:
+            return None
+        return Standing(row.status == "RUNNING", row.numerator or b"0", row.denominator or b"0")
+
+    def _take_one(self, question: Question) -> StoredJob | None:
+        """Make a job ours that lies at the door, whether its time has come or not."""
+        database = self.database
+        self._prove_lease()
+        if question.handle:
+            row = database.by_handle.get(question.handle)
+        else:
+            key = key_of(question.function, question.unique, question.workload)
+            row = database.keys.get(key) if key is not None else None
+        if row is None or row.server is not None or row.id not in database.live:
+            return None
+        self._take(row, row.status if row.status in LATER and row.run_after > self._wall() else "READY")
+        self._fault("after")
+        return row.stored()
+
+    def _cancel(self, handle: bytes) -> bool | None:
+        """End a job that lies at the door."""
+        database = self.database
+        self._prove_lease()
+        row = database.by_handle.get(handle)
+        if row is None or row.server is not None or row.id not in database.live:
+            return None
+        database.end(row, "CANCELLED")
+        row.reason = "An operator cancelled the job"
+        self._fault("after")
+        return True
 
     def _name(self, row: Row) -> None:
         row.handle = b"H:%s:r%d" % (self.name.encode(), row.id)
@@ -421,8 +538,12 @@ class SimulatedStore:
             self._looked_for_dead = self._clock()
 
     def _free_jobs_of(self, lease: Lease) -> bool:
+        """Free a part of its jobs; whether there may be more."""
         self._end_attempts(lease.id)
-        some = self._held(lease.id)[: self._freed_at_once]
+        return self._free(lease.id)
+
+    def _free(self, lease: int, but_of_epoch: int | None = None) -> bool:
+        some = [row for row in self._held(lease) if row.epoch != but_of_epoch][: self._freed_at_once]
         for row in some:
             row.server = row.epoch = None
         return len(some) == self._freed_at_once
@@ -430,7 +551,7 @@ class SimulatedStore:
     def _held(self, lease: int) -> list[Row]:
         return [row for row in self.database.live.values() if row.server == lease]
 
-    def _end_attempts(self, lease: int, epoch: int | None = None) -> None:
+    def _end_attempts(self, lease: int) -> None:
         """The server ended: foreground jobs ended with it, background ones that ran wait again."""
         for row in self._held(lease):
             if not row.background:
@@ -439,11 +560,10 @@ class SimulatedStore:
             elif row.status == "RUNNING":
                 row.status = "READY"
                 row.numerator = row.denominator = None
+                row.interruptions += 1
                 if row.attempts not in row.kept_attempts:
                     row.kept_attempts.append(row.attempts)
                     row.interrupted.append(row.attempts)
-                if epoch is not None:
-                    row.epoch = epoch
 
     def _prove_lease(self) -> None:
         lease = self.database.by_lease[self.lease_id]
@@ -459,7 +579,15 @@ class SimulatedStore:
         return 5.0
 
     def close(self) -> None:
-        pass
+        """What waits here need not wait for this lease to run out."""
+        try:
+            self._fault("before")
+            self._prove_lease()
+        except StoreError:
+            return  # then others find it all the same
+        for row in self._held(self.lease_id):
+            if row.epoch == self.epoch and row.status != "RUNNING" and row.background:
+                row.server = row.epoch = None
 
 
 def _without_data(entry: JobFinished) -> JobFinished:

@@ -63,7 +63,10 @@ class Shape:
         self.backlog = choice((2**28, 2**28, 3_000))
         self.batch = choice((1, 3, MANY, MANY))
         self.claim = choice((1, 3, MANY))
-        self.window = choice((1, 3, MANY, MANY))
+        self.window = choice((1, 2, 5, MANY))
+        self.window_bytes = choice((2_000, 2**26, 2**26, 2**26))
+        self.counted = choice((1.0, 0.5, 0.1))
+        self.questions = choice((2, MANY, MANY))
         self.compact_at = choice((4, MANY))
         self.freed_at_once = choice((1, 3, 1_000))
         self.pauses = choice(((0.05, 0.2, 1.0), (0.2, 1.0, 2.0), (1.0, 3.0, 6.0)))
@@ -102,7 +105,8 @@ class World:
         core.CANCELLED_LIMIT = shape.cancelled_limit
         journal.MAX_BATCH = shape.batch
         journal.CLAIM_LIMIT = shape.claim
-        journal.WINDOW = shape.window
+        core.LEAST_SHARE = 700
+        core.MAX_QUESTIONS = shape.questions
         journal.COMPACT_AT = shape.compact_at
         self.events = 0
         self.clock = 1000.0
@@ -110,6 +114,9 @@ class World:
         """How far the wall clock of a server's machine is from right."""
         self.trouble = 0.0
         self.hanging = False
+        self.counted = shape.counted
+        """How often a claim counts what it leaves."""
+        self.cancelled_at_door: dict[bytes, None] = {}
         self.epochs = 0
         self.connections = 0
         self.results = 0
@@ -275,7 +282,7 @@ class World:
     def start(self, name: str) -> None:
         """A process begins, the first of its name, the next, or one that takes its place."""
         if not self.shape.durable:
-            self._add(Server(self, name, None, []))
+            self._add(Server(self, name, None))
             return
         store = SimulatedStore(
             self.database,
@@ -286,10 +293,11 @@ class World:
             is_bad=self._is_bad if self.shape.bad else lambda entry: False,
             lease=self.shape.lease,
             freed_at_once=self.shape.freed_at_once,
+            is_counted=lambda: self.random() < self.counted,
         )
         try:
             store.take_lease()
-            replayed = store.replay()
+            store.resume()
         except StoreError as error:
             if self.trace is not None:
                 self.note(f"{name} cannot start: {error}")
@@ -297,9 +305,8 @@ class World:
                 self.down.append(name)
             return
         if self.trace is not None:
-            handles = ", ".join(job.handle.decode() for job in replayed)
-            self.note(f"{name} starts, epoch {store.epoch}, and has {handles or 'no jobs'}")
-        self._add(Server(self, name, store, replayed))
+            self.note(f"{name} starts, epoch {store.epoch}")
+        self._add(Server(self, name, store))
 
     def _add(self, server: Server) -> None:
         self.servers.append(server)
@@ -349,6 +356,8 @@ class World:
                 break
             server.write()
         server.hear()
+        if server.store is not None:
+            server.store.close()
         self.end_process(server, "stops")
 
     def pause(self) -> None:
@@ -423,7 +432,9 @@ class World:
         if not self._held_lease:
             if batch.written and batch.entries:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
-            promise(not batch.claimed, f"{server.label} claimed, though its lease is another's")
+            taken = batch.claimed is not None and batch.claimed.jobs
+            taken = taken or any(isinstance(reply, StoredJob) for reply in batch.replies.values())
+            promise(not taken, f"{server.label} claimed, though its lease is another's")
         for index, other in batch.refused.items():
             if type(other) is Joined:
                 entry = batch.entries[index]
@@ -505,6 +516,9 @@ class World:
                 raise Broken(f"{handle!r} runs at {runner.label} and at {server.label}")
         self.runners[handle] = server
 
+    def submitted(self, server: Server, job: ModelJob) -> None:
+        """A background job was made of a submission, and is not yet written."""
+
     def decided(self, server: Server, job: ModelJob, outcome: Outcome, data: bytes) -> None:
         worker = b"w%d" % job.worker.number if job.worker is not None else b""
         self.decisions.setdefault(job.handle, []).append(
@@ -530,6 +544,7 @@ class World:
         self.note("everything works again")
         self.trouble = 0.0
         self.hanging = False
+        self.counted = 1.0
         self.jumps.clear()
         for server in self.servers:
             if server.paused:
@@ -562,14 +577,13 @@ class World:
         self.events += 1
         server.tick()
         if server.store is not None:
-            for _ in range(12):
-                server.write()
+            for _ in range(60):
+                if not server.write():
+                    break
                 self.events += 1
                 if server.lost:
                     self.end_process(server, "has lost its lease")
                     return
-                if server.batch is None and server.journal.idle and not server.core.entries:
-                    break
         for peer in list(server.peers):
             for job in server.held_by(peer):
                 self.events += 1
@@ -607,6 +621,8 @@ class World:
     def _check_cancelled(self, row: Row) -> None:
         assert row.handle is not None
         decisions = self.decisions.get(row.handle, ())
+        if row.handle in self.cancelled_at_door:
+            return
         if row.handle in self.late:
             # TODO: joined in the store by somebody else's submission, before its server undid it.
             return
@@ -626,6 +642,8 @@ class World:
                 promise(row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}")
             return
         if not row.background and row.reason.startswith("The job server ended"):
+            return
+        if handle in self.cancelled_at_door and row.status == "CANCELLED":
             return
         for server, outcome, data, attempts, worker in reversed(self.decisions.get(handle, ())):
             if data.startswith(b"unstorable"):
@@ -656,12 +674,19 @@ class World:
 
     def note_heard(self, server: Server, peer: ModelPeer, packets: list[bytes]) -> None:
         for packet in packets:
+            if packet[:1] != b"\0":
+                self.note(f"{server.label} operator     > {packet!r}")
+                continue
             kind = PacketType(int.from_bytes(packet[4:8], "big"))
             told = " ".join(argument.decode() or "''" for argument in packet[12:].split(b"\0"))
             self.note(f"{server.label} peer {peer.number}     > {kind.name} {told}")
 
     def note_batch(self, server: Server, batch: Batch) -> None:
-        told = [f"{type(entry).__name__} {entry.handle.decode()}" for entry in batch.entries]
+        told = [
+            f"{type(entry).__name__} {entry.handle.decode()}"
+            + (" at the door" if getattr(entry, "unclaimed", False) else "")
+            for entry in batch.entries
+        ]
         again = " again" if batch.again else ""
         asks = " and claims" if batch.claim else ""
         self.note(f"{server.label} writes{again}{asks}: {', '.join(told) or 'nothing'}")
@@ -671,8 +696,12 @@ def _told(batch: Batch) -> str:
     told = ""
     for index, reason in batch.refused.items():
         told += f"; {batch.entries[index].handle.decode()}: {reason}"
-    if batch.claimed:
-        told += f"; claimed {', '.join(job.handle.decode() for job in batch.claimed)}"
+    for question in batch.questions:
+        told += f"; {question.topic.name} {question.handle.decode()}: {batch.replies.get(question.number)}"
+    if batch.claimed is not None and batch.claimed.jobs:
+        told += f"; claimed {', '.join(job.handle.decode() for job in batch.claimed.jobs)}"
+    if batch.claimed is not None and batch.claimed.left:
+        told += f"; left {batch.claimed.left}"
     return told
 
 
