@@ -177,7 +177,7 @@ class JobRecord(models.Model):
                 condition=Q(status="READY", server__isnull=True),
             ),
             models.Index(
-                fields=["function", "run_after", "id"],
+                fields=["function", "run_after", "id", "status"],
                 name="job_due",
                 condition=Q(status__in=("SCHEDULED", "RETRYING"), server__isnull=True),
             ),

@@ -32,7 +32,7 @@ NEW = [
     ),
     models.Index(
         condition=models.Q(("server__isnull", True), ("status__in", ("SCHEDULED", "RETRYING"))),
-        fields=["function", "run_after", "id"],
+        fields=["function", "run_after", "id", "status"],
         name="job_due",
     ),
 ]
