@@ -167,17 +167,16 @@ class JobRecord(models.Model):
         ]
         # The partial indexes hold live rows only, so that claim, due and replay
         # cost the same whatever the history. MySQL has no partial indexes: there
-        # migration 0006 makes job_claim and job_due of other columns.
+        # migration 0006 makes job_claim and job_due of other columns. The last two
+        # columns of those are there to count by the index alone.
         indexes = [
             models.Index(
-                models.F("function").asc(),
-                models.F("priority").desc(),
-                models.F("id").asc(),
+                fields=["function", "-priority", "id", "status", "server"],
                 name="job_claim",
                 condition=Q(status="READY", server__isnull=True),
             ),
             models.Index(
-                fields=["function", "run_after", "id"],
+                fields=["function", "run_after", "id", "status", "server"],
                 name="job_due",
                 condition=Q(status__in=("SCHEDULED", "RETRYING"), server__isnull=True),
             ),

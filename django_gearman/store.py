@@ -239,12 +239,12 @@ class DatabaseStore:
                 look.cut(name)
         return look
 
-    def _functions_due(self, now: datetime, look: _Look) -> set[str]:
+    def _functions_due(self, now: datetime, look: _Look) -> list[str]:
         """Functions with jobs whose time has come; looked for once a second, and when it comes."""
         if monotonic() < self._look_for_due_at:
             look.due_in = self._look_for_due_at - monotonic()
             look.is_partial = look.is_partial or self._has_later
-            return set()
+            return []
         times = {
             str(name): _seconds(at)
             for name, at in self._execute(self._sql.functions_due, [self._first_due_function])
@@ -253,7 +253,7 @@ class DatabaseStore:
         self._first_due_function = "" if all_of_them else max(times)
         self._has_later = bool(times)
         look.is_partial = look.is_partial or self._has_later
-        due = {name for name, at in times.items() if at <= now.timestamp()}
+        due = [name for name, at in times.items() if at <= now.timestamp()]
         next_due = min((at for name, at in times.items() if name not in due), default=inf)
         # Jobs that are due and stay, because their function has enough, are looked at again in their turn.
         look.due_in = min(max(next_due - now.timestamp(), 0.0), DUE_INTERVAL)
@@ -500,10 +500,12 @@ class DatabaseStore:
         """Write a batch; {handle of a submission: the job that has its unique already}."""
         queued = batch.queued
         if again and queued:
-            # Handles are of this run alone, whoever may have claimed the row since.
             kept = self._records().filter(handle__in=[text_of(handle) for handle in queued])
-            for handle in kept.values_list("handle", flat=True):
-                batch.is_there(str(handle).encode())
+            for text, server in kept.values_list("handle", "server"):
+                handle = str(text).encode()
+                # What was laid at the door may have been claimed by anybody since.
+                if server == self.lease_id or "server" in queued[handle]:
+                    batch.is_there(handle)
         self._leave_keys_of_others(batch.changed)
         # What ended makes room for the next of its unique.
         for columns, changes in batch.changes_by_columns():

@@ -257,7 +257,7 @@ class World:
                 with self.faults.server_at_work():
                     store = DatabaseStore("default", "one")
                     epoch = store.take_lease("127.0.0.1:4730")
-                    replayed = store.replay()
+                    store.resume()
             except StoreError:
                 continue
             except Crash:
@@ -270,7 +270,6 @@ class World:
         self.wire = Wire(JobServer(ServerOptions(name="one", epoch=epoch, durable=True)))
         self.core.now = self.start_time + self.clock
         self.journal = Journal(self.core)
-        self.core.adopt(replayed)
         self.waiting.clear()
 
     @property
@@ -280,6 +279,9 @@ class World:
     def turn(self) -> None:
         """Let the journal do what it has to do now."""
         core = self.core
+        core.clock = self.clock
+        self.journal.ask(core.questions)
+        core.questions = []
         if core.entries:
             self.journal.append(self.wire.entries(), self.clock, urgent=core.urgent)
             core.urgent = False

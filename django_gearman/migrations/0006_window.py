@@ -24,15 +24,13 @@ OLD = [
 ]
 NEW = [
     models.Index(
-        models.OrderBy(models.F("function")),
-        models.OrderBy(models.F("priority"), descending=True),
-        models.OrderBy(models.F("id")),
+        fields=["function", "-priority", "id", "status", "server"],
         condition=models.Q(("server__isnull", True), ("status", "READY")),
         name="job_claim",
     ),
     models.Index(
         condition=models.Q(("server__isnull", True), ("status__in", ("SCHEDULED", "RETRYING"))),
-        fields=["function", "run_after", "id"],
+        fields=["function", "run_after", "id", "status", "server"],
         name="job_due",
     ),
 ]
