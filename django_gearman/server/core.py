@@ -374,7 +374,7 @@ class JobServer:
         for entry in entries:
             if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
                 job = self.jobs.get(entry.handle)
-                if job is None or job.answers is None:
+                if job is None or job.awaited is not entry:
                     continue
                 self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
                 if job.state is PENDING:
@@ -392,7 +392,7 @@ class JobServer:
             reason: Shown to the client; must not contain secrets.
         """
         job = self.jobs.get(entry.handle)
-        if job is None:
+        if job is None or self._is_overtaken(job, entry):
             return
         if type(entry) is JobQueued:
             job.recorded = False
@@ -410,6 +410,18 @@ class JobServer:
             job.background = False
             self._drop_if_abandoned(job)
 
+    def _is_overtaken(self, job: Job, entry: JobQueued | JobKept) -> bool:
+        """
+        Whether another entry is to keep the job by now, so that nothing depends on this one.
+
+        Of a foreground job that several wanted kept, and that was refused in between. A job that is to
+        be kept is lost with its record, though.
+        """
+        awaited = job.awaited
+        if awaited is None:
+            return type(entry) is JobKept
+        return awaited is not entry and not (type(entry) is JobQueued and type(awaited) is JobKept)
+
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         """
         The store has a live job of the same function and unique: the submission is of that one.
@@ -419,7 +431,7 @@ class JobServer:
         job is run here, and not kept.
         """
         job = self.jobs.get(entry.handle)
-        if job is None:
+        if job is None or self._is_overtaken(job, entry):
             return
         job.recorded = False
         other = self.jobs.get(handle)
@@ -506,7 +518,9 @@ class JobServer:
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         """The store handed these over: from now on they are this server's."""
         for stored in jobs:
-            if stored.handle in self.jobs:
+            held = self.jobs.get(stored.handle)
+            if held is not None:
+                self._take_back(held, stored)
                 continue
             function = self.functions.get(stored.function) or self._add_function(stored.function)
             job = Job(
@@ -530,6 +544,23 @@ class JobServer:
                 function.uniques[key] = job
             self._hold(job)
             self._admit(job)
+
+    def _take_back(self, job: Job, stored: StoredJob) -> None:
+        """
+        A job that was laid at the door is this server's again, and is held here for those who wait for it.
+
+        It may have been given up meanwhile as another server's: then it is kept again from now on.
+        """
+        if job.state is PENDING:
+            self._load(job)
+            self._admit(job)
+        elif not job.recorded:
+            job.background = job.recorded = True
+            job.interruptions = stored.interruptions
+            if job.worker is not None:
+                self.entries.append(
+                    JobStarted(job.handle, job.worker.identity, job.attempts, job.started_at)
+                )
 
     def next_due(self) -> float:
         """Wall time when the next job for later is due; infinite when there is none."""
@@ -911,6 +942,7 @@ class JobServer:
         if recorded:
             self._record(job, peer)
         if job.state is PENDING:
+            job.awaited = self.entries[-1]
             self.urgent = True
             self._answer_later(peer, job)
             return
@@ -975,9 +1007,11 @@ class JobServer:
                     self.entries.append(
                         JobKept(job.handle, self.now, job.function.name, job.unique, workload)
                     )
+                    job.awaited = self.entries[-1]
                 else:
                     job.recorded = True
                     self._record(job, peer)
+                    job.awaited = self.entries[-1]
                     if job.worker is not None:
                         self.entries.append(
                             JobStarted(job.handle, job.worker.identity, job.attempts, self.now)
@@ -1194,7 +1228,6 @@ class JobServer:
             if not isinstance(reply, StoredJob):
                 # Another server has it. Who waits for it here cannot hear of it there.
                 job.background = job.recorded = False
-            self._arrive(job)
             self._load(job)
             self._admit(job)
 
@@ -1409,7 +1442,7 @@ class JobServer:
 
     def _give_answers(self, job: Job, data: bytes) -> None:
         answers = job.answers or ()
-        job.answers = None
+        job.answers = job.awaited = None
         for answer in answers:
             self._fill(answer, data)
 

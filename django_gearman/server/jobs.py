@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .core import Answer, Peer
+    from .entries import Entry
 
 OVERHEAD: Final = 600
 """About how many bytes a job takes beside its workload."""
@@ -43,6 +44,7 @@ class Job:
     __slots__ = (
         "answers",
         "attempts",
+        "awaited",
         "background",
         "denominator",
         "due",
@@ -101,6 +103,8 @@ class Job:
         """Who gets the worker's packets; a peer that submitted twice is listed twice."""
         self.answers: list[Answer] | None = None
         """JOB_CREATED replies that wait for the commit; None when there is nothing to wait for."""
+        self.awaited: Entry | None = None
+        """Which of the core's entries they wait for."""
         self.spilled = False
         """Whether it is only held until the store has it: it waits at the store's door."""
         self.attempts = 0

@@ -124,6 +124,7 @@ class ModelPeer:
 class ModelJob:
     __slots__ = (
         "attempts",
+        "awaited",
         "background",
         "due",
         "function",
@@ -163,6 +164,8 @@ class ModelJob:
         self.listeners: list[ModelPeer] = []
         self.slots: list[Slot] | None = None
         """Replies that wait for the commit."""
+        self.awaited: Entry | None = None
+        """The entry whose commit they wait for."""
         self.recorded = False
         self.attempts = 0
         self.interruptions = 0
@@ -293,6 +296,8 @@ class Server:
         self.operator.peer = core.connected(0, "unix", self.operator)
         self.lost = False
         """Whether its lease is another's and it ends."""
+        self.to_keep: ModelJob | None = None
+        """The job that the packet now being sent is to keep."""
         self.asked = 0
         self.open: dict[int, tuple[float, Topic, Callable[[Reply], None]]] = {}
         """What the core has asked the store, and what follows the reply."""
@@ -346,7 +351,7 @@ class Server:
 
     def answer(self, job: ModelJob, packet: bytes, acknowledged: bytes | None) -> None:
         slots = job.slots
-        job.slots = None
+        job.slots = job.awaited = None
         for slot in slots or ():
             slot.packet = packet
             slot.acknowledged = acknowledged
@@ -404,7 +409,7 @@ class Server:
         if not (kind is JobKept or (kind is JobQueued and entry.background)):
             return
         job = self.jobs.get(entry.handle)
-        if job is None or job.slots is None:
+        if job is None or job.awaited is not entry:
             return
         self.answer(job, encode_response(P.JOB_CREATED, job.handle), job.handle)
         if job.state != "pending":
@@ -454,7 +459,7 @@ class Server:
         self.world.refused(self, entry, reason)
         self.disowned[handle] = None
         job = self.jobs.get(handle)
-        if job is None:
+        if job is None or self.is_overtaken(job, entry):
             return
         if isinstance(entry, JobQueued):
             job.recorded = False
@@ -468,10 +473,18 @@ class Server:
             job.background = False
             self.drop_if_abandoned(job)
 
+    def is_overtaken(self, job: ModelJob, entry: JobQueued | JobKept) -> bool:
+        """Whether another entry is to keep it by now."""
+        if job.awaited is None:
+            return isinstance(entry, JobKept)
+        if isinstance(entry, JobQueued) and isinstance(job.awaited, JobKept):
+            return False  # which cannot be without it
+        return job.awaited is not entry
+
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         self.disowned[entry.handle] = None
         job = self.jobs.get(entry.handle)
-        if job is None:
+        if job is None or self.is_overtaken(job, entry):
             return
         job.recorded = False
         other = self.jobs.get(handle)
@@ -496,7 +509,15 @@ class Server:
     def adopted(self, stored: StoredJob) -> None:
         handle = stored.handle
         self.world.adopted(self, stored)
-        if handle in self.jobs:
+        held = self.jobs.get(handle)
+        if held is not None:
+            # It was laid at the door, and somebody waits for it here.
+            if held.state == "pending":
+                self.wait(held)
+            elif not held.recorded:
+                held.background = held.recorded = True
+                held.interruptions = stored.interruptions
+                self.disowned.pop(handle, None)
             return
         job = ModelJob(
             handle, stored.function, stored.unique, stored.workload, stored.priority, background=True
@@ -578,7 +599,13 @@ class Server:
             self.ask_store(Topic.TAKE, lambda reply: self.submitted(peer, job, slot))
         else:
             self.submitted(peer, job, slot)
-        self.say(peer, kind, function, unique, *options, workload)
+        self.receive(peer, kind, function, unique, *options, workload)
+        if self.to_keep is not None:
+            kept, self.to_keep = self.to_keep, None
+            for entry in self.core.entries:
+                if entry.handle == kept.handle and isinstance(entry, JobQueued | JobKept):
+                    kept.awaited = entry
+        self.hear()
 
     def submitted(self, peer: ModelPeer, new: ModelJob, slot: Slot) -> None:
         """Of all answers to a submission one goes into its slot."""
@@ -605,6 +632,7 @@ class Server:
             if background and self.durable:
                 job.state = "pending"
                 job.slots = []
+                self.to_keep = job
                 self.world.submitted(self, job)
             else:
                 self.wait(job)
@@ -613,6 +641,7 @@ class Server:
             if self.durable:
                 job.recorded = True
                 job.slots = []
+                self.to_keep = job
         if job.slots is not None and (background or job.state == "pending"):
             job.slots.append(slot)
         else:
@@ -899,8 +928,6 @@ class Server:
         operator.line.append(slot)
 
         def answered(reply: Reply) -> None:
-            if reply:
-                self.world.cancelled_at_door[handle] = None
             self.fill(operator, slot, b"OK\r\n" if reply else b"ERR UNKNOWN_JOB\r\n")
 
         if job is not None:
@@ -912,8 +939,8 @@ class Server:
             self.tell(job, P.WORK_FAIL)
             self.end(job, Outcome.CANCELLED)
             answered(True)
-            self.world.cancelled_at_door.pop(handle, None)
         elif self.durable:
+            self.world.cancelled_at_door[handle] = None
             self.ask_store(Topic.CANCEL, answered)
         else:
             answered(None)
@@ -1126,6 +1153,14 @@ class Server:
                 self.count[name],
             )
             promise(counted == there, f"{name!r} counts {counted} and has {there}")
+            pending = [job for job in core.jobs.values() if job.function is function]
+            pending = [job for job in pending if job.state is JobState.PENDING]
+            promise(
+                function.arriving == sum(not job.spilled for job in pending),
+                f"{name!r} does not have the {function.arriving} jobs that are to come",
+            )
+            spilling = Counter(job.priority for job in pending if job.spilled)
+            promise(function.spilling == spilling, f"{name!r} does not have {function.spilling} on their way")
             for key, job in function.uniques.items():
                 promise(job.key == key and job.handle in core.jobs, f"the unique {key!r} is of no job")
             promise(set(function.sleepers) <= set(function.workers), "one sleeps who is no worker")

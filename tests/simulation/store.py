@@ -58,6 +58,7 @@ class Row:
         "kept_attempts",
         "max_attempts",
         "numerator",
+        "outcome",
         "priority",
         "reason",
         "reducer",
@@ -117,6 +118,8 @@ class Row:
         self.interrupted: list[int] = []
         """Those of them that the server did not outlive."""
         self.interruptions = 0
+        self.outcome: str | None = None
+        """How it ended, whatever was written since."""
         self.door = False
         """Whether a view inserted it."""
 
@@ -190,7 +193,7 @@ class Database:
             row.key = None
 
     def end(self, row: Row, status: str) -> None:
-        row.status = status
+        row.status = row.outcome = status
         self.free_key(row)
         self.live.pop(row.id, None)
 
@@ -317,7 +320,9 @@ class SimulatedStore:
                         # It waits at the door, without a name.
                         self._name(other)
                     assert other.handle is not None
-                    refused[index] = Joined(other.handle)
+                    for place, entry in enumerate(entries):
+                        if entry.handle == handle and type(entry) is JobQueued:
+                            refused[place] = Joined(other.handle)
                     continue
             if not laid[handle]:
                 row.server = self.lease_id
@@ -372,8 +377,8 @@ class SimulatedStore:
                     self.database.keys[row.key] = row
 
     def _finish(self, row: Row, entry: JobFinished) -> None:
-        ended = row.id not in self.database.live and not self._again
-        if ended and (row.status, row.data) != (entry.outcome.value, entry.data):
+        before = row.outcome
+        if not self._again and before not in (None, "CANCELLED", entry.outcome.value):
             self.database.rewritten.append(entry.handle)
         row.data = entry.data
         row.reason = entry.reason
@@ -456,8 +461,8 @@ class SimulatedStore:
                 key = row.function, 0 if is_later else row.priority
                 ready, later = left.get(key, (0, 0))
                 left[key] = Waiting(ready + (not is_later), later + is_later)
-                if is_later:
-                    due_in = min(due_in, max(row.run_after - wall, 0.0), 1.0)
+                if is_later and row.run_after > wall:
+                    due_in = min(due_in, row.run_after - wall, 1.0)
         return left, due_in
 
     def _take(self, row: Row, status: str = "READY") -> None:
@@ -469,28 +474,37 @@ class SimulatedStore:
 
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
         replies: dict[int, Reply] = {}
-        for question in questions:
-            self._fault("before")
-            match question.topic:
-                case Topic.STATUS:
-                    replies[question.number] = self._standing(self.database.by_handle.get(question.handle))
-                case Topic.UNIQUE:
-                    last = None
-                    for row in self.database.live.values():
-                        last = row if row.unique == question.unique else last
-                    replies[question.number] = self._standing(last)
-                case Topic.TAKE:
-                    replies[question.number] = self._take_one(question)
-                case Topic.CANCEL:
-                    replies[question.number] = self._cancel(question.handle)
+        taken: list[Row] = []
+        try:
+            for question in questions:
+                self._fault("before")
+                replies[question.number] = self._reply(question, taken)
+        except StoreError:
+            # Nobody hears of the replies, and what is ours is not looked for again.
+            self._perhaps_taken += taken
+            raise
         return replies
+
+    def _reply(self, question: Question, taken: list[Row]) -> Reply:
+        match question.topic:
+            case Topic.STATUS:
+                return self._standing(self.database.by_handle.get(question.handle))
+            case Topic.UNIQUE:
+                last = None
+                for row in self.database.live.values():
+                    last = row if row.unique == question.unique else last
+                return self._standing(last)
+            case Topic.TAKE:
+                return self._take_one(question, taken)
+            case Topic.CANCEL:
+                return self._cancel(question.handle)
 
     def _standing(self, row: Row | None) -> Standing | None:
         if row is None or row.id not in self.database.live:
             return None
         return Standing(row.status == "RUNNING", row.numerator or b"0", row.denominator or b"0")
 
-    def _take_one(self, question: Question) -> StoredJob | None:
+    def _take_one(self, question: Question, taken: list[Row]) -> StoredJob | None:
         """Make a job ours that lies at the door, whether its time has come or not."""
         database = self.database
         self._prove_lease()
@@ -499,8 +513,13 @@ class SimulatedStore:
         else:
             key = key_of(question.function, question.unique, question.workload)
             row = database.keys.get(key) if key is not None else None
-        if row is None or row.server is not None or row.id not in database.live:
+        if row is None or row.id not in database.live:
             return None
+        if row in self._perhaps_taken and (row.server, row.epoch) == (self.lease_id, self.epoch):
+            self._perhaps_taken.remove(row)
+        elif row.server is not None:
+            return None
+        taken.append(row)
         self._take(row, row.status if row.status in LATER and row.run_after > self._wall() else "READY")
         self._fault("after")
         return row.stored()

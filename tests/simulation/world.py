@@ -141,6 +141,8 @@ class World:
         self.disowned: dict[bytes, None] = {}
         self.late: dict[bytes, Server] = {}
         """Submissions that were refused, though the store may have them."""
+        self.escaped: dict[bytes, None] = {}
+        """Those of them that another server claimed before they were undone."""
         self.database_jumped = False
         self._held_lease = True
 
@@ -478,14 +480,22 @@ class World:
     def adopted(self, server: Server, stored: StoredJob) -> None:
         handle = stored.handle
         row = self.database.by_handle[handle]
-        promise(handle not in server.refused, f"{handle!r} was refused and comes back")
+        late = self.late.get(handle)
+        if late is not None and late is not server:
+            self.escaped[handle] = None
+        promise(
+            handle not in server.refused or handle in self.escaped, f"{handle!r} was refused and comes back"
+        )
         for other in self.servers if self.holds(server) else ():
-            if other is not server and handle in other.jobs and self.holds(other):
+            held = other.jobs.get(handle)
+            if other is not server and held is not None and held.recorded and self.holds(other):
+                if held.state == "pending":
+                    continue  # laid at the door, which it does not know yet
                 raise Broken(f"{handle!r} is adopted by {server.label} and {other.label} has it")
         handed = self.handed.get(handle, 0)
         told = self.started.get(handle, 0)
         promise(
-            told <= stored.attempts <= handed,
+            told <= stored.attempts <= handed or not self.holds(server),
             f"{handle!r} comes with {stored.attempts} attempts; it had {handed}, of which {told} are written",
         )
         promise(stored.max_attempts == row.max_attempts, "a job's own number of attempts is another")
@@ -495,7 +505,7 @@ class World:
             return
         handle = job.handle
         self.handed[handle] = self.handed.get(handle, 0) + 1
-        promise(handle not in server.refused, f"{handle!r} was refused and runs")
+        promise(handle not in server.refused or handle in self.escaped, f"{handle!r} was refused and runs")
         if not job.background:
             return
         row = self.database.by_handle.get(handle)
@@ -567,7 +577,7 @@ class World:
         if self.database.live:
             return False
         return all(
-            not server.jobs and (server.store is None or (server.journal.idle and not server.core.entries))
+            not (server.jobs or server.open) and (server.store is None or (server.journal.idle and not server.core.entries))
             for server in self.servers
         )
 
@@ -638,7 +648,9 @@ class World:
         assert handle is not None
         if handle in self.disowned:
             late = self.late[handle]
-            if late in self.servers and handle in late.refused:
+            assert late.store is not None
+            if late in self.servers and handle in late.refused and row.server in (None, late.store.lease_id):
+                # Unless another server was quicker to claim it at the door.
                 promise(row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}")
             return
         if not row.background and row.reason.startswith("The job server ended"):
