@@ -1005,7 +1005,7 @@ class JobServer:
                 if job.recorded:
                     workload = job.workload if job.unique == b"-" else b""
                     self.entries.append(
-                        JobKept(job.handle, self.now, job.function.name, job.unique, workload)
+                        JobKept(job.handle, self.now, job.function.name, job.unique, workload, self.clock)
                     )
                     job.awaited = self.entries[-1]
                 else:
@@ -1494,6 +1494,7 @@ class JobServer:
                 job.reducer,
                 job.due,
                 job.spilled,
+                self.clock,
             )
         )
 

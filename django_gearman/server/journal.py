@@ -412,10 +412,9 @@ class Journal:
         if self._failed is not None or not self._in_flight:
             return  # the next attempt begins soon, and ``done`` refuses what is overdue
         batch = self._in_flight
-        overdue = self._server.now - self._submit_limit
         undone: list[Entry] = []
         for entry in batch.entries:
-            if _is_submission(entry) and entry.at <= overdue and entry.handle not in batch.late:
+            if _is_submission(entry) and self._is_overdue(entry) and entry.handle not in batch.late:
                 batch.late.add(entry.handle)
                 undone += self._refuse(entry)
         gathered = self._without_overdue(self._gathering, tried=False)
@@ -555,15 +554,19 @@ class Journal:
         self._weigh_again()
 
     def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:
-        overdue = self._server.now - self._submit_limit
         kept: list[Entry] = []
         for entry in entries:
-            if _is_submission(entry) and entry.at <= overdue:
+            if _is_submission(entry) and self._is_overdue(entry):
                 undoing = self._refuse(entry)
                 kept += undoing if tried else []
             else:
                 kept.append(entry)
         return kept
+
+    def _is_overdue(self, entry: JobQueued | JobKept) -> bool:
+        """Whether its client has waited long enough. Of a job that has ended nobody waits for the record."""
+        server = self._server
+        return server.clock - entry.clock >= self._submit_limit and entry.handle in server.jobs
 
     def _refuse(self, entry: JobQueued | JobKept) -> list[Entry]:
         """Tell the clients of a submission that it is lost; what undoes it if the store has seen it."""

@@ -463,6 +463,9 @@ class World:
     def refused(self, server: Server, entry: JobQueued | JobKept, reason: str) -> None:
         self.disowned[entry.handle] = None
         self.late[entry.handle] = server
+        row = self.database.by_handle.get(entry.handle)
+        if row is not None and server.store is not None and row.server not in (None, server.store.lease_id):
+            self.escaped[entry.handle] = None
         job = server.jobs.get(entry.handle)
         match reason:
             case "The job could not be stored":
@@ -649,7 +652,7 @@ class World:
         if handle in self.disowned:
             late = self.late[handle]
             assert late.store is not None
-            if late in self.servers and handle in late.refused and row.server in (None, late.store.lease_id):
+            if late in self.servers and handle in late.refused and handle not in self.escaped:
                 # Unless another server was quicker to claim it at the door.
                 promise(row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}")
             return
