@@ -212,7 +212,7 @@ class DatabaseStore:
         """What is to be taken from the door, and what is known of the rest."""
         look = _Look()
         now = timezone.now()
-        ready = [str(name) for (name,) in self._execute(self._sql.functions_ready, [self._first_function])]
+        ready = [str(name) for name, *_ in self._functions(self._sql.functions_ready, self._first_function)]
         look.is_partial = bool(full) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
         look.more = len(ready) == FUNCTIONS_AT_ONCE
         self._first_function = ready[-1] if look.more else ""
@@ -239,18 +239,33 @@ class DatabaseStore:
                 look.cut(name)
         return look
 
+    def _functions(self, statement: str, after: str) -> list[Any]:
+        """Rows of a statement that tells which functions come after one, in order; so many at a time."""
+        if self._connection.vendor != "mysql":
+            return self._execute(statement, [after])
+        found: list[Any] = []
+        while len(found) < FUNCTIONS_AT_ONCE and (rows := self._execute(statement, [after])):
+            found += rows
+            after = rows[0][0]
+        return found
+
     def _functions_due(self, now: datetime, look: _Look) -> list[str]:
         """Functions with jobs whose time has come; looked for once a second, and when it comes."""
         if monotonic() < self._look_for_due_at:
             look.due_in = self._look_for_due_at - monotonic()
             look.is_partial = look.is_partial or self._has_later
             return []
-        times = {
-            str(name): _seconds(at)
-            for name, at in self._execute(self._sql.functions_due, [self._first_due_function])
-        }
-        all_of_them = len(times) < FUNCTIONS_AT_ONCE
-        self._first_due_function = "" if all_of_them else max(times)
+        times: dict[str, float] = {}
+        more: list[str] = []
+        for statement in self._sql.functions_due:
+            found = self._functions(statement, self._first_due_function)
+            for name, at in found:
+                times[name] = min(times.get(name, inf), _seconds(at))
+            if len(found) == FUNCTIONS_AT_ONCE:
+                more.append(found[-1][0])
+        all_of_them = not more
+        # Some may be looked at twice, none is left out.
+        self._first_due_function = "" if all_of_them else min(more)
         self._has_later = bool(times)
         look.is_partial = look.is_partial or self._has_later
         due = [name for name, at in times.items() if at <= now.timestamp()]
@@ -263,7 +278,10 @@ class DatabaseStore:
     def _merge(self, ready: list[_Row], name: str, above: int, share: int, now: datetime) -> list[_Row]:
         """Jobs that are ready, and those whose time has come, in the order in which they became ready."""
         at = self._fields["run_after"].get_db_prep_value(now, self._connection)
-        due = [row for row in self._rows_of(self._sql.due_of, [name, at, share]) if row.job.priority > above]
+        due: list[_Row] = []
+        for statement in self._sql.due_of:
+            rows = self._rows_of(statement, [name, at, share])
+            due += [row for row in rows if row.job.priority > above]
         rows = sorted([*ready, *due], key=lambda row: (-row.job.priority, row.ready_at, row.id))
         return rows[:share]
 
@@ -285,10 +303,11 @@ class DatabaseStore:
         counts: dict[tuple[bytes, int], Waiting] = {}
         for name, priority, count in self._execute(self._sql.count_ready, []):
             counts[name.encode(), priority] = Waiting(count, 0)
-        for name, count in self._execute(self._sql.count_later, []):
-            # gearmand counts those as normal ones.
-            ready, _ = counts.get((name.encode(), 0), (0, 0))
-            counts[name.encode(), 0] = Waiting(ready, count)
+        for statement in self._sql.count_later:
+            for name, count in self._execute(statement, []):
+                # gearmand counts those as normal ones.
+                ready, later = counts.get((name.encode(), 0), (0, 0))
+                counts[name.encode(), 0] = Waiting(ready, later + count)
         now = monotonic()
         self._count_at = now + max(1.0, COUNT_SHARE * (now - began))
         return counts
@@ -873,8 +892,14 @@ class _Statements:
         # Whose index on MySQL, which has no partial ones, is by the server too.
         owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
         unclaimed = f"{server} IS NULL AND {status} = '{_READY}'"
-        later = f"{server} IS NULL AND {status} IN ('{_SCHEDULED}', '{_RETRYING}')"
+        # The index of MySQL's is by the status too: two of them would have no common order.
+        kinds = [[_SCHEDULED], [_RETRYING]] if connection.vendor == "mysql" else [[_SCHEDULED, _RETRYING]]
+        later = [
+            f"{by('job_due')} WHERE {server} IS NULL AND {status} IN ({', '.join(map(repr, kind))})"
+            for kind in kinds
+        ]
         at_door = ", ".join(f"'{each.value}'" for each in _AT_DOOR)
+        is_mysql = connection.vendor == "mysql"
         function = columns["function"]
         row = ", ".join(
             [
@@ -893,7 +918,16 @@ class _Statements:
         )
 
         def names(where: str, *also: str) -> str:
-            """The functions that rows of an index are of, after one, without reading all of the rows."""
+            """
+            The functions that rows of an index are of, after one, without reading all of the rows.
+
+            MySQL's planner cannot, and is asked for one at a time.
+            """
+            if is_mysql:
+                return (
+                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "  # noqa: S608
+                    f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
+                )
             first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"  # noqa: S608
             following = first.replace("%s", "door.name")
             return (
@@ -903,23 +937,31 @@ class _Statements:
                 f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
             )
 
-        claim, later_rows = f"{by('job_claim')} WHERE {unclaimed}", f"{by('job_due')} WHERE {later}"
+        claim = f"{by('job_claim')} WHERE {unclaimed}"
         self.functions_ready = names(claim)
-        first_due = f"SELECT {due} FROM {later_rows} AND {function} = door.name ORDER BY {due} LIMIT 1"  # noqa: S608
-        self.functions_due = names(later_rows, f"({first_due})")
+        first = f"AND {function} = door.name ORDER BY {due} LIMIT 1"
+        self.functions_due = [
+            # An index of MySQL's has each function's earliest first.
+            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")  # noqa: S608
+            for rows in later
+        ]
         priority = columns["priority"]
         self.ready_of = (
             f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
-        self.due_of = (
-            f"SELECT {row} FROM {later_rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
+        self.due_of = [
+            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
             f"ORDER BY {due}, {columns['id']} LIMIT %s"
-        )
+            for rows in later
+        ]
         self.count_ready = (
             f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"  # noqa: S608
         )
-        self.count_later = f"SELECT {function}, COUNT(*) FROM {later_rows} GROUP BY {function}"  # noqa: S608
+        self.count_later = [
+            f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}"  # noqa: S608
+            for rows in later
+        ]
         of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
         self.held = (
             f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
@@ -953,7 +995,6 @@ class _Statements:
             f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
             f"AND {status} <> '{_RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
         )
-        is_mysql = connection.vendor == "mysql"
         made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
         # What another server had keeps its handle.
         handle = f"COALESCE({columns['handle']}, {made})"

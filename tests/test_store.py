@@ -31,10 +31,8 @@ from django_gearman.server.entries import (
     Joined,
     Outcome,
     Question,
-    Standing,
     StoredJob,
     Topic,
-    Waiting,
 )
 from django_gearman.server.journal import MemoryStore
 from django_gearman.store import DatabaseStore, bytes_of_unique, text_of, text_of_unique
@@ -226,7 +224,9 @@ class TestClaim:
         house.put(b"full")
         house.put(b"other")
         house.put(b"too full")
-        assert [job.function for job in house.store.claim(10, {b"full": 100, b"too full": 100}).jobs] == [b"other"]
+        assert [job.function for job in house.store.claim(10, {b"full": 100, b"too full": 100}).jobs] == [
+            b"other"
+        ]
         assert [job.function for job in house.store.claim(10, {b"too full": 100}).jobs] == [b"full"]
 
     def test_every_handle_is_another(self, house: House) -> None:
@@ -794,7 +794,7 @@ class TestUnknownCommits:
         database.put(workload=b"2")
         commit_is_lost()
         with pytest.raises(StoreError):
-            database.store.claim(10, {}).jobs
+            database.store.claim(10, {})
         assert JobRecord.objects.filter(server=None).count() == 0
         database.put(workload=b"3")
         assert [job.workload for job in database.store.claim(10, {}).jobs] == [b"2", b"1", b"3"]
@@ -812,7 +812,7 @@ class TestUnknownCommits:
         with monkeypatch.context() as patch:
             patch.setattr(DatabaseStore, "_prove_lease", lambda self: fail(self, None))
             with pytest.raises(StoreError):
-                database.store.claim(10, {}).jobs
+                database.store.claim(10, {})
         assert len(database.store.claim(10, {}).jobs) == 1
 
     def test_submissions_are_found(self, database: DatabaseHouse, commit_is_lost: Callable[[], None]) -> None:
@@ -901,7 +901,7 @@ class TestLease:
         with pytest.raises(LeaseLost, match="'one'"):
             write(old, queued(2), finished(1))
         with pytest.raises(LeaseLost):
-            old.claim(10, {}).jobs
+            old.claim(10, {})
         with pytest.raises(LeaseLost):
             old.resume()
         assert row(1).status == Status.READY
@@ -920,13 +920,13 @@ class TestLease:
     ) -> None:
         now = monotonic() + 1000.0
         monkeypatch.setattr("django_gearman.store.monotonic", lambda: now)
-        database.store.claim(10, {}).jobs
+        database.store.claim(10, {})
         ServerLease.objects.update(renewed_at=None)
         now += 4
-        database.store.claim(10, {}).jobs
+        database.store.claim(10, {})
         assert ServerLease.objects.get().renewed_at is None
         now += 2
-        database.store.claim(10, {}).jobs
+        database.store.claim(10, {})
         assert ServerLease.objects.get().renewed_at is not None
 
     def test_an_idle_server_that_was_replaced_finds_out(
@@ -937,7 +937,7 @@ class TestLease:
         later = monotonic() + 5.0
         monkeypatch.setattr("django_gearman.store.monotonic", lambda: later)
         with pytest.raises(LeaseLost):
-            old.claim(10, {}).jobs
+            old.claim(10, {})
 
     @pytest.mark.parametrize("use_tz", [True, False])
     def test_the_moment_of_renewal(self, database: DatabaseHouse, settings: Any, use_tz: bool) -> None:
@@ -1073,7 +1073,7 @@ class TestOutOfReach:
         assert write(database.store, queued(), again=True) == {}
         connection.connection.close()
         with pytest.raises(StoreError):
-            database.store.claim(10, {}).jobs
+            database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
 
     def test_close_lets_the_connection_go(self, database: DatabaseHouse) -> None:
@@ -1218,6 +1218,7 @@ class TestPlans:
     def test_mysql_reads_no_history(self, database: DatabaseHouse) -> None:
         if connection.vendor != "mysql":
             pytest.skip("counts the rows that MariaDB reads")
+        database.store._count_at = monotonic() + 600.0
         assert self.rows_examined(lambda: database.store.claim(10, {}).jobs) < 100
         assert self.rows_examined(lambda: database.store.claim(10, {b"g": 100}).jobs) < 100
         write(database.store, queued())
@@ -1235,20 +1236,23 @@ class TestPlans:
     def test_due_rows_are_found_by_their_time(self, database: DatabaseHouse) -> None:
         database.put(status=Status.SCHEDULED, run_after=timezone.now() - timedelta(seconds=1))
         plans = self.plans(lambda: database.store.claim(10, {}))
-        (plan,) = [plan for sql, plan in plans.items() if re.search('run_after["`] <=', sql)]
         expected = "job_due (function=? AND run_after<?)" if connection.vendor == "sqlite" else "job_due"
-        assert expected in plan
-        assert not re.search("TEMP B-TREE|Sort|filesort", plan), plan
+        due = [plan for sql, plan in plans.items() if re.search('run_after["`] <=', sql)]
+        assert due
+        for plan in due:
+            assert expected in plan
+            assert not re.search("TEMP B-TREE|Sort|filesort", plan), plan
 
     def test_counts_read_an_index_alone(self, database: DatabaseHouse) -> None:
         plans = self.plans(database.store._count)
-        assert len(plans) == 2
+        assert len(plans) >= 2
         if connection.vendor == "sqlite":
             assert all("COVERING INDEX job_" in plan and "TEMP" not in plan for plan in plans.values()), plans
 
     def test_what_an_earlier_run_had_is_found_by_what_is_owned(self, database: DatabaseHouse) -> None:
+        index = {"mysql": "job_claim", "sqlite": "job_owned"}.get(connection.vendor, "job_(owned|status)")
         for plan in self.plans(database.store.resume).values():
-            assert ("job_claim" if connection.vendor == "mysql" else "job_owned") in plan
+            assert re.search(index, plan), plan
 
     def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
         write(database.store, queued())

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from django_gearman.protocol.packets import ATTEMPTS, PacketType
-from django_gearman.server.entries import Claimed, JobDue, JobFinished, JobRequeued, JobStarted, Outcome, StoredJob
+from django_gearman.server.entries import (
+    Claimed,
+    JobDue,
+    JobFinished,
+    JobRequeued,
+    JobStarted,
+    Outcome,
+    StoredJob,
+)
 
 from .harness import Caller, Wire, handle
 
@@ -83,9 +91,7 @@ class TestRetry:
         worker = self.raised(wire, max_attempts=3)
         assert wire.entries() == [
             JobStarted(stored().handle, b"127.0.0.1", 1, NOW),
-            JobRequeued(
-                stored().handle, b"127.0.0.1", 1, NOW, NOW, "", b"boom", NOW + 5, unclaimed=True
-            ),
+            JobRequeued(stored().handle, b"127.0.0.1", 1, NOW, NOW, "", b"boom", NOW + 5, unclaimed=True),
         ]
         assert worker(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
         assert worker(P.PRE_SLEEP) == []
