@@ -176,6 +176,9 @@ class DatabaseStore:
         scheduler, moment = self._scheduler, current_time()
         if self._resuming:
             self._resume_more()
+            if self._resuming:
+                # What is older must not come behind what lies at the door already.
+                return Claimed([], more=True)
         with self._database_errors():
             is_time = scheduler is not None and scheduler.has_work(moment)
         if monotonic() - self._looked_for_dead >= self._lease / 3:
@@ -201,7 +204,7 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, self._resuming or door.more, frozenset(door.emptied), left, door.due_in)
+        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
 
     def _resume_more(self) -> None:
         with self._transaction():
@@ -491,7 +494,9 @@ class DatabaseStore:
         if not self._perhaps_taken:
             return []
         with self._database_errors():
-            ours = sorted(self._ours(self._perhaps_taken))
+            # Not what was ended meanwhile, as a submission that was refused.
+            live = self._records().filter(pk__in=self._perhaps_taken, status__in=JobRecord.LIVE)
+            ours = sorted(self._ours(list(live.values_list("pk", flat=True))))
             rows = self._rows_of(self._sql.by_id(len(ours)), ours) if ours else []
             found = [row.job for row in rows if row.size <= INLINE]
             for row in rows:

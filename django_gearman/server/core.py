@@ -298,6 +298,8 @@ class JobServer:
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
+        self.door_seen = True
+        """Whether the store has told what lies at its door. Set it to False, where anything may lie there."""
         self.claim_wanted = False
         """Whether jobs wait at the store's door for which there is room, or somebody said so."""
         self.questions: list[Question] = []
@@ -460,6 +462,7 @@ class JobServer:
     def claimed(self, claim: Claimed) -> None:
         """The store has looked at its door: take the jobs over, and note what is left there."""
         if claim.left is not None:
+            self.door_seen = True
             for function in list(self._away):
                 function.left.clear()
                 function.later = 0
@@ -554,7 +557,8 @@ class JobServer:
         if job.state is PENDING:
             self._load(job)
             self._admit(job)
-        elif not job.recorded:
+        elif job.elsewhere:
+            job.elsewhere = False
             job.background = job.recorded = True
             job.interruptions = stored.interruptions
             if job.worker is not None:
@@ -980,7 +984,7 @@ class JobServer:
 
     def _is_behind(self, function: Function, priority: int) -> bool:
         """Whether a new job is to wait at the store's door: others of its kind do, or the window is full."""
-        if priority in function.left or priority in function.spilling:
+        if priority in function.left or priority in function.spilling or not self.door_seen:
             return True
         full_from = self._full_from(function)
         return full_from is not None and priority <= full_from
@@ -997,7 +1001,7 @@ class JobServer:
 
     def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
         """Attach a submission to the live job of the same unique, which keeps its own workload."""
-        if background and not job.background:
+        if background and not job.background and not job.elsewhere:
             # gearmand lets the job die with its foreground clients all the same.
             job.background = True
             if self._durable:
@@ -1228,8 +1232,10 @@ class JobServer:
             if not isinstance(reply, StoredJob):
                 # Another server has it. Who waits for it here cannot hear of it there.
                 job.background = job.recorded = False
+                job.elsewhere = True
             self._load(job)
             self._admit(job)
+            self._drop_if_abandoned(job)
 
         self._ask(Topic.TAKE, take_back, handle=job.handle)
 

@@ -48,6 +48,7 @@ class Job:
         "background",
         "denominator",
         "due",
+        "elsewhere",
         "function",
         "handle",
         "interruptions",
@@ -107,6 +108,8 @@ class Job:
         """Which of the core's entries they wait for."""
         self.spilled = False
         """Whether it is only held until the store has it: it waits at the store's door."""
+        self.elsewhere = False
+        """Whether it is kept, but not as this server's: it was laid at the door, and perhaps claimed there."""
         self.attempts = 0
         self.interruptions = 0
         """How many of the attempts ended with their server."""

@@ -297,8 +297,8 @@ class Batch:
     tend: bool = False
     weight: int = 0
     """About how many bytes the entries are."""
-    late: set[bytes] = field(default_factory=set)
-    """Handles of submissions that were refused while the store had them."""
+    late: set[int] = field(default_factory=set)
+    """Which of the entries are submissions that were refused while the store had them."""
 
     # Filled in by ``perform``.
     refused: dict[int, str | Joined] = field(default_factory=dict)
@@ -413,9 +413,9 @@ class Journal:
             return  # the next attempt begins soon, and ``done`` refuses what is overdue
         batch = self._in_flight
         undone: list[Entry] = []
-        for entry in batch.entries:
-            if _is_submission(entry) and self._is_overdue(entry) and entry.handle not in batch.late:
-                batch.late.add(entry.handle)
+        for index, entry in enumerate(batch.entries):
+            if _is_submission(entry) and self._is_overdue(entry) and index not in batch.late:
+                batch.late.add(index)
                 undone += self._refuse(entry)
         gathered = self._without_overdue(self._gathering, tried=False)
         if undone or len(gathered) != len(self._gathering):
@@ -506,7 +506,9 @@ class Journal:
                 server.committed(batch.entries)
             for question in batch.questions:
                 if question.number in batch.replies:
-                    server.replied(question, batch.replies[question.number])
+                    reply = batch.replies[question.number]
+                    has_ended = isinstance(reply, StoredJob) and reply.handle in self._ended(batch)
+                    server.replied(question, None if has_ended else reply)
             if batch.claimed is not None:
                 self._adopt(batch, batch.claimed, now)
         if batch.error is None:
@@ -521,13 +523,19 @@ class Journal:
 
     def _adopt(self, batch: Batch, claimed: Claimed, now: float) -> None:
         """Give the core what was claimed, but for what has ended since it was laid at the door."""
-        ended = batch.late | {entry.handle for entry in self._gathering if type(entry) is JobFinished}
+        ended = self._ended(batch)
         if ended:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
         self._server.claimed(claimed)
         if claimed.more:
             self.claim_soon()
         self._next_claim = min(self._next_claim, now + claimed.due_in)
+
+    def _ended(self, batch: Batch) -> set[bytes]:
+        """Handles of jobs that have ended, or were refused, and of which the store does not know it yet."""
+        late = {batch.entries[index].handle for index in batch.late}
+        waiting = (*self._gathering, *self._server.entries)
+        return late | {entry.handle for entry in waiting if type(entry) is JobFinished}
 
     def _claim_when_due(self, entries: Iterable[Entry], now: float) -> None:
         """Jobs for later were laid at the door: look there when they are due."""
@@ -547,7 +555,7 @@ class Journal:
         if batch.written:
             self._next_claim = self._retry_at
             return
-        waiting = [e for e in batch.entries if not (_is_submission(e) and e.handle in batch.late)]
+        waiting = [entry for index, entry in enumerate(batch.entries) if index not in batch.late]
         entries = self._without_overdue(waiting, tried=True)
         self._gathering = deque(self._without_overdue(self._gathering, tried=False))
         self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)

@@ -127,6 +127,7 @@ class ModelJob:
         "awaited",
         "background",
         "due",
+        "elsewhere",
         "function",
         "handle",
         "interruptions",
@@ -167,6 +168,8 @@ class ModelJob:
         self.awaited: Entry | None = None
         """The entry whose commit they wait for."""
         self.recorded = False
+        self.elsewhere = False
+        """Whether it is kept, but perhaps as another server's."""
         self.attempts = 0
         self.interruptions = 0
         self.max_attempts: int | None = None
@@ -255,6 +258,7 @@ class Server:
         core.model = self
         core.now = world.wall(name)
         core.clock = world.clock
+        core.door_seen = not self.durable
         self.journal = Journal(
             core,
             submit_limit=shape.submit_limit,
@@ -332,6 +336,7 @@ class Server:
 
     def remove(self, job: ModelJob) -> None:
         del self.jobs[job.handle]
+        job.state = "gone"
         self.count[job.function] -= 1
         if job.key is not None:
             del self.uniques[job.function, job.key]
@@ -428,8 +433,10 @@ class Server:
         if not isinstance(reply, StoredJob):
             # Another server has it: for those who wait here it runs here, and is not kept.
             job.background = job.recorded = False
+            job.elsewhere = True
             self.disowned[job.handle] = None
         self.wait(job)
+        self.drop_if_abandoned(job)
 
     def ask_store(self, topic: Topic, then: Callable[[Reply], None]) -> None:
         if len(self.open) >= core_module.MAX_QUESTIONS:
@@ -445,6 +452,9 @@ class Server:
 
     def replied(self, question: Question, reply: Reply) -> None:
         _, _, then = self.open.pop(question.number, (0.0, None, None))
+        if isinstance(reply, StoredJob):
+            # Somebody waits for it: it is taken in before others.
+            self.world.out_of_line(reply.handle)
         if then is not None:
             then(reply)
 
@@ -482,6 +492,7 @@ class Server:
         return job.awaited is not entry
 
     def joined(self, entry: JobQueued, handle: bytes) -> None:
+        self.world.out_of_line(entry.handle)
         self.disowned[entry.handle] = None
         job = self.jobs.get(entry.handle)
         if job is None or self.is_overtaken(job, entry):
@@ -514,7 +525,8 @@ class Server:
             # It was laid at the door, and somebody waits for it here.
             if held.state == "pending":
                 self.wait(held)
-            elif not held.recorded:
+            elif held.elsewhere:
+                held.elsewhere = False
                 held.background = held.recorded = True
                 held.interruptions = stored.interruptions
                 self.disowned.pop(handle, None)
@@ -636,7 +648,7 @@ class Server:
                 self.world.submitted(self, job)
             else:
                 self.wait(job)
-        elif background and not job.background:
+        elif background and not job.background and not job.elsewhere:
             job.background = True
             if self.durable:
                 job.recorded = True
@@ -740,7 +752,8 @@ class Server:
         promise(job is not None, f"{handle!r} was handed out, which is not there")
         assert job is not None
         promise(job.worker is None, f"{handle!r} has a worker already")
-        promise(job in candidates, f"{handle!r} was handed out before its turn")
+        turn = [candidate.handle for candidate in candidates]
+        promise(job in candidates, f"{handle!r} was handed out, and it was the turn of {turn}")
         self.take(job)
         self.serial += 1
         function = job.function
@@ -941,6 +954,7 @@ class Server:
             answered(True)
         elif self.durable:
             self.world.cancelled_at_door[handle] = None
+            self.world.out_of_line(handle)
             self.ask_store(Topic.CANCEL, answered)
         else:
             answered(None)
@@ -965,6 +979,8 @@ class Server:
 
     def tick(self) -> None:
         core = self.core
+        if self.durable:
+            self.turn()
         now = core.now
         jobs = sorted(
             (job for job in self.jobs.values() if job.state == "delayed" and job.due <= now),
@@ -1010,7 +1026,13 @@ class Server:
             )
 
     def check_waits(self) -> None:
-        """After a tick nobody has waited longer for a JOB_CREATED than a submission may."""
+        """While the writer is at work nobody waits longer for a JOB_CREATED than a submission may."""
+        if self.batch is None or self.batch.tend:
+            return
+        oldest = self.core.clock - self.shape.submit_limit - 1e-6
+        for job in self.jobs.values():
+            if job.slots and job.slots[0].at < oldest:
+                raise Broken(f"the client of {job.handle!r} waits longer than it may")
 
     def turn(self) -> None:
         """The end of the event loop's turn: what happened goes to the journal."""
@@ -1133,9 +1155,8 @@ class Server:
         core = self.core
         promise(core.jobs.keys() == self.jobs.keys(), "the core's jobs are not the model's")
         ready = {function.name for function in core.ready}
-        promise(
-            ready == {name for name, count in self.waiting.items() if count}, "the wrong functions are ready"
-        )
+        waiting = {name for name, count in self.waiting.items() if count}
+        promise(ready == waiting, f"{self.label}: ready are {ready}, not {waiting}")
         states = Counter((job.function, job.state) for job in self.jobs.values())
         lines = []
         for function in core.functions.values():

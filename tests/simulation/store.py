@@ -244,6 +244,7 @@ class SimulatedStore:
         self._perhaps_taken: list[Row] = []
         self._resuming = False
         self._again = False
+        self._has_counted = False
 
     def take_lease(self) -> int:
         """Become the server of this name; the epoch."""
@@ -391,12 +392,18 @@ class SimulatedStore:
             resuming = self._free(self.lease_id, but_of_epoch=self.epoch)
             self._fault("after")
             self._resuming = resuming
+            if resuming:
+                # What is older must not come behind what lies at the door already.
+                return Claimed([], more=True)
         if self._clock() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
+        database = self.database
         wall = self._wall()
         rows, emptied, more = self._look(limit, full, wall)
         unsure = self._perhaps_taken
-        found = [row for row in unsure if (row.server, row.epoch) == (self.lease_id, self.epoch)]
+        ours = [row for row in unsure if (row.server, row.epoch) == (self.lease_id, self.epoch)]
+        # Not what was ended meanwhile, as a submission that was refused.
+        found = [row for row in ours if row.id in database.live]
         self._perhaps_taken = []
         if rows or self._clock() - self.renewed >= self._lease / 3:
             try:
@@ -411,8 +418,10 @@ class SimulatedStore:
                 raise
         left, due_in = self._count(wall)
         jobs = [row.stored() for row in (*found, *rows)]
-        counted = left if self._is_counted() else None
-        return Claimed(jobs, self._resuming or more, frozenset(emptied), counted, due_in)
+        # At first nothing is known of it.
+        counted = left if not self._has_counted or self._is_counted() else None
+        self._has_counted = True
+        return Claimed(jobs, more, frozenset(emptied), counted, due_in)
 
     def _look(self, limit: int, full: Mapping[bytes, int], wall: float) -> tuple[list[Row], set[bytes], bool]:
         """Rows to take, functions of which nothing ready will be left, and whether there may be more."""

@@ -25,6 +25,8 @@ from .model import SUBMISSIONS, Broken, ModelJob, ModelPeer, Server, promise
 from .store import Database, Row, SimulatedStore, key_of
 
 LEASE = 15.0
+WALL = 1_000_000.0
+"""The wall clock where the monotonic one is zero."""
 MANY = 1_000_000
 """A limit that no world comes to."""
 
@@ -143,6 +145,8 @@ class World:
         """Submissions that were refused, though the store may have them."""
         self.escaped: dict[bytes, None] = {}
         """Those of them that another server claimed before they were undone."""
+        self.fifo: dict[tuple[bytes, int], dict[bytes, tuple[int, int]]] = {}
+        """{(function, priority): {handle: (submitted at, acknowledged at), as numbers of events}}."""
         self.database_jumped = False
         self._held_lease = True
 
@@ -187,7 +191,7 @@ class World:
     # Time.
 
     def wall(self, name: str) -> float:
-        return self.clock + self.jumps.get(name, 0.0)
+        return WALL + self.clock + self.jumps.get(name, 0.0)
 
     def advance(self, seconds: float) -> None:
         self.clock += seconds
@@ -268,7 +272,7 @@ class World:
             unique,
             b"row",
             choice((HIGH, NORMAL, NORMAL, LOW)),
-            run_after=self.clock + delay if delay else 0.0,
+            run_after=WALL + self.clock + delay if delay else 0.0,
             later=bool(delay),
             max_attempts=choice((None, None, 1, 2, 4)),
             timeout=choice((None, None, 2)),
@@ -330,6 +334,9 @@ class World:
         if self.trace is not None:
             self.note(f"{server.label} {how}")
         self.servers.remove(server)
+        for waiting in self.fifo.values():
+            for handle in [handle for handle, (_, at) in waiting.items() if not at]:
+                del waiting[handle]
         if server in self.awake:
             self.awake.remove(server)
         if not any(other.name == server.name for other in self.servers) and server.name not in self.down:
@@ -459,9 +466,13 @@ class World:
         assert row is not None
         promise(row.background, f"{handle!r} is acknowledged and its record says foreground")
         self.promised[handle] = None
+        waiting = self.fifo.get((row.function, row.priority))
+        if waiting is not None and handle in waiting:
+            waiting[handle] = waiting[handle][0], self.events
 
     def refused(self, server: Server, entry: JobQueued | JobKept, reason: str) -> None:
         self.disowned[entry.handle] = None
+        self.out_of_line(entry.handle)
         self.late[entry.handle] = server
         row = self.database.by_handle.get(entry.handle)
         if row is not None and server.store is not None and row.server not in (None, server.store.lease_id):
@@ -472,7 +483,8 @@ class World:
                 # What was refused too late has a row, which was cancelled: its handle cannot be kept again.
                 cause: object = self._is_bad(entry) or entry.handle in self.database.by_handle
             case "The store is out of reach":
-                waited = [slot.at for slot in job.slots or ()] if job is not None else []
+                awaits = job is not None and job.awaited is entry
+                waited = [slot.at for slot in (job.slots or () if job is not None and awaits else ())]
                 cause = not waited or self.clock - min(waited) >= self.shape.submit_limit - 1e-6
             case "Too much waits to be stored":
                 cause = self.shape.backlog == 3_000
@@ -508,12 +520,15 @@ class World:
             return
         handle = job.handle
         self.handed[handle] = self.handed.get(handle, 0) + 1
+        self.check_order(server, job)
         promise(handle not in server.refused or handle in self.escaped, f"{handle!r} was refused and runs")
         if not job.background:
             return
         row = self.database.by_handle.get(handle)
         if job.slots is None and job.recorded:
             promise(row is not None, f"{handle!r} runs and is not in the store")
+        if row is not None and not self.shape.clock_jumps:
+            promise(row.run_after <= server.core.now, f"{handle!r} runs before its time")
         lease = self.database.leases[server.name]
         if lease.taken_over >= server.epoch:
             promise(
@@ -531,9 +546,32 @@ class World:
 
     def submitted(self, server: Server, job: ModelJob) -> None:
         """A background job was made of a submission, and is not yet written."""
+        if not self.several and not job.due:
+            waiting = self.fifo.setdefault((job.function, job.priority), {})
+            waiting[job.handle] = self.events, 0
+
+    def check_order(self, server: Server, job: ModelJob) -> None:
+        """Of a function and priority, what was acknowledged before another was submitted goes first."""
+        waiting = self.fifo.get((job.function, job.priority))
+        if waiting is None or job.handle not in waiting:
+            return
+        submitted, _ = waiting[job.handle]
+        for handle, (_, acknowledged) in waiting.items():
+            if handle == job.handle:
+                break
+            if acknowledged and acknowledged < submitted:
+                raise Broken(f"{job.handle!r} overtakes {handle!r}")
+        del waiting[job.handle]
+
+    def out_of_line(self, handle: bytes) -> None:
+        """Nobody need wait for it any more, nor it for others."""
+        for waiting in self.fifo.values():
+            waiting.pop(handle, None)
 
     def decided(self, server: Server, job: ModelJob, outcome: Outcome, data: bytes) -> None:
         worker = b"w%d" % job.worker.number if job.worker is not None else b""
+        if job.worker is None:
+            self.out_of_line(job.handle)
         self.decisions.setdefault(job.handle, []).append(
             (server, outcome.value, data, job.attempts, worker)
         )
@@ -562,6 +600,7 @@ class World:
         for server in self.servers:
             if server.paused:
                 self.resume(server)
+        self._settle()
         helpers: dict[Server, ModelPeer] = {}
         for round in range(QUIET_ROUNDS):
             while self.down:
@@ -576,6 +615,26 @@ class World:
             raise Broken(f"it does not end: {left} wait, or {[len(s.jobs) for s in self.servers]} jobs")
         self.check_end()
 
+    def _settle(self) -> None:
+        """Nobody does anything for some seconds: then every server knows how much waits, and says so."""
+        for _ in range(4):
+            while self.down:
+                self.start(self.down[0])
+            for server in list(self.awake):
+                self._serve(server, None)
+            self.advance(1.1)
+        if not self.awake:
+            return
+        server = self.awake[-1]
+        for function in server.core.functions.values():
+            name = function.name
+            here = sum(job.function == name and job.state != "pending" for job in server.jobs.values())
+            rows = [row for row in self.database.live.values() if row.server is None and row.function == name]
+            promise(
+                function.total == here + len(rows),
+                f"{server.label} counts {function.total} of {name!r}: {here} are here, {len(rows)} at the door",
+            )
+
     def _is_over(self) -> bool:
         if self.database.live:
             return False
@@ -584,8 +643,8 @@ class World:
             for server in self.servers
         )
 
-    def _serve(self, server: Server, helpers: dict[Server, ModelPeer]) -> None:
-        """A server's part of a second in which all goes well."""
+    def _serve(self, server: Server, helpers: dict[Server, ModelPeer] | None) -> None:
+        """A server's part of a second in which all goes well; without helpers nobody does the work."""
         server.look_at_clock()
         self.events += 1
         server.tick()
@@ -597,6 +656,8 @@ class World:
                 if server.lost:
                     self.end_process(server, "has lost its lease")
                     return
+        if helpers is None:
+            return
         for peer in list(server.peers):
             for job in server.held_by(peer):
                 self.events += 1
