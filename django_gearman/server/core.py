@@ -78,6 +78,9 @@ PATIENCE: Final = 1.0
 MAX_QUESTIONS: Final = 10_000
 """Questions that may wait for the store; what is asked beyond gets the answer that is given without it."""
 
+STORE_AWAY: Final = 3.0
+"""Seconds without a claim after which the store must be out of reach; there is one each second."""
+
 PENDING, DELAYED, READY, RUNNING, GONE = JobState
 
 SECOND: Final = 1000
@@ -315,6 +318,8 @@ class JobServer:
         self._open: dict[int, tuple[Question, Callable[[Reply], None]]] = {}
         """{number of a question: itself, and what is done with the reply}, the oldest first."""
         self._asked = 0
+        self._claimed_at = 0.0
+        """The clock's time of the last claim."""
         self._away: dict[Function, None] = {}
         """Functions of which jobs lie at the store's door, as far as is known."""
         self._weight = 0
@@ -461,6 +466,7 @@ class JobServer:
 
     def claimed(self, claim: Claimed) -> None:
         """The store has looked at its door: take the jobs over, and note what is left there."""
+        self._claimed_at = self.clock
         if claim.left is not None:
             self.door_seen = True
             for function in list(self._away):
@@ -478,9 +484,8 @@ class JobServer:
             for name in claim.emptied:
                 if name in self.functions:
                     self.functions[name].left.clear()
-        for function in [function for function in self._away if not function.away]:
-            del self._away[function]
-            self._note_if_idle(function)
+        for function in list(self._away):
+            self._note_if_all_here(function)
         self.adopt(claim.jobs)
 
     def _take_from_door(self, job: StoredJob) -> None:
@@ -494,6 +499,15 @@ class JobServer:
             count = function.left.pop(job.priority, 0)
             if count > 1:
                 function.left[job.priority] = count - 1
+        self._note_if_all_here(function)
+
+    def _note_if_all_here(self, function: Function) -> None:
+        if not function.away:
+            self._away.pop(function, None)
+            self._note_if_idle(function)
+            for _ in range(min(function.waiting, len(function.sleepers))):
+                # They may have waited for more urgent ones, which another server took.
+                self._wake(function)
 
     def replied(self, question: Question, reply: Reply) -> None:
         """The store has answered. A job that it handed over is taken over, also when nobody waits for it."""
@@ -728,8 +742,8 @@ class JobServer:
         if not function.waiting:
             del self.ready[function]
         self._unload(job)
-        if function.left and function.waiting < self.options.window // 2:
-            self.claim_wanted = self.claim_wanted or function.weight < self.options.window_bytes // 8
+        if function.left and self._wants_more(function, job.priority):
+            self.claim_wanted = True
         self._served = function.served = self._served + 1
         if self.options.function_order is FunctionOrder.ROUND_ROBIN:
             # To the far end of what ``_best_function`` looks through.
@@ -767,18 +781,42 @@ class JobServer:
             return None
         if self.clock >= self.hand_out_until:
             return next((each for each in abilities.values() if each.has_foreground()), None)
-        if not self._fair:
-            return next((function for function in reversed(abilities.values()) if function.waiting), None)
         if len(abilities) == 1:
             (function,) = abilities.values()
-            return function if function.waiting else None
+            return (
+                function if function.waiting and not (function.left and self._must_wait(function)) else None
+            )
+        if not self._fair:
+            offered = (each for each in reversed(abilities.values()) if each.waiting)
+            return next((each for each in offered if not (each.left and self._must_wait(each))), None)
         if len(abilities) <= len(ready):
             candidates = [function for function in abilities.values() if function.waiting]
         else:
             candidates = [function for function in ready if function.name in abilities]
+        if self._away:
+            candidates = [each for each in candidates if not (each.left and self._must_wait(each))]
         if len(candidates) > 1:
             return max(candidates, key=lambda function: (function.best_priority(), -function.served))
         return candidates[0] if candidates else None
+
+    def _must_wait(self, function: Function) -> bool:
+        """
+        Whether the jobs here must wait since more urgent ones lie at the store's door.
+
+        They are about to be claimed. Not when the store is away: then nobody knows for how long.
+        """
+        best = function.best_priority()
+        if all(priority <= best for priority in function.left):
+            return False
+        return self.clock - self._claimed_at < STORE_AWAY
+
+    def _wants_more(self, function: Function, taken: int) -> bool:
+        """Whether it is time to claim more, after a job of some priority was taken; ahead of the need."""
+        half = (self.options.window + 1) // 2
+        level = function.levels.get(taken, ())
+        if function.waiting >= half and (taken not in function.left or len(level) >= half):
+            return False
+        return function.weight < self.options.window_bytes // 8
 
     def _work_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle, numerator, denominator = arguments

@@ -360,6 +360,8 @@ class Journal:
         self._hold = hold
         self._gathering: deque[Entry] = deque()
         self._questions: list[Question] = []
+        self._ask_at = -math.inf
+        """When they may be asked: not at once again of a store that is out of reach."""
         self._failed: Batch | None = None
         self._in_flight: Batch | None = None
         """What the writer is at work on."""
@@ -435,9 +437,10 @@ class Journal:
         """The monotonic time at which ``next_batch`` may have something by itself; infinite for never."""
         if self._failed:
             return self._retry_at
-        if self._questions:
-            return -math.inf
-        return self._write_at if self._closing else min(self._next_claim, self._write_at, self.tend_at)
+        ask_at = self._ask_at if self._questions else math.inf
+        if self._closing:
+            return min(self._write_at, ask_at)
+        return min(self._next_claim, self._write_at, self.tend_at, ask_at)
 
     def hurry(self) -> None:
         """Let nothing wait any longer, and claim nothing more: the server is about to stop."""
@@ -462,7 +465,8 @@ class Journal:
                 # A trip of its own, so that nothing that was claimed or written waits to be told of.
                 self._in_flight = Batch([], tend=True)
                 return self._in_flight
-            if not claim and not self._questions and (not self._gathering or now < self._write_at):
+            ask = bool(self._questions) and now >= self._ask_at
+            if not claim and not ask and (not self._gathering or now < self._write_at):
                 return None
             batch = self._gather()
             if not self._gathering:
@@ -551,7 +555,7 @@ class Journal:
         if self._pause == 0.0:
             logger.error("The store does not take anything: %s; trying again", batch.error)
         self._pause = min(self._pause * 2 or 0.05, 1.0)
-        self._retry_at = now + self._pause
+        self._retry_at = self._ask_at = now + self._pause
         if batch.written:
             self._next_claim = self._retry_at
             return

@@ -115,7 +115,6 @@ def test_pause_survives_the_server(server: harness.GearmanServerProcess, worker:
     harness.wait_until(lambda: (result.refresh(), result.status == Status.RETRYING)[1])
     server.kill()
     server.start()
-    assert "1 jobs replayed" in server.stdout
     record = JobRecord.objects.get()
     assert record.run_after is not None
     assert record.run_after > timezone.now() + timedelta(minutes=59)

@@ -173,7 +173,6 @@ class TestThousandJobs:
             wait_for_runs(trace, 300)
             server.kill()
             server.start()
-            assert "jobs replayed" in server.stdout
 
             wait_for_runs(trace, 450)
             for worker in workers:

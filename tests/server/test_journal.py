@@ -43,8 +43,8 @@ class ScriptedStore(MemoryStore):
         step = self.script.pop(0) if self.script else None
         if isinstance(step, BaseException):
             raise step
-        super().write(entries, again=again)
-        return step or {}
+        joined = super().write(entries, again=again)
+        return step or joined
 
     def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         self.claims.append((limit, dict(full)))

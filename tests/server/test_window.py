@@ -1,0 +1,439 @@
+"""A queue larger than memory: a window of it here, the rest at the store's door."""
+
+from __future__ import annotations
+
+import pytest
+
+from django_gearman.exceptions import StoreError
+from django_gearman.protocol.packets import PacketType
+from django_gearman.server.core import PATIENCE
+from django_gearman.server.entries import JobFinished, JobQueued, Outcome, StoredJob
+
+from .harness import Caller, handle
+from .test_journal import Office
+
+P = PacketType
+DOWN = StoreError("down")
+
+
+def office_of(window: int = 2, **options: float) -> Office:
+    office = Office(window=window, **options)
+    office.store._clock = lambda: office.wire.core.now
+    settle(office)
+    return office
+
+
+def settle(office: Office) -> None:
+    """Until nothing is left to be carried to the store."""
+    while office.trip() is not None:
+        pass
+
+
+def submit(office: Office, count: int, first: int = 1, kind: PacketType = P.SUBMIT_JOB_BG) -> Caller:
+    """Submit jobs with their numbers for workloads; all are acknowledged."""
+    client = office.wire.connect()
+    for number in range(first, first + count):
+        client(kind, b"f", b"", b"%d" % number)
+    settle(office)
+    assert [kind for kind, _ in client.hears()] == [P.JOB_CREATED] * count
+    return client
+
+
+def drain(office: Office, worker: Caller) -> list[int]:
+    """Workloads of all jobs, in the order in which they are handed out."""
+    done = []
+    for _ in range(100):
+        heard = worker(P.GRAB_JOB)[-1]
+        if heard == (P.NO_JOB,):
+            if not office.wire.core._away:
+                return done
+        else:
+            done.append(int(heard[-1]))
+            worker(P.WORK_COMPLETE, heard[1], b"")
+        settle(office)
+    raise AssertionError("there is no end of it")
+
+
+def status(office: Office) -> bytes:
+    answer = office.wire.connect().line(b"status")
+    assert answer is not None
+    return answer.removesuffix(b".\n")
+
+
+class TestDepth:
+    def test_window_is_all_that_is_held(self):
+        office = office_of(window=2)
+        submit(office, 7)
+        assert len(office.wire.core.jobs) == 2
+        assert len(office.store.unclaimed) == 5
+        assert status(office) == b"f\t7\t0\t0\n"
+
+    def test_order_is_kept(self):
+        office = office_of(window=2)
+        submit(office, 7)
+        assert drain(office, office.wire.worker(b"f")) == [1, 2, 3, 4, 5, 6, 7]
+        assert status(office) == b"f\t0\t0\t1\n"
+
+    def test_order_is_kept_while_others_come(self):
+        office = office_of(window=3)
+        worker = office.wire.worker(b"f")
+        submit(office, 5)
+        heard = [worker(P.GRAB_JOB)[-1] for _ in range(3)]
+        assert [int(each[-1]) for each in heard] == [1, 2, 3]
+        # There is room, but those behind the door are first.
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"6")
+        assert status(office) == b"f\t5\t3\t1\n"
+        settle(office)
+        assert drain(office, worker) == [4, 5, 6]
+
+    def test_once_it_is_drained_jobs_wait_here_again(self):
+        office = office_of(window=2)
+        submit(office, 5)
+        drain(office, office.wire.worker(b"f"))
+        submit(office, 2)
+        assert office.store.unclaimed == []
+        assert len(office.wire.core.jobs) == 2
+
+    def test_urgent_ones_are_not_behind(self):
+        office = office_of(window=2)
+        submit(office, 5)
+        submit(office, 4, first=10, kind=P.SUBMIT_JOB_HIGH_BG)
+        assert office.wire.connect().line(b"prioritystatus") == b"f\t4\t5\t0\t0\n.\n"
+        assert drain(office, office.wire.worker(b"f")) == [10, 11, 12, 13, 1, 2, 3, 4, 5]
+
+    def test_less_urgent_ones_wait_for_their_turn(self):
+        office = office_of(window=2)
+        submit(office, 3)
+        submit(office, 3, first=10, kind=P.SUBMIT_JOB_LOW_BG)
+        assert len(office.wire.core.jobs) == 2
+        assert drain(office, office.wire.worker(b"f")) == [1, 2, 3, 10, 11, 12]
+
+    def test_pending_ones_fill_the_window_too(self):
+        office = office_of(window=2)
+        client = office.wire.connect()
+        for number in range(5):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"%d" % number)
+        laid = [entry.unclaimed for entry in office.wire.core.entries if type(entry) is JobQueued]
+        assert laid == [False, False, True, True, True]
+        settle(office)
+        assert drain(office, office.wire.worker(b"f")) == [0, 1, 2, 3, 4]
+
+    def test_every_function_has_a_window_of_its_own(self):
+        office = office_of(window=2)
+        submit(office, 4)
+        office.wire.connect()(P.SUBMIT_JOB_BG, b"other", b"", b"")
+        settle(office)
+        assert office.wire.worker(b"other").grabs() is not None
+
+    def test_foreground_jobs_are_always_here(self):
+        office = office_of(window=2)
+        submit(office, 5)
+        client = office.wire.connect()
+        assert client(P.SUBMIT_JOB_HIGH, b"f", b"", b"now")[-1][0] == P.JOB_CREATED
+        assert office.wire.worker(b"f")(P.GRAB_JOB)[-1][-1] == b"now"
+
+    def test_large_jobs_fill_it_by_their_size(self):
+        office = office_of(window=1000)
+        worker = office.wire.worker(b"f")
+        client = office.wire.connect()
+        for _ in range(4):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"x" * 10_000_000)
+            settle(office)
+        assert len(office.wire.core.jobs) == 2
+        sizes = []
+        for _ in range(4):
+            heard = worker(P.GRAB_JOB)[-1]
+            sizes.append(len(heard[-1]))
+            worker(P.WORK_COMPLETE, heard[1], b"")
+            settle(office)
+        assert sizes == [10_000_000] * 4
+        assert office.wire.core._weight == 0
+
+    def test_limit_of_a_function_counts_all_of_its_jobs(self):
+        office = office_of(window=2)
+        submit(office, 5)
+        client = office.wire.connect()
+        assert client.line(b"maxqueue f 5") == b"OK\r\n"
+        assert client(P.SUBMIT_JOB, b"f", b"", b"")[-1][:2] == (P.ERROR, b"QUEUE_ERROR")
+
+    def test_function_with_jobs_in_the_store_is_not_dropped(self):
+        office = office_of(window=1)
+        submit(office, 2)
+        worker = office.wire.worker(b"f")
+        office.store.claim_error = DOWN
+        worker(P.WORK_COMPLETE, worker.grabs(), b"")
+        worker.leaves()
+        assert office.wire.connect().line(b"drop function f") != b"OK\r\n"
+
+    def test_jobs_that_another_server_took_are_counted_no_more(self):
+        office = office_of(window=2)
+        submit(office, 5)
+        office.store.unclaimed.clear()
+        office.pass_time(1.0)
+        settle(office)
+        assert status(office) == b"f\t2\t0\t0\n"
+
+
+class TestLater:
+    def test_jobs_for_later_wait_in_the_store(self):
+        office = office_of()
+        client = office.wire.connect()
+        for number in (3, 1, 2):
+            client(P.SUBMIT_JOB_EPOCH, b"f", b"", b"%d" % (1000 + number), b"%d" % number)
+        settle(office)
+        assert office.wire.core.jobs == {}
+        assert status(office) == b"f\t3\t0\t0\n"
+        worker = office.wire.worker(b"f")
+        assert worker.grabs() is None
+        assert office.journal.next_deadline() == office.now + 1
+        office.pass_time(1.0)
+        settle(office)
+        assert worker(P.GRAB_JOB)[-1][-1] == b"1"
+        assert worker.grabs() is None
+        office.pass_time(2.0)
+        settle(office)
+        assert drain(office, worker) == [2, 3]
+
+    def test_time_is_not_awaited_for_long_when_it_comes_between_two_looks(self):
+        office = office_of()
+        client = office.wire.connect()
+        office.wire.core.clock = office.now
+        client(P.SUBMIT_JOB_EPOCH, b"f", b"", b"1001", b"")
+        office.trip()
+        assert office.journal.next_deadline() == office.now + 1
+
+
+class TestQuestions:
+    """What only the store knows."""
+
+    def test_status_of_a_job_that_waits_there(self):
+        office = office_of(window=1)
+        client = submit(office, 3)
+        assert client(P.GET_STATUS, handle(3)) == []
+        assert client(P.ECHO_REQ, b"behind") == []
+        settle(office)
+        assert client.hears() == [
+            (P.STATUS_RES, handle(3), b"1", b"0", b"0", b"0"),
+            (P.ECHO_RES, b"behind"),
+        ]
+
+    def test_status_of_a_job_that_is_nowhere(self):
+        office = office_of()
+        client = office.wire.connect()
+        client(P.GET_STATUS, b"H:no")
+        settle(office)
+        assert client.hears() == [(P.STATUS_RES, b"H:no", b"0", b"0", b"0", b"0")]
+
+    def test_status_by_unique(self):
+        office = office_of(window=1)
+        client = submit(office, 1)
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        settle(office)
+        client.hears()
+        for unique in (b"u", b"other"):
+            client(P.GET_STATUS_UNIQUE, unique)
+        settle(office)
+        assert client.hears() == [
+            (P.STATUS_RES_UNIQUE, b"u", b"1", b"0", b"0", b"0", b"0"),
+            (P.STATUS_RES_UNIQUE, b"other", b"0", b"0", b"0", b"0", b"0"),
+        ]
+
+    def test_cancel(self):
+        office = office_of(window=1)
+        client = submit(office, 3)
+        assert client.line(b"cancel job " + handle(3)) == b""
+        assert client.line(b"cancel job H:no") == b""
+        settle(office)
+        assert client.takes() == b"OK\r\nERR UNKNOWN_JOB\r\n"
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+
+    def test_store_that_is_away_keeps_nobody_waiting(self):
+        """A job that may be there is not told to be gone: who asks goes on asking."""
+        office = office_of(window=1)
+        client = submit(office, 3)
+        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)  # type: ignore[method-assign]
+        client(P.GET_STATUS, handle(3))
+        client.line(b"cancel job " + handle(2))
+        settle(office)
+        assert client.takes() == b""
+        office.pass_time(PATIENCE)
+        office.wire.core.clock = office.now
+        office.wire.core.tick()
+        (known, refused) = client.takes().split(b"ERR")
+        assert known.endswith(handle(3) + b"\x001\x000\x000\x000")
+        assert refused == b" UNKNOWN_JOB\r\n"
+
+    def test_question_is_asked_again_when_the_store_is_back(self):
+        office = office_of(window=1)
+        client = submit(office, 3)
+        ask = office.store.ask
+        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)  # type: ignore[method-assign]
+        client(P.GET_STATUS, handle(3))
+        office.trip()
+        office.store.ask = ask  # type: ignore[method-assign]
+        office.pass_time(0.5)
+        settle(office)
+        assert client.hears() == [(P.STATUS_RES, handle(3), b"1", b"0", b"0", b"0")]
+
+    def test_job_that_is_taken_for_nobody_is_run_all_the_same(self):
+        office = office_of(window=1)
+        client = submit(office, 1)
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"2")
+        settle(office)
+        client(P.SUBMIT_JOB, b"f", b"u", b"")
+        batch = office.begin()
+        assert batch is not None
+        batch.perform(office.store)
+        client.leaves()
+        office.journal.done(batch, office.now)
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+
+
+class TestUniques:
+    def test_background_submission_joins_what_waits_there(self):
+        office = office_of(window=1)
+        client = submit(office, 1)
+        for _ in range(2):
+            client(P.SUBMIT_JOB_BG, b"f", b"u", b"2")
+            settle(office)
+            assert client.hears() == [(P.JOB_CREATED, handle(2))]
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+
+    def test_foreground_submission_joins_what_waits_there(self):
+        office = office_of(window=1)
+        client = submit(office, 3)
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"4")
+        settle(office)
+        client.hears()
+        other = office.wire.connect()
+        assert other(P.SUBMIT_JOB, b"f", b"u", b"") == []
+        assert other(P.ECHO_REQ, b"behind") == []
+        settle(office)
+        assert other.hears() == [(P.JOB_CREATED, handle(4)), (P.ECHO_RES, b"behind")]
+        worker = office.wire.worker(b"f")
+        assert drain(office, worker) == [1, 4, 2, 3]
+        assert other.hears() == [(P.WORK_COMPLETE, handle(4), b"")]
+
+    def test_foreground_submission_of_a_new_unique(self):
+        office = office_of(window=1)
+        submit(office, 3)
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB, b"f", b"u", b"4")
+        settle(office)
+        assert client.hears() == [(P.JOB_CREATED, handle(4))]
+
+    def test_two_that_ask_are_one_job(self):
+        office = office_of(window=1)
+        submit(office, 3)
+        clients = [office.wire.connect() for _ in range(2)]
+        for client in clients:
+            client(P.SUBMIT_JOB, b"f", b"u", b"4")
+        settle(office)
+        assert [client.hears() for client in clients] == [[(P.JOB_CREATED, handle(4))]] * 2
+
+    def test_foreground_client_of_a_job_that_is_on_its_way_there(self):
+        office = office_of(window=1)
+        client, other = submit(office, 1), office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"2")
+        other(P.SUBMIT_JOB, b"f", b"u", b"")
+        settle(office)
+        assert client.hears() == other.hears() == [(P.JOB_CREATED, handle(2))]
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+        assert other.hears() == [(P.WORK_COMPLETE, handle(2), b"")]
+
+    def test_foreground_client_of_a_job_that_another_server_took(self):
+        """It cannot hear of it there: the job is run here for it, and not kept."""
+        office = office_of(window=1)
+        client, other = submit(office, 1), office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"2")
+        other(P.SUBMIT_JOB, b"f", b"u", b"")
+        office.trip()
+        office.store.unclaimed.clear()
+        settle(office)
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+        assert other.hears()[-1] == (P.WORK_COMPLETE, handle(2), b"")
+
+
+class TestRefusals:
+    def test_store_that_is_away_refuses_them_like_others(self):
+        office = office_of(window=1, submit_limit=3.0)
+        client = submit(office, 1)
+        office.store.script = [DOWN, DOWN]
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"2")
+        office.trip()
+        office.pass_time(5.0)
+        office.trip()
+        assert client.hears()[-1][:2] == (P.ERROR, b"QUEUE_ERROR")
+        office.pass_time(5.0)
+        settle(office)
+        assert drain(office, office.wire.worker(b"f")) == [1]
+        function = office.wire.core.functions[b"f"]
+        assert (function.spilling, function.arriving, function.held) == ({}, 0, 0)
+
+    def test_refused_while_the_store_had_it_is_not_run(self):
+        """The same trip writes and claims it; what undoes it comes after."""
+        office = office_of(window=1, submit_limit=3.0)
+        client = submit(office, 1)
+        worker = office.wire.worker(b"f")
+        worker(P.WORK_COMPLETE, worker.grabs(), b"")
+        settle(office)
+        # Two, of which one is laid at the door.
+        for number in (2, 3):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"%d" % number)
+        office.journal.claim_soon()
+        batch = office.begin()
+        assert batch is not None
+        assert batch.claim
+        office.pass_time(5.0)
+        office.journal.refuse_overdue()
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        settle(office)
+        assert [kind for kind, *_ in client.hears()] == [P.ERROR, P.ERROR]
+        assert worker.grabs() is None
+        assert {entry.outcome for entry in office.store.finished.values()} >= {Outcome.CANCELLED}
+        assert not office.store.jobs
+        assert not office.store.unclaimed
+
+    def test_cancelled_while_it_was_on_its_way(self):
+        office = office_of(window=1)
+        client = submit(office, 1)
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"2")
+        batch = office.begin()
+        assert batch is not None
+        assert office.wire.core.cancel(handle(2))
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        settle(office)
+        assert client.hears() == [(P.JOB_CREATED, handle(2))]
+        assert drain(office, office.wire.worker(b"f")) == [1]
+
+
+class TestClaims:
+    def test_function_is_listed_that_only_the_store_has_jobs_of(self):
+        office = office_of(window=1)
+        office.store.unclaimed = [StoredJob(b"r1", b"g", b"", b"", 0, 0, None, b"", 2000.0)]
+        office.pass_time(1.0)
+        settle(office)
+        assert status(office) == b"g\t1\t0\t0\n"
+
+    @pytest.mark.parametrize("window", [1, 2, 3, 5])
+    def test_what_came_back_is_before_those_that_wait(self, window: int):
+        office = office_of(window=window)
+        submit(office, 6)
+        worker = office.wire.worker(b"f")
+        worker.grabs()
+        settle(office)
+        worker.leaves()
+        assert drain(office, office.wire.worker(b"f")) == [1, 2, 3, 4, 5, 6]
+
+    def test_ends_of_jobs_are_written_once(self):
+        office = office_of(window=1)
+        submit(office, 4)
+        drain(office, office.wire.worker(b"f"))
+        settle(office)
+        office.journal.hurry()
+        settle(office)
+        ended = [e.handle for w, _ in office.store.writes for e in w if type(e) is JobFinished]
+        assert sorted(ended) == [handle(number) for number in range(1, 5)]
