@@ -19,7 +19,16 @@ from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import ATTEMPTS, PacketType, encode_response
 from django_gearman.server import core as core_module
 from django_gearman.server import text
-from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder, JobServer, Peer, ServerOptions
+from django_gearman.server.core import (
+    HIGH,
+    LOW,
+    NORMAL,
+    STORE_AWAY,
+    FunctionOrder,
+    JobServer,
+    Peer,
+    ServerOptions,
+)
 from django_gearman.server.entries import (
     Entry,
     JobKept,
@@ -705,8 +714,9 @@ class Server:
                         if not job.background:
                             return [job]
             return []
+        able = [function for function in able if not self.must_wait(function)]
         if not self.fair:
-            return [self.front(able[-1])]
+            return [self.front(able[-1])] if able else []
         fronts = [self.front(function) for function in able]
         if len(fronts) > 1:
             # Most urgent first, then from the function not served longest.
@@ -716,6 +726,16 @@ class Server:
             longest = min(served[job.function] for job in fronts)
             fronts = [job for job in fronts if served[job.function] == longest]
         return fronts
+
+    def must_wait(self, function: bytes) -> bool:
+        """Whether more urgent jobs are about to be fetched from the door; how many lie there the core knows."""
+        core = self.core
+        left = core.functions[function].left
+        best = self.front(function).priority
+        if not any(priority > best for priority in left) or core.clock - core._claimed_at >= STORE_AWAY:
+            return False
+        self.held_back = True
+        return True
 
     def front(self, function: bytes) -> ModelJob:
         queues = self.queues[function]
@@ -1161,11 +1181,12 @@ class Server:
         lines = []
         for function in core.functions.values():
             name = function.name
-            lying = 0
-            for level in function.levels.values():
-                for job in level:
-                    lying += job.state is JobState.READY
-            promise(lying == function.waiting, f"{name!r} does not have the jobs that it counts")
+            lying = {
+                priority: sum(job.state is JobState.READY for job in level)
+                for priority, level in function.levels.items()
+            }
+            promise(lying == function.counts, f"{name!r} has {lying}, not {function.counts}")
+            promise(sum(lying.values()) == function.waiting, f"{name!r} does not have the jobs that it counts")
             counted = (function.waiting, function.running, function.delayed, function.held)
             there = (
                 self.waiting[name],
@@ -1174,8 +1195,10 @@ class Server:
                 self.count[name],
             )
             promise(counted == there, f"{name!r} counts {counted} and has {there}")
-            pending = [job for job in core.jobs.values() if job.function is function]
-            pending = [job for job in pending if job.state is JobState.PENDING]
+            held = [job for job in core.jobs.values() if job.function is function]
+            weight = sum(job.weight for job in held if job.state is not JobState.RUNNING and not job.spilled)
+            promise(function.weight == weight, f"{name!r} weighs {weight}, not {function.weight}")
+            pending = [job for job in held if job.state is JobState.PENDING]
             promise(
                 function.arriving == sum(not job.spilled for job in pending),
                 f"{name!r} does not have the {function.arriving} jobs that are to come",
