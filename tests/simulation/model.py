@@ -104,7 +104,6 @@ class ModelPeer:
         "tells_attempts",
         "touched",
         "trade",
-        "woken_for",
     )
 
     def __init__(self, number: int, trade: list[bytes]) -> None:
@@ -117,8 +116,6 @@ class ModelPeer:
         self.asleep = False
         self.naps = 0
         """PRE_SLEEPs that were not yet answered by a NOOP: each may be once."""
-        self.woken_for: bytes | None = None
-        """Whose job it was woken for and did not look for yet; known only of who offers one function."""
         self.exceptions = False
         self.excused: bytes | None = None
         self.cancelled: dict[bytes, None] = {}
@@ -289,6 +286,7 @@ class Server:
         self.held = 0
         self.peers: list[ModelPeer] = []
         self.touched: list[ModelPeer] = []
+        self.to_wake: list[tuple[bytes, list[ModelPeer]]] = []
         self.jobs: dict[bytes, ModelJob] = {}
         self.uniques: dict[tuple[bytes, tuple[bytes, ...]], ModelJob] = {}
         self.queues: dict[bytes, dict[int, list[ModelJob]]] = {
@@ -332,6 +330,22 @@ class Server:
         else:
             queue.append(job)
         self.waiting[job.function] += 1
+        self.must_wake(job.function)
+
+    def sleepers(self, function: bytes) -> list[ModelPeer]:
+        return [peer for peer in self.peers if peer.asleep and function in peer.abilities]
+
+    def must_wake(self, function: bytes) -> None:
+        """Of those who sleep on it now one at least has to hear of it by the end of the event."""
+        sleepers = self.sleepers(function)
+        if sleepers:
+            self.to_wake.append((function, sleepers))
+
+    def must_pass_on(self, peer: ModelPeer, taken: bytes | None = None) -> None:
+        """One who was woken leaves, or takes something else: another has to wake in its place."""
+        function = peer.peer.woken_for
+        if function is not None and function.name != taken and self.waiting[function.name]:
+            self.must_wake(function.name)
 
     def take(self, job: ModelJob) -> None:
         self.queues[job.function][job.priority].remove(job)
@@ -583,10 +597,9 @@ class Server:
             self.lose(job)
         if self.world.trace is not None:
             self.world.note(f"{self.label} peer {peer.number} leaves")
+        self.must_pass_on(peer)
         self.core.disconnected(peer.peer)
         self.hear()
-        if peer.woken_for is not None:
-            self.check_somebody_is_awake(peer.woken_for)
 
     def submit(self, peer: ModelPeer) -> None:
         kind, priority, background = self.choose(self.shape.submissions)
@@ -679,7 +692,6 @@ class Server:
         function = self.choose(peer.trade)
         if function not in peer.abilities:
             peer.abilities.append(function)
-            peer.woken_for = None
         peer.limits.pop(function, None)
         if self.random() < self.shape.time_limits:
             peer.limits[function] = self.choose((1.0, 3.0))
@@ -695,6 +707,9 @@ class Server:
         for job in reversed(self.held_by(peer)):
             if job.function in withdrawn:
                 self.lose(job)
+        woken_for = peer.peer.woken_for
+        if woken_for is not None and woken_for.name in withdrawn and woken_for.name in peer.peer.abilities:
+            self.must_pass_on(peer)
         if withdrawn is self.functions:
             self.say(peer, P.RESET_ABILITIES)
         else:
@@ -746,7 +761,8 @@ class Server:
         if peer.line:
             return
         peer.asleep = False
-        peer.woken_for = None
+        woken_for = peer.peer.woken_for
+        asleep = [] if woken_for is None else self.sleepers(woken_for.name)
         candidates = self.candidates(peer)
         kind = self.choose((P.GRAB_JOB, P.GRAB_JOB_UNIQ, P.GRAB_JOB_ALL))
         self.receive(peer, kind)
@@ -757,13 +773,16 @@ class Server:
         heard = [packet for packet in heard if not self.is_noop(peer, packet)]
         if not candidates:
             promise(heard == [NO_JOB], f"{heard} where there was no job to hand out")
+            taken = None
         else:
-            self.assigned(peer, kind, candidates, heard)
+            taken = self.assigned(peer, kind, candidates, heard).function
+        if woken_for is not None and woken_for.name != taken and asleep and self.waiting[woken_for.name]:
+            self.to_wake.append((woken_for.name, asleep))
         self.hear()
 
     def assigned(
         self, peer: ModelPeer, kind: PacketType, candidates: list[ModelJob], heard: list[bytes]
-    ) -> None:
+    ) -> ModelJob:
         promise(
             heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out"
         )
@@ -800,6 +819,7 @@ class Server:
             math.inf if job.timeout is None else job.timeout, peer.limits.get(function, math.inf)
         )
         self.world.handed_out(self, job)
+        return job
 
     def sleep(self, peer: ModelPeer) -> None:
         if peer.line:
@@ -1121,8 +1141,6 @@ class Server:
             return False
         promise(peer.naps > 0, "a NOOP that nobody slept for")
         peer.naps -= 1
-        if peer.asleep and len(peer.abilities) == 1:
-            (peer.woken_for,) = peer.abilities
         peer.asleep = False
         return True
 
@@ -1139,6 +1157,12 @@ class Server:
             for peer in touched:
                 peer.touched = False
                 self.compare(peer)
+        if self.to_wake:
+            to_wake, self.to_wake = self.to_wake, []
+            for function, sleepers in to_wake:
+                # Who has a line may have been woken without hearing of it yet.
+                woken = any(not peer.asleep or peer.line or peer not in self.peers for peer in sleepers)
+                promise(woken, f"nobody was woken for {function!r}")
 
     def compare(self, peer: ModelPeer) -> None:
         core_peer = peer.peer
