@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from django.conf import settings
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import F, QuerySet
+from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -176,6 +176,9 @@ class DatabaseStore:
         scheduler, moment = self._scheduler, current_time()
         if self._resuming:
             self._resume_more()
+            if self._resuming:
+                # What is older must not come behind what lies at the door already.
+                return Claimed([], more=True)
         with self._database_errors():
             is_time = scheduler is not None and scheduler.has_work(moment)
         if monotonic() - self._looked_for_dead >= self._lease / 3:
@@ -201,7 +204,7 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, self._resuming or door.more, frozenset(door.emptied), left, door.due_in)
+        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
 
     def _resume_more(self) -> None:
         with self._transaction():
@@ -322,13 +325,19 @@ class DatabaseStore:
                     found = live.filter(unique=text_of_unique(question.unique)).order_by("-pk")
                     for columns in found.values_list("status", "numerator", "denominator")[:1]:
                         replies[question.number] = _standing(*columns)
-        for question in questions:
-            if question.topic is Topic.TAKE:
-                replies[question.number] = self._take_one(question)
-            elif question.topic is Topic.CANCEL:
-                replies[question.number] = self._cancel(question)
-            else:
-                replies.setdefault(question.number, None)
+        taken: list[int] = []
+        try:
+            for question in questions:
+                if question.topic is Topic.TAKE:
+                    replies[question.number] = self._take_one(question, taken)
+                elif question.topic is Topic.CANCEL:
+                    replies[question.number] = self._cancel(question)
+                else:
+                    replies.setdefault(question.number, None)
+        except StoreError:
+            # Nobody hears of the replies, and what is ours is not looked for again.
+            self._perhaps_taken = [*self._perhaps_taken, *taken]
+            raise
         return replies
 
     def _tell_standings(self, questions: list[Question], replies: dict[int, Reply]) -> None:
@@ -342,9 +351,11 @@ class DatabaseStore:
                 for number in handles[str(handle)]:
                     replies[number] = _standing(status, numerator, denominator)
 
-    def _take_one(self, question: Question) -> StoredJob | None:
-        """Make a job ours that lies at the door, whether its time has come or not."""
-        door = self._records().filter(server=None, status__in=_AT_DOOR)
+    def _take_one(self, question: Question, noted: list[int]) -> StoredJob | None:
+        """Make a job ours that lies at the door, whether its time has come or not; its id is ``noted``."""
+        unsure = self._perhaps_taken
+        perhaps = Q(pk__in=unsure, server=self.lease_id, server_epoch=self.epoch)
+        door = self._records().filter(Q(server=None) | perhaps, status__in=_AT_DOOR)
         if question.handle:
             door = door.filter(handle=text_of(question.handle))
         else:
@@ -356,11 +367,13 @@ class DatabaseStore:
             id = door.values_list("pk", flat=True).first()
             if id is None:
                 return None
+            noted.append(id)
             ((_, size, status, _, *columns),) = self._execute(self._sql.by_id(1), [id])
             job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
             is_later = status != _READY and job.run_after > timezone.now().timestamp()
             taken = self._take([_Row(id, size, job, 0.0)], status=status if is_later else _READY)
-            return taken[0] if taken else None
+        self._perhaps_taken = [each for each in unsure if each != id]
+        return taken[0] if taken else None
 
     def _cancel(self, question: Question) -> bool | None:
         """End a job that lies at the door."""
@@ -481,7 +494,9 @@ class DatabaseStore:
         if not self._perhaps_taken:
             return []
         with self._database_errors():
-            ours = sorted(self._ours(self._perhaps_taken))
+            # Not what was ended meanwhile, as a submission that was refused.
+            live = self._records().filter(pk__in=self._perhaps_taken, status__in=JobRecord.LIVE)
+            ours = sorted(self._ours(list(live.values_list("pk", flat=True))))
             rows = self._rows_of(self._sql.by_id(len(ours)), ours) if ours else []
             found = [row.job for row in rows if row.size <= INLINE]
             for row in rows:

@@ -297,6 +297,7 @@ class World:
     def pass_time(self, seconds: float) -> None:
         self.clock += seconds
         self.core.now += seconds
+        self.core.clock = self.clock
 
     def settle(self) -> None:
         """Until everything is written."""

@@ -301,6 +301,8 @@ class JobServer:
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
+        self.door_seen = True
+        """Whether the store has told what lies at its door. Set it to False, where anything may lie there."""
         self.claim_wanted = False
         """Whether jobs wait at the store's door for which there is room, or somebody said so."""
         self.questions: list[Question] = []
@@ -379,7 +381,7 @@ class JobServer:
         for entry in entries:
             if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
                 job = self.jobs.get(entry.handle)
-                if job is None or job.answers is None:
+                if job is None or job.awaited is not entry:
                     continue
                 self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
                 if job.state is PENDING:
@@ -397,7 +399,7 @@ class JobServer:
             reason: Shown to the client; must not contain secrets.
         """
         job = self.jobs.get(entry.handle)
-        if job is None:
+        if job is None or self._is_overtaken(job, entry):
             return
         if type(entry) is JobQueued:
             job.recorded = False
@@ -415,6 +417,18 @@ class JobServer:
             job.background = False
             self._drop_if_abandoned(job)
 
+    def _is_overtaken(self, job: Job, entry: JobQueued | JobKept) -> bool:
+        """
+        Whether another entry is to keep the job by now, so that nothing depends on this one.
+
+        Of a foreground job that several wanted kept, and that was refused in between. A job that is to
+        be kept is lost with its record, though.
+        """
+        awaited = job.awaited
+        if awaited is None:
+            return type(entry) is JobKept
+        return awaited is not entry and not (type(entry) is JobQueued and type(awaited) is JobKept)
+
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         """
         The store has a live job of the same function and unique: the submission is of that one.
@@ -424,7 +438,7 @@ class JobServer:
         job is run here, and not kept.
         """
         job = self.jobs.get(entry.handle)
-        if job is None:
+        if job is None or self._is_overtaken(job, entry):
             return
         job.recorded = False
         other = self.jobs.get(handle)
@@ -454,6 +468,7 @@ class JobServer:
         """The store has looked at its door: take the jobs over, and note what is left there."""
         self._claimed_at = self.clock
         if claim.left is not None:
+            self.door_seen = True
             for function in list(self._away):
                 function.left.clear()
                 function.later = 0
@@ -520,7 +535,9 @@ class JobServer:
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         """The store handed these over: from now on they are this server's."""
         for stored in jobs:
-            if stored.handle in self.jobs:
+            held = self.jobs.get(stored.handle)
+            if held is not None:
+                self._take_back(held, stored)
                 continue
             function = self.functions.get(stored.function) or self._add_function(stored.function)
             job = Job(
@@ -544,6 +561,24 @@ class JobServer:
                 function.uniques[key] = job
             self._hold(job)
             self._admit(job)
+
+    def _take_back(self, job: Job, stored: StoredJob) -> None:
+        """
+        A job that was laid at the door is this server's again, and is held here for those who wait for it.
+
+        It may have been given up meanwhile as another server's: then it is kept again from now on.
+        """
+        if job.state is PENDING:
+            self._load(job)
+            self._admit(job)
+        elif job.elsewhere:
+            job.elsewhere = False
+            job.background = job.recorded = True
+            job.interruptions = stored.interruptions
+            if job.worker is not None:
+                self.entries.append(
+                    JobStarted(job.handle, job.worker.identity, job.attempts, job.started_at)
+                )
 
     def next_due(self) -> float:
         """Wall time when the next job for later is due; infinite when there is none."""
@@ -949,6 +984,7 @@ class JobServer:
         if recorded:
             self._record(job, peer)
         if job.state is PENDING:
+            job.awaited = self.entries[-1]
             self.urgent = True
             self._answer_later(peer, job)
             return
@@ -986,7 +1022,7 @@ class JobServer:
 
     def _is_behind(self, function: Function, priority: int) -> bool:
         """Whether a new job is to wait at the store's door: others of its kind do, or the window is full."""
-        if priority in function.left or priority in function.spilling:
+        if priority in function.left or priority in function.spilling or not self.door_seen:
             return True
         full_from = self._full_from(function)
         return full_from is not None and priority <= full_from
@@ -1003,7 +1039,7 @@ class JobServer:
 
     def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
         """Attach a submission to the live job of the same unique, which keeps its own workload."""
-        if background and not job.background:
+        if background and not job.background and not job.elsewhere:
             # gearmand lets the job die with its foreground clients all the same.
             job.background = True
             if self._durable:
@@ -1011,11 +1047,13 @@ class JobServer:
                 if job.recorded:
                     workload = job.workload if job.unique == b"-" else b""
                     self.entries.append(
-                        JobKept(job.handle, self.now, job.function.name, job.unique, workload)
+                        JobKept(job.handle, self.now, job.function.name, job.unique, workload, self.clock)
                     )
+                    job.awaited = self.entries[-1]
                 else:
                     job.recorded = True
                     self._record(job, peer)
+                    job.awaited = self.entries[-1]
                     if job.worker is not None:
                         self.entries.append(
                             JobStarted(job.handle, job.worker.identity, job.attempts, self.now)
@@ -1232,9 +1270,10 @@ class JobServer:
             if not isinstance(reply, StoredJob):
                 # Another server has it. Who waits for it here cannot hear of it there.
                 job.background = job.recorded = False
-            self._arrive(job)
+                job.elsewhere = True
             self._load(job)
             self._admit(job)
+            self._drop_if_abandoned(job)
 
         self._ask(Topic.TAKE, take_back, handle=job.handle)
 
@@ -1447,7 +1486,7 @@ class JobServer:
 
     def _give_answers(self, job: Job, data: bytes) -> None:
         answers = job.answers or ()
-        job.answers = None
+        job.answers = job.awaited = None
         for answer in answers:
             self._fill(answer, data)
 
@@ -1499,6 +1538,7 @@ class JobServer:
                 job.reducer,
                 job.due,
                 job.spilled,
+                self.clock,
             )
         )
 

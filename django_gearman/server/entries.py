@@ -40,6 +40,9 @@ class JobQueued(NamedTuple):
     unclaimed: bool = False
     """Whether it is laid at the store's door, for any server to claim, and not kept by this one."""
 
+    clock: float = 0.0
+    """Monotonic time of the submission: its client does not wait for the store for ever."""
+
 
 class JobDue(NamedTuple):
     """The time of a job for later has come; it waits as others do."""
@@ -52,12 +55,15 @@ class JobKept(NamedTuple):
 
     handle: bytes
     at: float = 0.0
-    """When it was submitted: its client does not wait for the store for ever."""
+    """When it was submitted."""
 
     function: bytes = b""
     unique: bytes = b""
     workload: bytes = b""
     """Of the job, which from now on is to be found by its unique; the workload only where that is ``-``."""
+
+    clock: float = 0.0
+    """Monotonic time of the submission, as of ``JobQueued``."""
 
 
 class JobStarted(NamedTuple):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .core import Answer, Peer
+    from .entries import Entry
 
 OVERHEAD: Final = 600
 """About how many bytes a job takes beside its workload."""
@@ -43,9 +44,11 @@ class Job:
     __slots__ = (
         "answers",
         "attempts",
+        "awaited",
         "background",
         "denominator",
         "due",
+        "elsewhere",
         "function",
         "handle",
         "interruptions",
@@ -101,8 +104,12 @@ class Job:
         """Who gets the worker's packets; a peer that submitted twice is listed twice."""
         self.answers: list[Answer] | None = None
         """JOB_CREATED replies that wait for the commit; None when there is nothing to wait for."""
+        self.awaited: Entry | None = None
+        """Which of the core's entries they wait for."""
         self.spilled = False
         """Whether it is only held until the store has it: it waits at the store's door."""
+        self.elsewhere = False
+        """Whether it is kept, but not as this server's: it was laid at the door, and perhaps claimed there."""
         self.attempts = 0
         self.interruptions = 0
         """How many of the attempts ended with their server."""

@@ -297,8 +297,8 @@ class Batch:
     tend: bool = False
     weight: int = 0
     """About how many bytes the entries are."""
-    late: set[bytes] = field(default_factory=set)
-    """Handles of submissions that were refused while the store had them."""
+    late: set[int] = field(default_factory=set)
+    """Which of the entries are submissions that were refused while the store had them."""
 
     # Filled in by ``perform``.
     refused: dict[int, str | Joined] = field(default_factory=dict)
@@ -414,11 +414,10 @@ class Journal:
         if self._failed is not None or not self._in_flight:
             return  # the next attempt begins soon, and ``done`` refuses what is overdue
         batch = self._in_flight
-        overdue = self._server.now - self._submit_limit
         undone: list[Entry] = []
-        for entry in batch.entries:
-            if _is_submission(entry) and entry.at <= overdue and entry.handle not in batch.late:
-                batch.late.add(entry.handle)
+        for index, entry in enumerate(batch.entries):
+            if _is_submission(entry) and self._is_overdue(entry) and index not in batch.late:
+                batch.late.add(index)
                 undone += self._refuse(entry)
         gathered = self._without_overdue(self._gathering, tried=False)
         if undone or len(gathered) != len(self._gathering):
@@ -511,7 +510,9 @@ class Journal:
                 server.committed(batch.entries)
             for question in batch.questions:
                 if question.number in batch.replies:
-                    server.replied(question, batch.replies[question.number])
+                    reply = batch.replies[question.number]
+                    has_ended = isinstance(reply, StoredJob) and reply.handle in self._ended(batch)
+                    server.replied(question, None if has_ended else reply)
             if batch.claimed is not None:
                 self._adopt(batch, batch.claimed, now)
         if batch.error is None:
@@ -526,13 +527,19 @@ class Journal:
 
     def _adopt(self, batch: Batch, claimed: Claimed, now: float) -> None:
         """Give the core what was claimed, but for what has ended since it was laid at the door."""
-        ended = batch.late | {entry.handle for entry in self._gathering if type(entry) is JobFinished}
+        ended = self._ended(batch)
         if ended:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
         self._server.claimed(claimed)
         if claimed.more:
             self.claim_soon()
         self._next_claim = min(self._next_claim, now + claimed.due_in)
+
+    def _ended(self, batch: Batch) -> set[bytes]:
+        """Handles of jobs that have ended, or were refused, and of which the store does not know it yet."""
+        late = {batch.entries[index].handle for index in batch.late}
+        waiting = (*self._gathering, *self._server.entries)
+        return late | {entry.handle for entry in waiting if type(entry) is JobFinished}
 
     def _claim_when_due(self, entries: Iterable[Entry], now: float) -> None:
         """Jobs for later were laid at the door: look there when they are due."""
@@ -552,22 +559,26 @@ class Journal:
         if batch.written:
             self._next_claim = self._retry_at
             return
-        waiting = [e for e in batch.entries if not (_is_submission(e) and e.handle in batch.late)]
+        waiting = [entry for index, entry in enumerate(batch.entries) if index not in batch.late]
         entries = self._without_overdue(waiting, tried=True)
         self._gathering = deque(self._without_overdue(self._gathering, tried=False))
         self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
         self._weigh_again()
 
     def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:
-        overdue = self._server.now - self._submit_limit
         kept: list[Entry] = []
         for entry in entries:
-            if _is_submission(entry) and entry.at <= overdue:
+            if _is_submission(entry) and self._is_overdue(entry):
                 undoing = self._refuse(entry)
                 kept += undoing if tried else []
             else:
                 kept.append(entry)
         return kept
+
+    def _is_overdue(self, entry: JobQueued | JobKept) -> bool:
+        """Whether its client has waited long enough. Of a job that has ended nobody waits for the record."""
+        server = self._server
+        return server.clock - entry.clock >= self._submit_limit and entry.handle in server.jobs
 
     def _refuse(self, entry: JobQueued | JobKept) -> list[Entry]:
         """Tell the clients of a submission that it is lost; what undoes it if the store has seen it."""

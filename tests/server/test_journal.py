@@ -96,6 +96,7 @@ class Office:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.wire.core.now += seconds
+        self.wire.core.clock += seconds
 
 
 def submit(client: Caller, unique: bytes = b"") -> None:

@@ -149,7 +149,7 @@ class TestJobThatIsNotWrittenYet:
         journal.append(wire.entries(), 0.0)
         batch = journal.next_batch(0.0)
         batch.perform(Gone())
-        wire.core.now = 2000.0
+        wire.core.clock = 1000.0
         journal.done(batch, 0.0)
         batch = journal.next_batch(10.0)
         batch.perform(store)

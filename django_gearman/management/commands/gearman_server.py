@@ -232,7 +232,7 @@ def _core(
     if prefix is not None:
         # Several servers of a database may have one prefix, but not one lease.
         prefix = f"{prefix}:{store.lease_id}-{epoch}." if store else f"{prefix}:{epoch}."
-    return JobServer(
+    core = JobServer(
         ServerOptions(
             name=name,
             epoch=epoch,
@@ -248,6 +248,9 @@ def _core(
             allow_shutdown=options["allow_shutdown"],
         )
     )
+    # What earlier runs have left goes before what comes now.
+    core.door_seen = store is None
+    return core
 
 
 async def _serve(
