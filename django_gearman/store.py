@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
+from itertools import chain, repeat
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -109,6 +110,7 @@ class DatabaseStore:
         """Ids of rows that a claim with an unknown outcome may have made ours."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
+        self._kinds = {name: field.get_internal_type() for name, field in self._fields.items()}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
 
     def take_lease(self, address: str) -> int:
@@ -338,17 +340,17 @@ class DatabaseStore:
         return joined
 
     def _keep_attempts(self, attempts: list[JobRequeued]) -> None:
-        prepare = self._preparer()
+        adapt = self._connection.ops.adapt_datetimefield_value
         rows = []
         for entry in attempts:
             values = [
                 entry.attempt,
                 text_of(entry.worker)[:128],
-                _moment(entry.started_at),
-                _moment(entry.at),
+                adapt(_moment(entry.started_at)),
+                adapt(_moment(entry.at)),
                 *_failure(entry).values(),
             ]
-            rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
+            rows.append((*values, text_of(entry.handle), self.lease_id, entry.attempt))
         self._execute_many(self._sql.keep_attempt, rows)
 
     def _write_apart(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
@@ -385,36 +387,47 @@ class DatabaseStore:
         return refused | _indexed(joined, entries)
 
     def _insert(self, rows: list[Row]) -> None:
-        quote = self._connection.ops.quote_name
-        names = ", ".join(quote(column) for column, _ in self._prepared_defaults.values())
+        connection = self._connection
         prepare = self._preparer()
-        defaults = {name: default for name, (_, default) in self._prepared_defaults.items()}
-        values = [[prepare(value) for value in {**defaults, **row}.values()] for row in rows]
-        driver = self._connection.Database  # type: ignore[attr-defined]  # each backend has it
+        told = set(chain.from_iterable(rows))
+        # A column at a time: what is the same for all rows costs nothing.
+        values: list[Iterable[Any]] = []
+        for name, (_, default) in self._prepared_defaults.items():
+            if name in told:
+                values.append(prepare(name, [row.get(name, default) for row in rows]))
+            else:
+                values.append(repeat(default))
+        names = ", ".join(connection.ops.quote_name(column) for column, _ in self._prepared_defaults.values())
+        driver = connection.Database  # type: ignore[attr-defined]  # each backend has it
         if hasattr(driver, "Copy"):  # psycopg 3
-            self._copy(f"COPY {self._table} ({names}) FROM STDIN", values)
+            self._copy(f"COPY {self._table} ({names}) FROM STDIN", zip(*values, strict=False))
             return
-        marks = ", ".join(["%s"] * len(self._prepared_defaults))
-        self._execute_many(f"INSERT INTO {self._table} ({names}) VALUES ({marks})", values)  # noqa: S608
+        marks = ", ".join(["%s"] * len(values))
+        self._execute_many(
+            f"INSERT INTO {self._table} ({names}) VALUES ({marks})",  # noqa: S608
+            list(zip(*values, strict=False)),
+        )
 
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
         prepare = self._preparer()
         handles = [text_of(handle) for handle, _ in changes]
-        rows = [[prepare(change[name]) for name in names] for _, change in changes]
+        columns = [prepare(name, [change[name] for _, change in changes]) for name in names]
         match self._connection.vendor:
             case "postgresql":
-                self._update_from_arrays(names, handles, rows)
+                self._update_from_arrays(names, handles, columns)
             case "mysql":
-                self._update_by_join(names, handles, rows)
+                self._update_by_join(names, handles, list(zip(*columns, strict=True)))
             case _:
                 where = f"{self._column('handle')} = %s AND {self._column('server')} = %s"
                 assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
                 self._execute_many(
                     f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
-                    [[*row, handle, self.lease_id] for handle, row in zip(handles, rows, strict=True)],
+                    list(zip(*columns, handles, repeat(self.lease_id), strict=False)),
                 )
 
-    def _update_from_arrays(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+    def _update_from_arrays(
+        self, names: Sequence[str], handles: list[str], columns: list[list[Any]]
+    ) -> None:
         """PostgreSQL's: one statement with an array for each column."""
         types = [self._fields[name].db_type(self._connection) for name in names]
         arrays = ", ".join(["%s::varchar[]", *(f"%s::{kind}[]" for kind in types)])
@@ -424,10 +437,9 @@ class DatabaseStore:
             f"UPDATE {self._table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
             f"WHERE t.{self._column('handle')} = v.handle AND t.{self._column('server')} = %s"
         )
-        columns = [list(column) for column in zip(*rows, strict=True)]
         self._change(sql, [handles, *columns, self.lease_id])
 
-    def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+    def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[tuple[Any, ...]]) -> None:
         """
         MySQL's: the rows' ids first, then joins with tables made of the new values.
 
@@ -444,8 +456,7 @@ class DatabaseStore:
         changes = [[ids[handle], *row] for handle, row in zip(handles, rows, strict=True) if handle in ids]
         new = [f"c{number}" for number in range(len(names))]
         # A bare text would have to be UTF-8 to be a column of such a table.
-        kinds = [self._fields[name].get_internal_type() for name in names]
-        marks = [f"{'_binary ' if kind == 'BinaryField' else ''}%s" for kind in kinds]
+        marks = [f"{'_binary ' if self._kinds[name] == 'BinaryField' else ''}%s" for name in names]
         first = "SELECT %s AS id, " + ", ".join(f"{m} AS {c}" for m, c in zip(marks, new, strict=True))
         other = f" UNION ALL SELECT {', '.join(['%s', *marks])}"
         assignments = ", ".join(f"t.{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
@@ -470,7 +481,7 @@ class DatabaseStore:
         if part:
             yield part
 
-    def _length(self, row: list[Any]) -> int:
+    def _length(self, row: Sequence[Any]) -> int:
         """About how many bytes a row is in a statement; exactly so many where that matters."""
         length = 64 * len(row) + sum(len(value) for value in row if isinstance(value, bytes | str))
         # Escapes may double it.
@@ -486,9 +497,9 @@ class DatabaseStore:
     def _column(self, name: str) -> str:
         return self._connection.ops.quote_name(str(self._fields[name].column))
 
-    def _preparer(self) -> Callable[[Any], Any]:
+    def _preparer(self) -> Callable[[str, list[Any]], list[Any]]:
         """
-        A function that makes of a row's value what the driver takes.
+        A function that makes of a field's values what the driver takes.
 
         Text, numbers and booleans go as they are: asking each field for each
         value would cost more than the statement. Many entries share a moment.
@@ -496,11 +507,13 @@ class DatabaseStore:
         binary = self._connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
         adapt = cache(self._connection.ops.adapt_datetimefield_value)
 
-        def prepare(value: Any) -> Any:
-            kind = type(value)
-            if kind is bytes:
-                return binary(value)
-            return adapt(value) if kind is datetime else value
+        def prepare(name: str, values: list[Any]) -> list[Any]:
+            match self._kinds[name]:
+                case "BinaryField":
+                    return [value if value is None else binary(value) for value in values]
+                case "DateTimeField":
+                    return [value if value is None else adapt(value) for value in values]
+            return values
 
         return prepare
 
@@ -518,7 +531,7 @@ class DatabaseStore:
             cursor.execute(sql, parameters)
             return cursor.fetchall() if cursor.description else []
 
-    def _execute_many(self, sql: str, rows: list[list[Any]]) -> None:
+    def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
         with self._bad_rows(), self._connection.cursor() as cursor:
             if self._packet_limit < math.inf:
                 for row in rows:
@@ -529,7 +542,7 @@ class DatabaseStore:
         with self._bad_rows(), self._connection.cursor() as cursor:
             cursor.execute(sql, parameters)
 
-    def _copy(self, sql: str, rows: list[list[Any]]) -> None:
+    def _copy(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
         """PostgreSQL's way to take many rows: several times as fast as statements."""
         connection = self._connection
         with (
@@ -942,7 +955,13 @@ def _seconds(moment: datetime | str | None) -> float:
 
 
 def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
+    return _moment_of(seconds, settings.USE_TZ)
+
+
+@lru_cache(maxsize=1_000)
+def _moment_of(seconds: float, aware: bool) -> datetime:
+    """The same object for the same moment, which a turn of the loop gives to many entries."""
+    return datetime.fromtimestamp(seconds, UTC if aware else None)
 
 
 def _progress(number: bytes) -> int | None:
