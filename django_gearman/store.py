@@ -328,9 +328,10 @@ class DatabaseStore:
         """Take submissions out whose unique has a live row already; which job each of them joins."""
         keys = {row["unique_key"]: handle for handle, row in queued.items() if row["unique_key"]}
         joined: dict[bytes, Joined] = {}
-        for part in _in_parts(list(keys)):
-            there = self._records().filter(unique_key__in=part).values_list("unique_key", "pk", "handle")
-            for key, pk, handle in there:
+        is_postgresql = self._connection.vendor == "postgresql"
+        for part in [list(keys)] if is_postgresql and keys else _in_parts(list(keys)):
+            sql = self._sql.of_keys(len(part))
+            for key, pk, handle in self._execute(sql, [_array(part)] if is_postgresql else part):
                 if handle is None:
                     # It waits at the door, without a name.
                     handle = f"{self._row_prefix}{pk}"
@@ -411,10 +412,12 @@ class DatabaseStore:
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
         prepare = self._preparer()
         handles = [text_of(handle) for handle, _ in changes]
-        columns = [prepare(name, [change[name] for _, change in changes]) for name in names]
+        values = [[change[name] for _, change in changes] for name in names]
+        if self._connection.vendor == "postgresql":
+            self._update_from_arrays(names, handles, values)
+            return
+        columns = [prepare(name, column) for name, column in zip(names, values, strict=True)]
         match self._connection.vendor:
-            case "postgresql":
-                self._update_from_arrays(names, handles, columns)
             case "mysql":
                 self._update_by_join(names, handles, list(zip(*columns, strict=True)))
             case _:
@@ -425,9 +428,7 @@ class DatabaseStore:
                     list(zip(*columns, handles, repeat(self.lease_id), strict=False)),
                 )
 
-    def _update_from_arrays(
-        self, names: Sequence[str], handles: list[str], columns: list[list[Any]]
-    ) -> None:
+    def _update_from_arrays(self, names: Sequence[str], handles: list[str], columns: list[list[Any]]) -> None:
         """PostgreSQL's: one statement with an array for each column."""
         types = [self._fields[name].db_type(self._connection) for name in names]
         arrays = ", ".join(["%s::varchar[]", *(f"%s::{kind}[]" for kind in types)])
@@ -437,7 +438,7 @@ class DatabaseStore:
             f"UPDATE {self._table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
             f"WHERE t.{self._column('handle')} = v.handle AND t.{self._column('server')} = %s"
         )
-        self._change(sql, [handles, *columns, self.lease_id])
+        self._change(sql, [*map(_array, [handles, *columns]), self.lease_id])
 
     def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[tuple[Any, ...]]) -> None:
         """
@@ -684,6 +685,10 @@ class _Statements:
             f"{columns['server_epoch']} = %s WHERE {unclaimed} AND {columns['id']} IN "
         )
         self._by_id = f"SELECT {job} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        key = columns["unique_key"]
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
+        # The driver would look for hundreds of marks one by one.
+        self._any = "= ANY(%s::varchar[])" if connection.vendor == "postgresql" else ""
         self._order = f" {order}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
@@ -719,6 +724,10 @@ class _Statements:
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, ids."""
         return f"{self._take}({', '.join(['%s'] * rows)})"
+
+    def of_keys(self, keys: int) -> str:
+        """Key, id and handle of the rows that have one of so many keys; of an array of them on PostgreSQL."""
+        return self._of_keys + (self._any or f"IN ({', '.join(['%s'] * keys)})")
 
     def by_id(self, rows: int) -> str:
         return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
@@ -787,6 +796,24 @@ def _in_parts(keys: list[str]) -> Iterator[list[str]]:
         yield keys[start : start + 500]
 
 
+def _array(values: Sequence[Any]) -> str:
+    """PostgreSQL's text of an array. The driver asks for the type of each element, and is slower by far."""
+    return f"{{{','.join(map(_element, values))}}}"
+
+
+def _element(value: Any) -> str:
+    match value:
+        case None:
+            return "NULL"
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case bytes():
+            return f'"\\\\x{value.hex()}"'
+        case datetime():
+            return f'"{value.isoformat()}"'
+    return str(value)
+
+
 class _BadRow(Exception):
     """The database refuses a row for what is in it."""
 
@@ -820,7 +847,7 @@ class _Folded:
         self.queued: dict[bytes, Row] = {}
         self.changed: dict[bytes, Row] = {}
         self.attempts: list[JobRequeued] = []
-        self._queue_of = queue_of
+        self._queue_of = cache(queue_of)
         for entry in entries:
             if type(entry) is JobQueued:
                 self.queued[entry.handle] = self._new_row(entry)
@@ -847,24 +874,25 @@ class _Folded:
 
     def _new_row(self, entry: JobQueued) -> Row:
         function = entry.function.decode()
+        unique = text_of_unique(entry.unique)
         return {
             "handle": text_of(entry.handle),
             "function": function,
             "queue_name": self._queue_of(function),
-            "unique": text_of_unique(entry.unique),
-            "unique_key": _key_of(entry) if entry.background else None,
+            "unique": unique,
+            "unique_key": unique_key_of(function, unique, entry.workload) if entry.background else None,
             "workload": entry.workload,
             "priority": entry.priority,
             "background": entry.background,
-            "client": text_of(entry.client)[:128],
-            "reducer": text_of(entry.reducer),
+            "client": _name_of(entry.client),
+            "reducer": text_of(entry.reducer) if entry.reducer else "",
             "run_after": _moment(entry.run_after) if entry.run_after else None,
             "status": _SCHEDULED if entry.run_after > entry.at else _READY,
             "enqueued_at": _moment(entry.at),
         }
 
 
-def _key_of(entry: JobQueued | JobKept) -> str | None:
+def _key_of(entry: JobKept) -> str | None:
     return unique_key_of(entry.function.decode(), text_of_unique(entry.unique), entry.workload)
 
 
@@ -875,7 +903,7 @@ def _change(row: Row, entry: Entry) -> None:
             at = _moment(entry.at)
             row.update(
                 status=_RUNNING,
-                worker=text_of(entry.worker)[:128],
+                worker=_name_of(entry.worker),
                 attempts=entry.attempts,
                 last_attempted_at=at,
             )
@@ -975,6 +1003,12 @@ def _progress(number: bytes) -> int | None:
 def text_of(data: bytes) -> str:
     """Bytes from the wire as a text column takes them: what is no UTF-8 and NULs are shown, not kept."""
     return data.decode(errors="backslashreplace").replace("\0", "\\0")
+
+
+@lru_cache(maxsize=1_000)
+def _name_of(peer: bytes) -> str:
+    """A client or worker as its column takes it; many entries are of the same."""
+    return text_of(peer)[:128]
 
 
 def text_of_unique(unique: bytes) -> str:

@@ -477,6 +477,35 @@ class TestBytes:
         assert write(house.store, finished(outcome=outcome, data=data)) == {}
         assert house.restart().replay() == []
 
+    @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+    def test_a_result_comes_back_as_it_was(self, database: DatabaseHouse, data: bytes) -> None:
+        write(database.store, queued())
+        assert write(database.store, finished(data=data)) == {}
+        assert bytes(row().result or b"") == data
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "NULL",
+            '"',
+            "\\",
+            '\\"',
+            "{a,b}",
+            "it's",
+            " \n\t",
+            "\\x00",
+            "%s",
+            "?",
+            "gr\u00fc\u00df",
+            "\U0001f600",
+        ],
+    )
+    def test_a_message_comes_back_as_it_was(self, database: DatabaseHouse, text: str) -> None:
+        write(database.store, queued(), queued(2))
+        ends = [finished(number, Outcome.FAILED, text.encode()) for number in (1, 2)]
+        assert write(database.store, started()._replace(worker=text.encode()), *ends) == {}
+        assert (row(1).message, row(2).message, row(1).worker) == (text, text, text)
+
     def test_names_from_the_wire_can_be_anything(self, database: DatabaseHouse) -> None:
         name = b"\0\xff" + "\u00fc".encode() * 200
         write(database.store, queued(client=name), started()._replace(worker=name))
