@@ -403,11 +403,10 @@ class DatabaseStore:
         if hasattr(driver, "Copy"):  # psycopg 3
             self._copy(f"COPY {self._table} ({names}) FROM STDIN", zip(*values, strict=False))
             return
-        marks = ", ".join(["%s"] * len(values))
-        self._execute_many(
-            f"INSERT INTO {self._table} ({names}) VALUES ({marks})",  # noqa: S608
-            list(zip(*values, strict=False)),
-        )
+        marks = f"({', '.join(['%s'] * len(values))})"
+        insert = f"INSERT INTO {self._table} ({names}) VALUES "  # noqa: S608
+        told_rows = self._execute_in_hundreds(insert + _a_hundred(marks), list(zip(*values, strict=False)))
+        self._execute_many(insert + marks, told_rows)
 
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
         prepare = self._preparer()
@@ -423,10 +422,21 @@ class DatabaseStore:
             case _:
                 where = f"{self._column('handle')} = %s AND {self._column('server')} = %s"
                 assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
+                rows = list(zip(*columns, handles, repeat(self.lease_id), strict=False))
                 self._execute_many(
                     f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
-                    list(zip(*columns, handles, repeat(self.lease_id), strict=False)),
+                    self._execute_in_hundreds(self._update_of_a_hundred(names), rows),
                 )
+
+    def _update_of_a_hundred(self, names: Sequence[str]) -> str:
+        """SQLite's, of rows of the new values, the handle and the server."""
+        new = [f"v.column{number}" for number in range(1, len(names) + 3)]
+        assignments = ", ".join(f"{self._column(name)} = {c}" for name, c in zip(names, new, strict=False))
+        rows = _a_hundred(f"({', '.join(['%s'] * len(new))})")
+        return (
+            f"UPDATE {self._table} AS t SET {assignments} FROM (VALUES {rows}) AS v "  # noqa: S608
+            f"WHERE t.{self._column('handle')} = {new[-2]} AND t.{self._column('server')} = {new[-1]}"
+        )
 
     def _update_from_arrays(self, names: Sequence[str], handles: list[str], columns: list[list[Any]]) -> None:
         """PostgreSQL's: one statement with an array for each column."""
@@ -533,11 +543,34 @@ class DatabaseStore:
             return cursor.fetchall() if cursor.description else []
 
     def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
+        if not rows:
+            return
         with self._bad_rows(), self._connection.cursor() as cursor:
             if self._packet_limit < math.inf:
                 for row in rows:
                     self._length(row)
             cursor.executemany(sql, rows)
+
+    def _execute_in_hundreds(self, sql: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """
+        On SQLite, execute a statement for each hundred rows; the rows that are left.
+
+        Between two statements the driver waits for the event loop's thread to
+        let it go on, and to begin one costs as much as what it does for a row.
+        """
+        if self._connection.vendor != "sqlite" or not self._has_update_from:
+            return rows
+        end = len(rows) - len(rows) % 100
+        if end:
+            hundreds = (rows[start : start + 100] for start in range(0, end, 100))
+            self._execute_many(sql, [tuple(chain.from_iterable(hundred)) for hundred in hundreds])
+        return rows[end:]
+
+    @cached_property
+    def _has_update_from(self) -> bool:
+        """SQLite's from 3.33, which also takes so many parameters."""
+        driver = self._connection.Database  # type: ignore[attr-defined]  # each backend has it
+        return bool(driver.sqlite_version_info >= (3, 33))
 
     def _change(self, sql: str, parameters: list[Any]) -> None:
         with self._bad_rows(), self._connection.cursor() as cursor:
@@ -788,6 +821,10 @@ def _indexed(joined: dict[bytes, Joined], entries: Sequence[Entry]) -> dict[int,
         for index, entry in enumerate(entries)
         if type(entry) is JobQueued and entry.handle in joined
     }
+
+
+def _a_hundred(marks: str) -> str:
+    return ", ".join([marks] * 100)
 
 
 def _in_parts(keys: list[str]) -> Iterator[list[str]]:
