@@ -744,9 +744,7 @@ class Server:
     def assigned(
         self, peer: ModelPeer, kind: PacketType, candidates: list[ModelJob], heard: list[bytes]
     ) -> None:
-        promise(
-            heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out"
-        )
+        promise(heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out")
         handle = heard[-1][HEADER:].partition(b"\0")[0]
         job = self.jobs.get(handle)
         promise(job is not None, f"{handle!r} was handed out, which is not there")
@@ -766,7 +764,9 @@ class Server:
         job.attempts += 1
         told = []
         if peer.tells_attempts and (job.attempts > 1 or job.max_attempts is not None):
-            told.append(encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0)))
+            told.append(
+                encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0))
+            )
         if kind is P.GRAB_JOB:
             packet = encode_response(P.JOB_ASSIGN, handle, function, job.workload)
         elif kind is P.GRAB_JOB_ALL and job.reducer:
