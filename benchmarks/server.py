@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def ours(scratch: Path, *, durable: bool, profile: Path | None = None) -> Iterator[Server]:
+def ours(
+    scratch: Path, *, durable: bool, profile: Path | None = None, database: str | None = None
+) -> Iterator[Server]:
+    """Our server; its database is a SQLite file in ``scratch``, or of this URL."""
     port = free_port()
     environment = {
         **os.environ,
@@ -176,6 +179,9 @@ def ours(scratch: Path, *, durable: bool, profile: Path | None = None) -> Iterat
         "PROJECT_VAR": str(scratch),
         "GEARMAN_SERVERS": f"127.0.0.1:{port}",
     }
+    environment.pop("DATABASE_URL", None)
+    if database is not None:
+        environment["DATABASE_URL"] = database
     manage = [str(ROOT / "manage.py")]
     if durable:
         subprocess.run([sys.executable, *manage, "migrate", "-v0"], check=True, env=environment)
@@ -188,13 +194,14 @@ def ours(scratch: Path, *, durable: bool, profile: Path | None = None) -> Iterat
 
 
 @contextmanager
-def gearmand(scratch: Path, *, durable: bool) -> Iterator[Server]:
+def gearmand(scratch: Path, *, durable: bool, queue: Sequence[str] | None = None) -> Iterator[Server]:
+    """The peer; ``durable`` is with its SQLite queue, unless the options of another ``queue`` are given."""
     port = free_port()
     command = ["gearmand", "-L", "127.0.0.1", "-p", str(port), "-t", "1", "-l", "none", "--verbose", "ERROR"]
     # Ours; with its own 32, thousands that connect at once would wait for seconds.
     command += ["-b", "1024"]
     if durable:
-        command += ["-q", "libsqlite3", "--libsqlite3-db", str(scratch / "gearmand.sqlite3")]
+        command += queue or ["-q", "libsqlite3", "--libsqlite3-db", str(scratch / "gearmand.sqlite3")]
     with _running("gearmand", command, port, dict(os.environ)) as server:
         yield server
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
+from itertools import chain, repeat
 from math import inf
 from time import monotonic
 from typing import Any, Final, NamedTuple
@@ -142,6 +143,7 @@ class DatabaseStore:
         """Monotonic time from which what lies at the door is counted again."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
+        self._kinds = {name: field.get_internal_type() for name, field in self._fields.items()}
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
 
     def take_lease(self, address: str) -> int:
@@ -565,9 +567,10 @@ class DatabaseStore:
         """Take submissions out whose unique has a live row already; which job each of them joins."""
         keys = {row["unique_key"]: handle for handle, row in queued.items() if row["unique_key"]}
         joined: dict[bytes, Joined] = {}
-        for part in _in_parts(list(keys)):
-            there = self._records().filter(unique_key__in=part).values_list("unique_key", "pk", "handle")
-            for key, pk, handle in there:
+        is_postgresql = self._connection.vendor == "postgresql"
+        for part in [list(keys)] if is_postgresql and keys else _in_parts(list(keys)):
+            sql = self._sql.of_keys(len(part))
+            for key, pk, handle in self._execute(sql, [_array(part)] if is_postgresql else part):
                 if handle is None:
                     # It waits at the door, without a name.
                     handle = f"{self._row_prefix}{pk}"
@@ -577,17 +580,17 @@ class DatabaseStore:
         return joined
 
     def _keep_attempts(self, attempts: list[JobRequeued]) -> None:
-        prepare = self._preparer()
+        adapt = self._connection.ops.adapt_datetimefield_value
         rows = []
         for entry in attempts:
             values = [
                 entry.attempt,
                 text_of(entry.worker)[:128],
-                _moment(entry.started_at),
-                _moment(entry.at),
+                adapt(_moment(entry.started_at)),
+                adapt(_moment(entry.at)),
                 *_failure(entry).values(),
             ]
-            rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
+            rows.append((*values, text_of(entry.handle), self.lease_id, entry.attempt))
         self._execute_many(self._sql.keep_attempt, rows)
 
     def _write_apart(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
@@ -624,36 +627,57 @@ class DatabaseStore:
         return refused | _indexed(joined, entries)
 
     def _insert(self, rows: list[Row]) -> None:
-        quote = self._connection.ops.quote_name
-        names = ", ".join(quote(column) for column, _ in self._prepared_defaults.values())
+        connection = self._connection
         prepare = self._preparer()
-        defaults = {name: default for name, (_, default) in self._prepared_defaults.items()}
-        values = [[prepare(value) for value in {**defaults, **row}.values()] for row in rows]
-        driver = self._connection.Database  # type: ignore[attr-defined]  # each backend has it
+        told = set(chain.from_iterable(rows))
+        # A column at a time: what is the same for all rows costs nothing.
+        values: list[Iterable[Any]] = []
+        for name, (_, default) in self._prepared_defaults.items():
+            if name in told:
+                values.append(prepare(name, [row.get(name, default) for row in rows]))
+            else:
+                values.append(repeat(default))
+        names = ", ".join(connection.ops.quote_name(column) for column, _ in self._prepared_defaults.values())
+        driver = connection.Database  # type: ignore[attr-defined]  # each backend has it
         if hasattr(driver, "Copy"):  # psycopg 3
-            self._copy(f"COPY {self._table} ({names}) FROM STDIN", values)
+            self._copy(f"COPY {self._table} ({names}) FROM STDIN", zip(*values, strict=False))
             return
-        marks = ", ".join(["%s"] * len(self._prepared_defaults))
-        self._execute_many(f"INSERT INTO {self._table} ({names}) VALUES ({marks})", values)  # noqa: S608
+        marks = f"({', '.join(['%s'] * len(values))})"
+        insert = f"INSERT INTO {self._table} ({names}) VALUES "  # noqa: S608
+        told_rows = self._execute_in_hundreds(insert + _a_hundred(marks), list(zip(*values, strict=False)))
+        self._execute_many(insert + marks, told_rows)
 
     def _update(self, names: tuple[str, ...], changes: list[tuple[bytes, Row]]) -> None:
         prepare = self._preparer()
         handles = [text_of(handle) for handle, _ in changes]
-        rows = [[prepare(change[name]) for name in names] for _, change in changes]
+        values = [[change[name] for _, change in changes] for name in names]
+        if self._connection.vendor == "postgresql":
+            self._update_from_arrays(names, handles, values)
+            return
+        columns = [prepare(name, column) for name, column in zip(names, values, strict=True)]
         match self._connection.vendor:
-            case "postgresql":
-                self._update_from_arrays(names, handles, rows)
             case "mysql":
-                self._update_by_join(names, handles, rows)
+                self._update_by_join(names, handles, list(zip(*columns, strict=True)))
             case _:
                 where = f"{self._column('handle')} = %s AND {self._mine}"
                 assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
+                rows = list(zip(*columns, handles, repeat(self.lease_id), strict=False))
                 self._execute_many(
                     f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
-                    [[*row, handle, self.lease_id] for handle, row in zip(handles, rows, strict=True)],
+                    self._execute_in_hundreds(self._update_of_a_hundred(names), rows),
                 )
 
-    def _update_from_arrays(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+    def _update_of_a_hundred(self, names: Sequence[str]) -> str:
+        """SQLite's, of rows of the new values, the handle and the server."""
+        new = [f"v.column{number}" for number in range(1, len(names) + 3)]
+        assignments = ", ".join(f"{self._column(name)} = {c}" for name, c in zip(names, new, strict=False))
+        rows = _a_hundred(f"({', '.join(['%s'] * len(new))})")
+        return (
+            f"UPDATE {self._table} AS t SET {assignments} FROM (VALUES {rows}) AS v "  # noqa: S608
+            f"WHERE t.{self._column('handle')} = {new[-2]} AND {self._mine.replace('%s', new[-1])}"
+        )
+
+    def _update_from_arrays(self, names: Sequence[str], handles: list[str], columns: list[list[Any]]) -> None:
         """PostgreSQL's: one statement with an array for each column."""
         types = [self._fields[name].db_type(self._connection) for name in names]
         arrays = ", ".join(["%s::varchar[]", *(f"%s::{kind}[]" for kind in types)])
@@ -663,10 +687,9 @@ class DatabaseStore:
             f"UPDATE {self._table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
             f"WHERE t.{self._column('handle')} = v.handle AND {self._mine}"
         )
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        self._change(sql, [handles, *columns, self.lease_id])
+        self._change(sql, [*map(_array, [handles, *columns]), self.lease_id])
 
-    def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[list[Any]]) -> None:
+    def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[tuple[Any, ...]]) -> None:
         """
         MySQL's: the rows' ids first, then joins with tables made of the new values.
 
@@ -683,8 +706,7 @@ class DatabaseStore:
         changes = [[ids[handle], *row] for handle, row in zip(handles, rows, strict=True) if handle in ids]
         new = [f"c{number}" for number in range(len(names))]
         # A bare text would have to be UTF-8 to be a column of such a table.
-        kinds = [self._fields[name].get_internal_type() for name in names]
-        marks = [f"{'_binary ' if kind == 'BinaryField' else ''}%s" for kind in kinds]
+        marks = [f"{'_binary ' if self._kinds[name] == 'BinaryField' else ''}%s" for name in names]
         first = "SELECT %s AS id, " + ", ".join(f"{m} AS {c}" for m, c in zip(marks, new, strict=True))
         other = f" UNION ALL SELECT {', '.join(['%s', *marks])}"
         assignments = ", ".join(f"t.{self._column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
@@ -709,7 +731,7 @@ class DatabaseStore:
         if part:
             yield part
 
-    def _length(self, row: list[Any]) -> int:
+    def _length(self, row: Sequence[Any]) -> int:
         """About how many bytes a row is in a statement; exactly so many where that matters."""
         length = 64 * len(row) + sum(len(value) for value in row if isinstance(value, bytes | str))
         # Escapes may double it.
@@ -735,9 +757,9 @@ class DatabaseStore:
         server = self._column("server")
         return f"({server} = %s OR {server} IS NULL)"
 
-    def _preparer(self) -> Callable[[Any], Any]:
+    def _preparer(self) -> Callable[[str, list[Any]], list[Any]]:
         """
-        A function that makes of a row's value what the driver takes.
+        A function that makes of a field's values what the driver takes.
 
         Text, numbers and booleans go as they are: asking each field for each
         value would cost more than the statement. Many entries share a moment.
@@ -745,11 +767,13 @@ class DatabaseStore:
         binary = self._connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
         adapt = cache(self._connection.ops.adapt_datetimefield_value)
 
-        def prepare(value: Any) -> Any:
-            kind = type(value)
-            if kind is bytes:
-                return binary(value)
-            return adapt(value) if kind is datetime else value
+        def prepare(name: str, values: list[Any]) -> list[Any]:
+            match self._kinds[name]:
+                case "BinaryField":
+                    return [value if value is None else binary(value) for value in values]
+                case "DateTimeField":
+                    return [value if value is None else adapt(value) for value in values]
+            return values
 
         return prepare
 
@@ -767,18 +791,41 @@ class DatabaseStore:
             cursor.execute(sql, parameters)
             return cursor.fetchall() if cursor.description else []
 
-    def _execute_many(self, sql: str, rows: list[list[Any]]) -> None:
+    def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
+        if not rows:
+            return
         with self._bad_rows(), self._connection.cursor() as cursor:
             if self._packet_limit < math.inf:
                 for row in rows:
                     self._length(row)
             cursor.executemany(sql, rows)
 
+    def _execute_in_hundreds(self, sql: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """
+        On SQLite, execute a statement for each hundred rows; the rows that are left.
+
+        Between two statements the driver waits for the event loop's thread to
+        let it go on, and to begin one costs as much as what it does for a row.
+        """
+        if self._connection.vendor != "sqlite" or not self._has_update_from:
+            return rows
+        end = len(rows) - len(rows) % 100
+        if end:
+            hundreds = (rows[start : start + 100] for start in range(0, end, 100))
+            self._execute_many(sql, [tuple(chain.from_iterable(hundred)) for hundred in hundreds])
+        return rows[end:]
+
+    @cached_property
+    def _has_update_from(self) -> bool:
+        """SQLite's from 3.33, which also takes so many parameters."""
+        driver = self._connection.Database  # type: ignore[attr-defined]  # each backend has it
+        return bool(driver.sqlite_version_info >= (3, 33))
+
     def _change(self, sql: str, parameters: list[Any]) -> None:
         with self._bad_rows(), self._connection.cursor() as cursor:
             cursor.execute(sql, parameters)
 
-    def _copy(self, sql: str, rows: list[list[Any]]) -> None:
+    def _copy(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
         """PostgreSQL's way to take many rows: several times as fast as statements."""
         connection = self._connection
         with (
@@ -1010,6 +1057,10 @@ class _Statements:
             f"WHERE {server} IS NULL AND {status} IN ({at_door}) AND {columns['id']} IN "
         )
         self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        key = columns["unique_key"]
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
+        # The driver would look for hundreds of marks one by one.
+        self._any = "= ANY(%s::varchar[])" if connection.vendor == "postgresql" else ""
         self._order = f" ORDER BY {priority} DESC, {columns['id']}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
@@ -1043,6 +1094,10 @@ class _Statements:
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
         return f"{self._take}({', '.join(['%s'] * rows)})"
+
+    def of_keys(self, keys: int) -> str:
+        """Key, id and handle of the rows that have one of so many keys; of an array of them on PostgreSQL."""
+        return self._of_keys + (self._any or f"IN ({', '.join(['%s'] * keys)})")
 
     def by_id(self, rows: int) -> str:
         return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
@@ -1101,10 +1156,32 @@ def _indexed(joined: dict[bytes, Joined], entries: Sequence[Entry]) -> dict[int,
     }
 
 
+def _a_hundred(marks: str) -> str:
+    return ", ".join([marks] * 100)
+
+
 def _in_parts(keys: list[str]) -> Iterator[list[str]]:
     """As many as every database takes as parameters of one statement."""
     for start in range(0, len(keys), 500):
         yield keys[start : start + 500]
+
+
+def _array(values: Sequence[Any]) -> str:
+    """PostgreSQL's text of an array. The driver asks for the type of each element, and is slower by far."""
+    return f"{{{','.join(map(_element, values))}}}"
+
+
+def _element(value: Any) -> str:
+    match value:
+        case None:
+            return "NULL"
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case bytes():
+            return f'"\\\\x{value.hex()}"'
+        case datetime():
+            return f'"{value.isoformat()}"'
+    return str(value)
 
 
 class _BadRow(Exception):
@@ -1140,7 +1217,7 @@ class _Folded:
         self.queued: dict[bytes, Row] = {}
         self.changed: dict[bytes, Row] = {}
         self.attempts: list[JobRequeued] = []
-        self._queue_of = queue_of
+        self._queue_of = cache(queue_of)
         for entry in entries:
             if type(entry) is JobQueued:
                 self.queued[entry.handle] = self._new_row(entry)
@@ -1167,25 +1244,26 @@ class _Folded:
 
     def _new_row(self, entry: JobQueued) -> Row:
         function = entry.function.decode()
+        unique = text_of_unique(entry.unique)
         where = {"server": None, "server_epoch": None} if entry.unclaimed else {}
         return where | {
             "handle": text_of(entry.handle),
             "function": function,
             "queue_name": self._queue_of(function),
-            "unique": text_of_unique(entry.unique),
-            "unique_key": _key_of(entry) if entry.background else None,
+            "unique": unique,
+            "unique_key": unique_key_of(function, unique, entry.workload) if entry.background else None,
             "workload": entry.workload,
             "priority": entry.priority,
             "background": entry.background,
-            "client": text_of(entry.client)[:128],
-            "reducer": text_of(entry.reducer),
+            "client": _name_of(entry.client),
+            "reducer": text_of(entry.reducer) if entry.reducer else "",
             "run_after": _moment(entry.run_after) if entry.run_after else None,
             "status": _SCHEDULED if entry.run_after > entry.at else _READY,
             "enqueued_at": _moment(entry.at),
         }
 
 
-def _key_of(entry: JobQueued | JobKept) -> str | None:
+def _key_of(entry: JobKept) -> str | None:
     return unique_key_of(entry.function.decode(), text_of_unique(entry.unique), entry.workload)
 
 
@@ -1196,7 +1274,7 @@ def _change(row: Row, entry: Entry) -> None:
             at = _moment(entry.at)
             row.update(
                 status=_RUNNING,
-                worker=text_of(entry.worker)[:128],
+                worker=_name_of(entry.worker),
                 attempts=entry.attempts,
                 last_attempted_at=at,
             )
@@ -1316,7 +1394,13 @@ def _seconds(moment: datetime | str | None) -> float:
 
 
 def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
+    return _moment_of(seconds, settings.USE_TZ)
+
+
+@lru_cache(maxsize=1_000)
+def _moment_of(seconds: float, aware: bool) -> datetime:
+    """The same object for the same moment, which a turn of the loop gives to many entries."""
+    return datetime.fromtimestamp(seconds, UTC if aware else None)
 
 
 def _progress(number: bytes) -> int | None:
@@ -1330,6 +1414,12 @@ def _progress(number: bytes) -> int | None:
 def text_of(data: bytes) -> str:
     """Bytes from the wire as a text column takes them: what is no UTF-8 and NULs are shown, not kept."""
     return data.decode(errors="backslashreplace").replace("\0", "\\0")
+
+
+@lru_cache(maxsize=1_000)
+def _name_of(peer: bytes) -> str:
+    """A client or worker as its column takes it; many entries are of the same."""
+    return text_of(peer)[:128]
 
 
 def text_of_unique(unique: bytes) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 from io import StringIO
 
@@ -8,7 +9,7 @@ from django.core.management import call_command
 from django.db import IntegrityError
 from django.utils import timezone
 
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import JobRecord, ServerLease, unique_key_of
 from django_gearman.server.entries import Outcome
 
 Status = JobRecord.Status
@@ -74,3 +75,39 @@ class TestTables:
         JobRecord.objects.create(function="f", server=lease)
         with pytest.raises(IntegrityError):
             lease.delete()
+
+
+class TestUniqueKeys:
+    """``unique_key_of`` tells jobs apart by function and unique, within the column."""
+
+    UNIQUES = (
+        "1",
+        "2",
+        "1 ",
+        "A",
+        "a",
+        "a:b",
+        "é",
+        "\x01-",
+        "x" * 40,
+        "x" * 41,
+        "x" * 256,
+        "f" * 64,
+        hashlib.sha256(b"f\x001").hexdigest(),
+    )
+
+    def test_no_two_are_the_same(self) -> None:
+        keys = [
+            unique_key_of(function, unique) for function in ("f", "F", "f:1", "") for unique in self.UNIQUES
+        ]
+        keys += [unique_key_of("f", "-", workload) for workload in (b"1", b"2", b"-")]
+        assert len(set(keys)) == len(keys)
+        assert all(key is not None and key.isascii() and len(key) <= 64 and " " not in key for key in keys)
+
+    def test_those_that_follow_each_other_lie_together(self) -> None:
+        keys = [str(unique_key_of("f", str(number))) for number in range(1000, 1010)]
+        assert sorted(keys) == keys
+
+    def test_jobs_without_a_unique_have_none(self) -> None:
+        assert unique_key_of("f", "", b"abc") is None
+        assert unique_key_of("f", "-", b"") is None

@@ -490,6 +490,35 @@ class TestBytes:
         assert write(house.store, finished(outcome=outcome, data=data)) == {}
         assert replayed(house) == []
 
+    @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+    def test_a_result_comes_back_as_it_was(self, database: DatabaseHouse, data: bytes) -> None:
+        write(database.store, queued())
+        assert write(database.store, finished(data=data)) == {}
+        assert bytes(row().result or b"") == data
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "NULL",
+            '"',
+            "\\",
+            '\\"',
+            "{a,b}",
+            "it's",
+            " \n\t",
+            "\\x00",
+            "%s",
+            "?",
+            "gr\u00fc\u00df",
+            "\U0001f600",
+        ],
+    )
+    def test_a_message_comes_back_as_it_was(self, database: DatabaseHouse, text: str) -> None:
+        write(database.store, queued(), queued(2))
+        ends = [finished(number, Outcome.FAILED, text.encode()) for number in (1, 2)]
+        assert write(database.store, started()._replace(worker=text.encode()), *ends) == {}
+        assert (row(1).message, row(2).message, row(1).worker) == (text, text, text)
+
     def test_names_from_the_wire_can_be_anything(self, database: DatabaseHouse) -> None:
         name = b"\0\xff" + "\u00fc".encode() * 200
         write(database.store, queued(client=name), started()._replace(worker=name))
@@ -1122,7 +1151,16 @@ class TestCost:
         many = [started(number) for number in range(10, 200)]
         many += [finished(number) for number in range(200, 400)]
         many += [finished(number, Outcome.FAILED) for number in range(400, 600)]
-        assert statements(database.store, many) == few
+        # SQLite's are for hundreds of rows, and then for the rest.
+        assert statements(database.store, many) <= few + 3
+
+    def test_every_row_of_a_large_batch_is_written(self, database: DatabaseHouse) -> None:
+        write(database.store, *(queued(number, workload=b"%d" % number) for number in range(323)))
+        assert JobRecord.objects.count() == 323
+        write(database.store, *(finished(number, data=b"%d" % number) for number in range(3, 323)))
+        for record in JobRecord.objects.exclude(handle__in=["H:one:1.0", "H:one:1.1", "H:one:1.2"]):
+            assert bytes(record.result or b"") == bytes(record.workload) == str(record.handle)[8:].encode()
+        assert JobRecord.objects.filter(status=Status.READY, result=None).count() == 3
 
     def test_claims(self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store_module, "DUE_INTERVAL", 600.0)
@@ -1255,12 +1293,15 @@ class TestPlans:
             assert re.search(index, plan), plan
 
     def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
-        write(database.store, queued())
-        plans = list(self.plans(lambda: write(database.store, finished())).values())
+        # On SQLite there is another statement for a hundred.
+        numbers = range(101 if connection.vendor == "sqlite" else 1)
+        write(database.store, *(queued(number) for number in numbers))
+        ends = [finished(number) for number in numbers]
+        plans = list(self.plans(lambda: write(database.store, *ends)).values())
         match connection.vendor:
             case "sqlite":
-                (plan,) = plans
-                assert "(handle=?)" in plan
+                assert len(plans) == 2
+                assert all("(handle=?)" in plan for plan in plans)
             case "postgresql":
                 (plan,) = plans
                 assert "Index Scan using job_handle_unique" in plan

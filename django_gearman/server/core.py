@@ -579,9 +579,7 @@ class JobServer:
             job.background = job.recorded = True
             job.interruptions = stored.interruptions
             if job.worker is not None:
-                self.entries.append(
-                    JobStarted(job.handle, job.worker.identity, job.attempts, job.started_at)
-                )
+                self.entries.append(JobStarted(job.handle, job.worker.identity, job.attempts, job.started_at))
 
     def next_due(self) -> float:
         """Wall time when the next job for later is due; infinite when there is none."""

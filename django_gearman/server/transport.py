@@ -97,6 +97,9 @@ class TransportLimits:
     backlog: int = 1024
     """Connections that may wait to be taken; the system may have a lower limit."""
 
+    unanswered: int = 4_000
+    """Replies of one connection that may wait for the store before nothing more is read from it."""
+
     keepalive: Keepalive | None = None
     """How to notice that a silent peer's machine is gone; None for not at all."""
 
@@ -104,7 +107,7 @@ class TransportLimits:
 class Connection(asyncio.Protocol):
     """One socket: feeds the reader, and the core from it."""
 
-    __slots__ = ("_blocked", "_reader", "_server", "_stale", "_transport", "peer")
+    __slots__ = ("_ahead", "_blocked", "_reader", "_server", "_stale", "_transport", "peer")
 
     def __init__(self, server: GearmanServer) -> None:
         self._server = server
@@ -112,6 +115,8 @@ class Connection(asyncio.Protocol):
         self._reader = PacketReader(REQUEST, max_body=limits.max_packet, max_line=limits.max_line)
         self._blocked = False
         """Whether the peer does not take what it is sent."""
+        self._ahead = False
+        """Whether the peer has submitted more than the store can take for now; nothing is read from it."""
         self._stale: float | None = None
         """When the packet that has begun must be there, or a closing connection gone; None for no limit."""
         self._transport: asyncio.Transport
@@ -174,6 +179,7 @@ class Connection(asyncio.Protocol):
                 # Others first; what is in the buffer waits, and so does the socket.
                 self._transport.pause_reading()
                 server.loop.call_soon(self._go_on)
+            self._wait_for_store()
         except Exception:
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a packet of %s; its connection is closed", self.peer.address)
@@ -181,9 +187,19 @@ class Connection(asyncio.Protocol):
         server.schedule_turn()
 
     def _go_on(self) -> None:
-        if not self._blocked and not self._transport.is_closing():
+        if not self._blocked and not self._ahead and not self._transport.is_closing():
             self._transport.resume_reading()
             self._read()
+
+    def _wait_for_store(self) -> None:
+        """If too many replies wait, read nothing more until half are given: memory is not the queue."""
+        line = self.peer.line
+        if line is None or self._transport.is_closing():
+            return
+        if len(line) >= self._server.limits.unanswered:
+            self._ahead = True
+            self._stale = None
+            self._transport.pause_reading()
 
     def _answer_text(self, line: bytes) -> bool:
         """Answer, or close the connection and say False."""
@@ -232,6 +248,11 @@ class Connection(asyncio.Protocol):
         if transport.is_closing():
             return
         transport.write(b"".join(output))
+        if self._ahead:
+            line = self.peer.line
+            if line is None or len(line) <= self._server.limits.unanswered // 2:
+                self._ahead = False
+                self._server.loop.call_soon(self._go_on)
         if self._blocked and transport.get_write_buffer_size() > self._server.limits.output_hard:
             logger.warning("Connection of %s closed: it does not take what it is sent", self.peer.address)
             transport.abort()

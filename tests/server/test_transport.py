@@ -428,6 +428,25 @@ class TestStore:
         assert store.closed
 
     @in_a_loop
+    async def test_no_more_is_read_than_the_store_can_take(self):
+        store = SlowStore()
+        async with hall(store, unanswered=100) as place:
+            client, other = await place.connect(), await place.connect()
+            for number in range(10_000):
+                client.say(P.SUBMIT_JOB_BG, b"f", b"", b"%d" % number)
+            client.say(P.ECHO_REQ, b"last")
+            core = place.server.core
+            await until(lambda: len(core.jobs) >= 100)
+            for _ in range(10):
+                assert await other.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            assert len(core.jobs) < 100 + transport_module.PACKETS_PER_TURN
+            store.let.set()
+            heard = await client.hear(10_001)
+            assert {kind for kind, _ in heard[:-1]} == {P.JOB_CREATED}
+            assert heard[-1] == (P.ECHO_RES, [b"last"])
+            assert len(store.jobs) + len(store.unclaimed) == 10_000
+
+    @in_a_loop
     async def test_store_that_comes_back_gets_everything(self):
         class Flaky(MemoryStore):
             failures = 2

@@ -54,8 +54,8 @@ class Row:
         "id",
         "interrupted",
         "interruptions",
-        "key",
         "kept_attempts",
+        "key",
         "max_attempts",
         "numerator",
         "outcome",
@@ -277,7 +277,7 @@ class SimulatedStore:
         database = self.database
         by_handle = database.by_handle
         refused: dict[int, str | Joined] = {}
-        new: dict[bytes, tuple[int, Row]] = {}
+        new: dict[bytes, Row] = {}
         laid: dict[bytes, bool] = {}
         ends: list[tuple[Row, JobFinished]] = []
         for index, entry in enumerate(entries):
@@ -290,12 +290,12 @@ class SimulatedStore:
                 there = by_handle.get(handle)
                 if there is None:
                     laid[handle] = entry.unclaimed
-                    new[handle] = index, self._new_row(entry)
+                    new[handle] = self._new_row(entry)
                 elif not (again and (there.server == self.lease_id or entry.unclaimed)):
                     refused[index] = "there is a job of that handle"
                 continue
             queued = new.get(handle)
-            row = queued[1] if queued is not None else by_handle.get(handle)
+            row = queued if queued is not None else by_handle.get(handle)
             # What this server has laid at the door may have to be undone.
             if row is None or (queued is None and row.server not in (self.lease_id, None)):
                 continue
@@ -313,7 +313,7 @@ class SimulatedStore:
                 refused[index] = "bad"
             else:
                 self._change(row, entry)
-        for handle, (index, row) in new.items():
+        for handle, row in new.items():
             if row.key is not None:
                 other = database.keys.get(row.key)
                 if other is not None:
@@ -622,5 +622,3 @@ def _without_data(entry: JobFinished) -> JobFinished:
     """A job that ended must not run again because its result cannot be kept."""
     outcome = Outcome.FAILED if entry.outcome is Outcome.SUCCESSFUL else entry.outcome
     return entry._replace(outcome=outcome, data=b"", reason="What the worker sent could not be stored")
-
-
