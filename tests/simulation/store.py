@@ -245,6 +245,8 @@ class SimulatedStore:
         self._resuming = False
         self._again = False
         self._has_counted = False
+        self.taken = 0
+        """How many rows were made this server's, since somebody set it to zero."""
 
     def take_lease(self) -> int:
         """Become the server of this name; the epoch."""
@@ -480,6 +482,7 @@ class SimulatedStore:
         row.server = self.lease_id
         row.epoch = self.epoch
         row.status = status
+        self.taken += 1
 
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
         replies: dict[int, Reply] = {}

@@ -447,6 +447,8 @@ class World:
         return self.database.leases[server.name].epoch == server.epoch
 
     def performing(self, server: Server, batch: Batch) -> None:
+        assert server.store is not None
+        server.store.taken = 0
         self._held_lease = self.holds(server)
 
     def performed(self, server: Server, batch: Batch) -> None:
@@ -455,9 +457,8 @@ class World:
         if not self._held_lease:
             if batch.written and batch.entries:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
-            taken = batch.claimed is not None and batch.claimed.jobs
-            taken = taken or any(isinstance(reply, StoredJob) for reply in batch.replies.values())
-            promise(not taken, f"{server.label} claimed, though its lease is another's")
+            assert server.store is not None
+            promise(not server.store.taken, f"{server.label} claimed, though its lease is another's")
         for index, other in batch.refused.items():
             if type(other) is Joined:
                 entry = batch.entries[index]
