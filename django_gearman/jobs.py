@@ -19,11 +19,13 @@ import math
 import os
 import random
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache, partial, update_wrapper
+from functools import cache, cached_property, partial, update_wrapper
 from time import monotonic, sleep
 from typing import (
     Any,
@@ -46,7 +48,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import receiver
 from django.utils import timezone
 
-from . import conf, schedules
+from . import conf, logs, reports, schedules
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
@@ -75,9 +77,16 @@ PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two progress reports of one job; the last one is always sent."""
 
 
+LOG_INTERVAL: Final = 1.0
+"""Seconds for which lines that a job logged are held back; the last ones always leave."""
+
+
 class Reports(Protocol):
     """What a running job can tell; the worker's ``AssignedJob``, or nobody when it is called in-process."""
 
+    @property
+    def takes_log(self) -> bool: ...
+    def send_log(self, text: bytes) -> None: ...
     def send_status(self, numerator: int, denominator: int) -> None: ...
     def send_data(self, data: bytes) -> None: ...
     def send_warning(self, data: bytes) -> None: ...
@@ -87,11 +96,15 @@ class JobContext:
     """
     The first argument of a job with ``takes_context=True``: its line to whoever waits.
 
+    For any thread and task of the job.
+
     Attributes:
         handle: The Gearman handle; empty when the function was called in-process.
         unique: The submitter's key, empty when it gave none.
         attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
         max_attempts: How many there are; None when the job has no number of its own.
+        function: The job's name on the wire.
+        tail: The last lines that it logged; None where nobody keeps them.
     """
 
     def __init__(
@@ -101,42 +114,88 @@ class JobContext:
         reports: Reports | None = None,
         attempt: int = 1,
         max_attempts: int | None = None,
+        function: str = "",
     ) -> None:
         self.handle = handle
         self.unique = unique
         self.attempt = attempt
         self.max_attempts = max_attempts
+        self.function = function
+        self.tail: logs.Tail | None = None
         self._reports = reports
         self._reported_at = -math.inf
+        self._progress: tuple[int, int] | None = None
         self._unreported: tuple[int, int] | None = None
+        self._has_unsent_lines = False
+        self._sending = threading.Lock()
+        if reports is not None and reports.takes_log:
+            self.tail = logs.Tail(self._logged)
+
+    @property
+    def id(self) -> str:
+        """The record's id, as of ``JobResult``; empty for a job that did not come from ``enqueue``."""
+        before, _, digits = self.handle.rpartition(":r")
+        return digits if before and digits.isascii() and digits.isdigit() else ""
+
+    @cached_property
+    def logger(self) -> logs.JobLogger:
+        """A logger of the function's name, whose lines are kept with the record, from INFO on."""
+        return logs.JobLogger(logging.getLogger(self.function or __name__), self)
 
     def set_progress(self, numerator: int, denominator: int) -> None:
         """
         Say that ``numerator`` of ``denominator`` parts are done.
 
-        Waiting clients and the admin see it. Cheap enough for an inner loop:
-        no more than ten a second leave, and the last one always does.
+        Waiting clients and the admin see it. Cheap enough for an inner loop: no
+        more than ten a second leave, and the last one within a tenth of a second.
         """
-        self._unreported = (numerator, denominator)
+        progress = (numerator, denominator)
+        if progress == self._progress:
+            return
+        self._progress = progress
+        held_back = self._unreported is not None
+        self._unreported = progress
         if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
-            self.flush()
+            self.flush(log=False)
+        elif not held_back and self._reports is not None:
+            reports.flusher.flush_at(self, time.monotonic() + PROGRESS_INTERVAL)
 
     def send_data(self, data: bytes | str) -> None:
         """Send a part of the result to the clients that wait; it is not kept."""
+        data = _as_bytes("send_data", data)
         if self._reports is not None:
-            self._reports.send_data(_as_bytes("send_data", data))
+            self._reports.send_data(data)
 
     def warn(self, data: bytes | str) -> None:
         """Send a warning to the clients that wait; it is not kept."""
+        data = _as_bytes("warn", data)
         if self._reports is not None:
-            self._reports.send_warning(_as_bytes("warn", data))
+            self._reports.send_warning(data)
 
-    def flush(self) -> None:
-        """Send progress that was held back."""
-        if self._unreported is not None and self._reports is not None:
-            self._reports.send_status(*self._unreported)
-            self._reported_at = monotonic()
-        self._unreported = None
+    def flush(self, *, log: bool = True) -> None:
+        """Send progress and lines of the log that were held back."""
+        with self._sending:
+            progress, self._unreported = self._unreported, None
+            if self._reports is None:
+                return
+            if progress is not None:
+                self._reports.send_status(*progress)
+                self._reported_at = monotonic()
+            if log and self._has_unsent_lines and self.tail is not None:
+                self._has_unsent_lines = False
+                self._reports.send_log(self.tail.text())
+
+    def close(self) -> None:
+        """Send what was held back, and nothing from now on: the job has ended."""
+        reports.flusher.forget(self)
+        self.flush()
+        with self._sending:
+            self._reports = None
+
+    def _logged(self) -> None:
+        if not self._has_unsent_lines:
+            self._has_unsent_lines = True
+            reports.flusher.flush_at(self, time.monotonic() + LOG_INTERVAL)
 
 
 def _as_bytes(method: str, data: bytes | str) -> bytes:
@@ -231,6 +290,12 @@ class JobResult(Generic[R]):
         if record.status in JobRecord.FAILURES:
             told.append(JobError(record.exception, record.message, record.traceback))
         return told
+
+    @property
+    def log(self) -> str:
+        """The last lines that its last attempt logged, as the record has them now; empty for none."""
+        records = JobRecord.objects.using(self._record._state.db).filter(pk=self._record.pk)
+        return records.values_list("log", flat=True).first() or ""
 
     @property
     def attempts(self) -> int:
@@ -438,7 +503,7 @@ class Job(Generic[P, R]):
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function in this process and return its value."""
-        return cast(R, self._invoke(JobContext(), args, kwargs))
+        return cast(R, self._invoke(JobContext(function=self.name), args, kwargs))
 
     def using(
         self,
@@ -910,18 +975,22 @@ class Assigned(Reports, Protocol):
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     """Run an assigned job, with the database connections tended as around a request."""
+    logs.install()
     reset_queries()
     close_old_connections()
+    context = JobContext(
+        assigned.handle.decode(errors="replace"),
+        assigned.unique.decode(errors="replace"),
+        assigned,
+        assigned.attempt,
+        assigned.max_attempts or job.max_attempts,
+        job.name,
+    )
     try:
-        context = JobContext(
-            assigned.handle.decode(errors="replace"),
-            assigned.unique.decode(errors="replace"),
-            assigned,
-            assigned.attempt,
-            assigned.max_attempts or job.max_attempts,
-        )
-        return job.perform(assigned.workload, context)
+        with logs.logging_as(context):
+            return job.perform(assigned.workload, context)
     finally:
+        context.close()
         close_old_connections()
 
 

@@ -35,6 +35,7 @@ from .server.entries import (
     JobDue,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -220,7 +221,8 @@ class DatabaseStore:
         owned.filter(background=False, status=_RUNNING).update(status=Status.DEAD, **ended)
         owned.filter(background=False).update(status=Status.CANCELLED, **ended)
         self._execute(self._sql.keep_interrupted, [self._now(), lease_id])
-        owned.filter(status=_RUNNING).update(status=_READY, numerator=None, denominator=None, **changes)
+        changes |= {"numerator": None, "denominator": None, "log": ""}
+        owned.filter(status=_RUNNING).update(status=_READY, **changes)
 
     def _now(self) -> Any:
         """This machine's time, as the driver takes it."""
@@ -347,6 +349,7 @@ class DatabaseStore:
                 _moment(entry.started_at),
                 _moment(entry.at),
                 *_failure(entry).values(),
+                _storable(entry.log.decode(errors="backslashreplace")),
             ]
             rows.append([*map(prepare, values), text_of(entry.handle), self.lease_id, entry.attempt])
         self._execute_many(self._sql.keep_attempt, rows)
@@ -688,7 +691,7 @@ class _Statements:
         )
         self.keep_interrupted = (
             f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
-            f"'', 'The job server ended before the job did', '' FROM {table} "
+            f"'', 'The job server ended before the job did', '', {columns['log']} FROM {table} "
             f"WHERE {server} = %s AND {status} = '{_RUNNING}' AND {unless_kept}{columns['attempts']})"
         )
         self._unclaimed = f"SELECT {job} FROM {by('job_claim')} WHERE {unclaimed}"  # noqa: S608
@@ -738,6 +741,7 @@ _ATTEMPT_FIELDS: Final = (
     "exception",
     "message",
     "traceback",
+    "log",
 )
 
 
@@ -870,8 +874,11 @@ def _change(row: Row, entry: Entry) -> None:
                 row["started_at"] = at
         case JobProgress():
             row.update(numerator=_progress(entry.numerator), denominator=_progress(entry.denominator))
+        case JobLogged():
+            row["log"] = _storable(entry.log.decode(errors="backslashreplace"))
         case JobRequeued():
-            row.update(status=_READY, numerator=None, denominator=None)
+            # What it logged stays with the attempt.
+            row.update(status=_READY, numerator=None, denominator=None, log="")
             if entry.run_after > entry.at:
                 row.update(status=_RETRYING, run_after=_moment(entry.run_after))
         case JobDue():

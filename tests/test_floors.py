@@ -27,6 +27,8 @@ FLOORS: dict[str, int] = {
     "models": 2,
     "protocol": 2,
     "encoding": 2,
+    "logs": 2,
+    "reports": 2,
     "durability": 3,
     "scheduler": 3,
     "history": 3,

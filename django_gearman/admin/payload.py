@@ -24,7 +24,7 @@ from django_gearman.models import JobRecord
 
 from .format import NOTHING, visible
 
-COLUMNS: Final = ("workload", "result", "message", "traceback")
+COLUMNS: Final = ("workload", "result", "message", "traceback", "log")
 """Columns whose size a client or a worker chose."""
 
 READ: Final = 64 * 1024

@@ -30,6 +30,9 @@ from ..protocol.packets import (
     CLAIM,
     CLAIMED,
     HIGHEST_TYPE,
+    LOG,
+    LOGS,
+    MAX_LOG,
     RETRY,
     PacketType,
     encode_response,
@@ -41,6 +44,7 @@ from .entries import (
     JobDue,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -176,6 +180,19 @@ class Answer:
         self.data: bytes | None = None
 
 
+class Log:
+    """The last lines that a running job has logged."""
+
+    __slots__ = ("recorded_at", "text", "unsaved")
+
+    def __init__(self) -> None:
+        self.text = b""
+        self.recorded_at = 0.0
+        """When they were last recorded."""
+        self.unsaved = False
+        """Whether there were more since."""
+
+
 class Peer:
     """One connection: client, worker or both."""
 
@@ -282,6 +299,10 @@ class JobServer:
         """Heap of jobs by the time that they are due; some may have ended."""
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
+        self._logs: dict[Job, Log] = {}
+        """{running job: what it logged}, of those that did."""
+        self._unsaved: dict[Job, None] = {}
+        """Jobs whose progress or log is newer than what is recorded."""
         prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
         self._handle_prefix = prefix.encode()
         self._idle: OrderedDict[Function, None] = OrderedDict()
@@ -456,6 +477,8 @@ class JobServer:
                 if job.recorded:
                     self.entries.append(JobDue(job.handle))
                 self._make_ready(job)
+        for job in list(self._unsaved):
+            self._save_if_due(job)
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
             self._lose_worker(job, "The job's time was up")
         for function in self.ready:
@@ -643,8 +666,37 @@ class JobServer:
         job.denominator = denominator
         self._tell(job, PacketType.WORK_STATUS, arguments)
         job.progress_unsaved = True
-        if self.now - job.progress_at >= self.options.progress_interval:
+        self._unsaved[job] = None
+        self._save_if_due(job)
+
+    def _log(self, peer: Peer, handle: bytes, text: bytes) -> None:
+        """What is said of a job that is not kept, or not the worker's any more, is passed over."""
+        job = peer.running.get(handle)
+        if job is None or not job.recorded:
+            return
+        log = self._logs.get(job)
+        if log is None:
+            log = self._logs[job] = Log()
+        log.text = text[-MAX_LOG:]
+        log.unsaved = True
+        self._unsaved[job] = None
+        self._save_if_due(job)
+
+    def _save_if_due(self, job: Job) -> None:
+        """Record progress and log, each no more often than once in ``progress_interval``; the rest waits."""
+        interval = self.options.progress_interval
+        if job.progress_unsaved and self.now - job.progress_at >= interval:
             self._save_progress(job)
+        log = self._logs.get(job)
+        if log is not None and log.unsaved and self.now - log.recorded_at >= interval:
+            self._save_log(job, log)
+        if not job.progress_unsaved and (log is None or not log.unsaved):
+            self._unsaved.pop(job, None)
+
+    def _save_log(self, job: Job, log: Log) -> None:
+        log.recorded_at = self.now
+        log.unsaved = False
+        self.entries.append(JobLogged(job.handle, log.text))
 
     def _save_progress(self, job: Job) -> None:
         job.progress_at = self.now
@@ -889,6 +941,11 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
+        elif option.startswith(LOG) and self._durable:
+            handle, _, text = option[len(LOG) :].partition(b" ")
+            self._log(peer, handle, text)
+        elif option == LOGS and self._durable:
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
@@ -1022,10 +1079,20 @@ class JobServer:
     def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
+        log = self._logs.pop(job, None)
+        self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(
                 JobRequeued(
-                    job.handle, job.worker.identity, job.attempts, job.started_at, self.now, reason, data, due
+                    job.handle,
+                    job.worker.identity,
+                    job.attempts,
+                    job.started_at,
+                    self.now,
+                    reason,
+                    data,
+                    due,
+                    b"" if log is None else log.text,
                 )
             )
         self._release(job)
@@ -1068,6 +1135,10 @@ class JobServer:
             self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
         if job.progress_unsaved:
             self._save_progress(job)
+        log = self._logs.pop(job, None)
+        if log is not None and log.unsaved:
+            self._save_log(job, log)
+        self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             self.urgent = self.urgent or job.background

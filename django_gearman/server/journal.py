@@ -29,6 +29,7 @@ from .entries import (
     Entry,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -466,12 +467,13 @@ class Journal:
         return kept
 
     def _compact(self) -> None:
-        """Of each job's progress only the last matters; a store that is away must not cost memory for it."""
-        last = {entry.handle: entry for entry in self._gathering if isinstance(entry, JobProgress)}
+        """Of each job's progress and log only the last matters: a store that is away must not cost memory."""
+        kinds = (JobProgress, JobLogged)
+        last = {(type(entry), entry.handle): entry for entry in self._gathering if isinstance(entry, kinds)}
         self._gathering = deque(
             entry
             for entry in self._gathering
-            if not isinstance(entry, JobProgress) or last[entry.handle] is entry
+            if not isinstance(entry, kinds) or last[type(entry), entry.handle] is entry
         )
         self._compact_at = max(COMPACT_AT, 2 * len(self._gathering))
         self._weigh_again()
@@ -508,6 +510,8 @@ def _weight(entry: Entry) -> int:
     kind = type(entry)
     if kind is JobQueued:
         return 400 + len(entry.workload)  # type: ignore[union-attr]  # it is a JobQueued
+    if kind is JobLogged:
+        return 200 + len(entry.log)  # type: ignore[union-attr]  # it is a JobLogged
     return 200 + len(entry.data) if kind is JobFinished else 200  # type: ignore[union-attr]  # a JobFinished
 
 
