@@ -48,7 +48,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import receiver
 from django.utils import timezone
 
-from . import conf, logs, reports, schedules
+from . import conf, logs, reports, schedules, signals, tracing
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
@@ -553,7 +553,7 @@ class Job(Generic[P, R]):
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
             transaction.on_commit(partial(_submit, record), using=options.database)
-            return WireJobResult(record)
+            return self._enqueued(WireJobResult(record))
         if record.unique_key is not None:
             found = _insert_unless_there(record, options.database)
             if found is not None:
@@ -561,7 +561,12 @@ class Job(Generic[P, R]):
         else:
             record.save(using=options.database, force_insert=True)
         _nudge_after_commit(options.database)
-        return JobResult(record)
+        return self._enqueued(JobResult(record))
+
+    def _enqueued(self, result: JobResult[R]) -> JobResult[R]:
+        # Who listens for one function names it by the decorated one, not by what ``using`` made of it.
+        signals.job_enqueued.send_robust(sender=registry.get(self.name, self), result=result)
+        return result
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""
@@ -590,8 +595,7 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
-        workload = self._encode(args, kwargs, options.max_packet)
-        unique = self._unique_of(args, kwargs)
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
         return JobRecord(
             function=self.name,
             queue_name=self.queue_name,
@@ -620,7 +624,7 @@ class Job(Generic[P, R]):
             ConnectionFailed: No job server answers.
         """
         options = conf.settings_for()
-        workload = self._encode(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
         client = client_for()
         if self.priority > 0:
             do = client.do_high
@@ -628,7 +632,6 @@ class Job(Generic[P, R]):
             do = client.do_low
         else:
             do = client.do
-        unique = self._unique_of(args, kwargs)
         try:
             result = do(self.name, workload, unique=unique, timeout=options.run_timeout)
         except JobFailed as error:
@@ -685,7 +688,25 @@ class Job(Generic[P, R]):
             return asyncio.run(value)
         return value
 
-    def _encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> bytes:
+    def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
+        """The workload of a submission, and its unique."""
+        workload = self._encode(args, kwargs, limit)
+        unique = self._unique_of(args, kwargs)
+        if unique == "-":
+            # Equal workloads are one job, whoever asks for it.
+            workload = self._encode(args, kwargs, limit, traced=False)
+        return workload, unique
+
+    def _encode(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, *, traced: bool = True
+    ) -> bytes:
+        """
+        The workload of a submission.
+
+        Args:
+            limit: Bytes that it may have.
+            traced: Whether the current trace goes along.
+        """
         if self.raw:
             if kwargs or len(args) != 1 or not isinstance(args[0], bytes):
                 raise TypeError(f"raw job {self.name} takes one bytes object, its workload")
@@ -694,7 +715,10 @@ class Job(Generic[P, R]):
             bound = self._bind(args, kwargs)
             for name, value in bound.items():
                 refuse_unless_json(value, f"argument {name!r} of {self.name}")
-            workload = dumps({"args": args, "kwargs": kwargs})
+            envelope: dict[str, Any] = {"args": args, "kwargs": kwargs}
+            if traced and (trace := tracing.current()):
+                envelope[tracing.KEY] = trace
+            workload = dumps(envelope)
         if len(workload) > limit:
             raise ValueError(
                 f"the arguments of {self.name} take {len(workload)} bytes, more than MAX_PACKET={limit}; "
@@ -971,6 +995,11 @@ class Assigned(Reports, Protocol):
     def attempt(self) -> int: ...
     @property
     def max_attempts(self) -> int | None: ...
+    @property
+    def may_return(self) -> bool: ...
+
+    decision: tuple[float | None] | None
+    """What ``pause_before_retry`` has said of it; None before."""
 
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
@@ -986,12 +1015,36 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
         assigned.max_attempts or job.max_attempts,
         job.name,
     )
+    workload = b"" if job.raw else assigned.workload
     try:
-        with logs.logging_as(context):
-            return job.perform(assigned.workload, context)
+        with logs.logging_as(context), tracing.continued(job.name, workload, context.handle):
+            return _perform_and_tell(job, assigned, context)
     finally:
         context.close()
         close_old_connections()
+
+
+def _perform_and_tell(job: Job[Any, Any], assigned: Assigned, context: JobContext) -> bytes:
+    """Run it between its signals."""
+    # Who listens for one function names it by the decorated one.
+    told = {"sender": registry.get(job.name, job), "context": context}
+    began = time.monotonic()
+    signals.job_started.send_robust(**told)
+    try:
+        result = job.perform(assigned.workload, context)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        pause = pause_before_retry(job, assigned, error) if assigned.may_return else None
+        assigned.decision = (pause,)
+        told |= {"exception": error, "seconds": time.monotonic() - began}
+        if pause is None:
+            signals.job_finished.send_robust(**told)
+        else:
+            signals.job_retried.send_robust(**told, pause=pause)
+        raise
+    signals.job_finished.send_robust(**told, exception=None, seconds=time.monotonic() - began)
+    return result
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
@@ -1000,6 +1053,9 @@ def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseExcept
 
     The job's own ``max_attempts`` counts; only ``Retry`` has attempts without.
     """
+    if assigned.decision is not None:
+        # Receivers of signals were told.
+        return assigned.decision[0]
     if isinstance(error, Discard):
         return None
     budget = assigned.max_attempts or job.max_attempts

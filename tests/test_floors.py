@@ -28,6 +28,8 @@ FLOORS: dict[str, int] = {
     "protocol": 2,
     "encoding": 2,
     "logs": 2,
+    "signals": 2,
+    "tracing": 2,
     "reports": 2,
     "durability": 3,
     "scheduler": 3,

@@ -81,6 +81,8 @@ class Reports:
     attempt = 1
     max_attempts: int | None = None
     takes_log = True
+    may_return = True
+    decision: tuple[float | None] | None = None
 
     def __init__(self, workload: bytes = workload) -> None:
         self.workload = workload

@@ -74,7 +74,7 @@ def arguments(payload: Payload | None) -> str:
     call = _parse(payload) if payload else None
     if (
         isinstance(call, dict)
-        and call.keys() == {"args", "kwargs"}
+        and {"args", "kwargs"} <= call.keys() <= {"args", "kwargs", "trace"}
         and isinstance(call["args"], list)
         and isinstance(call["kwargs"], dict)
     ):

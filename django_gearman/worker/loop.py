@@ -46,7 +46,7 @@ _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 class AssignedJob:
     """A job as the function that runs it sees it."""
 
-    __slots__ = ("_link", "attempt", "function", "handle", "max_attempts", "unique", "workload")
+    __slots__ = ("_link", "attempt", "decision", "function", "handle", "max_attempts", "unique", "workload")
 
     def __init__(
         self,
@@ -67,6 +67,8 @@ class AssignedJob:
         """Which hand-out of the job this is, from 1; always 1 where the server does not tell."""
         self.max_attempts = max_attempts
         """How many it may have; None where the job has no number of its own."""
+        self.decision: tuple[float | None] | None = None
+        """What was decided of another attempt already, for the ``RetryPolicy``; None for nothing."""
 
     @property
     def may_return(self) -> bool:
