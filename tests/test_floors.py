@@ -46,6 +46,7 @@ FLOORS: dict[str, int] = {
     "checks": 5,
     "management": 5,
     "apps": 6,
+    "health": 6,
 }
 """{first part of a module's name: its floor}; names on one floor do not import each other."""
 
