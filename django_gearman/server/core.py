@@ -53,6 +53,7 @@ from .entries import (
     StoredJob,
 )
 from .jobs import Function, Job, JobState, UniqueKey
+from .metrics import SECONDS, Histogram
 
 HIGH: Final = 50
 NORMAL: Final = 0
@@ -65,6 +66,7 @@ CANCELLED_LIMIT: Final = 1_000
 """Cancelled jobs of one worker whose late results are passed over; of more, the first get an ERROR."""
 
 PENDING, DELAYED, READY, RUNNING, GONE = JobState
+SUCCESSFUL: Final = Outcome.SUCCESSFUL
 
 SECOND: Final = 1000
 """Milliseconds; gearmand takes no shorter time limit."""
@@ -156,6 +158,9 @@ class ServerOptions:
 
     max_abilities: int = 10_000
     """Functions that one connection may offer."""
+
+    measure: bool = False
+    """Whether to count how long jobs wait and run, beside how many there are."""
 
     allow_shutdown: bool = False
     """Whether an operator may end the server by the ``shutdown`` command."""
@@ -312,6 +317,7 @@ class JobServer:
         self._served = 0
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
+        self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
         self._handlers = self._make_handlers()
 
@@ -450,6 +456,7 @@ class JobServer:
             job.attempts = stored.attempts
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
+            function.counts.submitted += 1
             key = self._unique_key(stored.unique, stored.workload)
             if key is not None and key not in function.uniques:
                 job.key = key
@@ -616,6 +623,9 @@ class JobServer:
         job.worker = peer
         job.attempts += 1
         job.started_at = self.now
+        function.counts.started += 1
+        if self._measures:
+            self._measure_wait(job)
         peer.running[job.handle] = job
         if peer.timeouts is not None or job.timeout is not None:
             own = None if job.timeout is None else job.timeout + self.options.timeout_grace
@@ -827,6 +837,7 @@ class JobServer:
             self.refuse(peer, b"QUEUE_ERROR", b"Job queue is full")
             return
         self._created += 1
+        function.counts.submitted += 1
         handle = self._handle_prefix + b"%d" % self._created
         recorded = self._durable if background else self._record_foreground
         job = Job(handle, function, unique, workload, priority, background=background, recorded=recorded)
@@ -1030,6 +1041,7 @@ class JobServer:
 
     def _make_ready(self, job: Job) -> None:
         job.state = READY
+        job.ready_at = self.now
         function = job.function
         function.put(job)
         self.ready[function] = None
@@ -1079,6 +1091,7 @@ class JobServer:
     def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
+        job.function.counts.retried += 1
         log = self._logs.pop(job, None)
         self._unsaved.pop(job, None)
         if job.recorded:
@@ -1103,6 +1116,7 @@ class JobServer:
             self._admit(job)
             return
         job.state = READY
+        job.ready_at = self.now
         function = job.function
         if self._fair:
             function.put_back(job)
@@ -1125,6 +1139,12 @@ class JobServer:
 
     def _finish(self, job: Job, outcome: Outcome, data: bytes, reason: str = "") -> None:
         """The job has ended and its listeners were told: forget it, but for its record."""
+        if outcome is SUCCESSFUL:
+            job.function.counts.successful += 1
+        else:
+            job.function.counts.otherwise[outcome] += 1
+        if self._measures and job.worker is not None:
+            self._measure_run(job)
         self._release(job)
         if job.listeners is not None:
             for listener in job.listeners:
@@ -1135,10 +1155,12 @@ class JobServer:
             self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
         if job.progress_unsaved:
             self._save_progress(job)
-        log = self._logs.pop(job, None)
-        if log is not None and log.unsaved:
-            self._save_log(job, log)
-        self._unsaved.pop(job, None)
+        if self._logs:
+            log = self._logs.pop(job, None)
+            if log is not None and log.unsaved:
+                self._save_log(job, log)
+        if self._unsaved:
+            self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             self.urgent = self.urgent or job.background
@@ -1168,6 +1190,19 @@ class JobServer:
         elif function.ended > function.waiting + ENDED_LIMIT:
             function.drop_ended()
         self._note_if_idle(function)
+
+    def _measure_wait(self, job: Job) -> None:
+        counts = job.function.counts
+        if counts.waited is None:
+            counts.waited = Histogram(SECONDS)
+        # The clock may have been set back.
+        counts.waited.note(max(self.now - job.ready_at, 0.0))
+
+    def _measure_run(self, job: Job) -> None:
+        counts = job.function.counts
+        if counts.ran is None:
+            counts.ran = Histogram(SECONDS)
+        counts.ran.note(max(self.now - job.started_at, 0.0))
 
     def _drop_if_abandoned(self, job: Job) -> None:
         if job.state in (READY, DELAYED) and not job.background and not job.listeners:

@@ -13,6 +13,8 @@ from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from .metrics import Counts
+
 if TYPE_CHECKING:
     from .core import Answer, Peer
 
@@ -49,6 +51,7 @@ class Job:
         "priority",
         "progress_at",
         "progress_unsaved",
+        "ready_at",
         "recorded",
         "reducer",
         "serial",
@@ -106,12 +109,15 @@ class Job:
         """When progress was last recorded."""
         self.progress_unsaved = False
         """Whether there was some since."""
+        self.ready_at = 0.0
+        """Wall time from which it could be run."""
 
 
 class Function:
     """All that waits, runs and serves under one name."""
 
     __slots__ = (
+        "counts",
         "delayed",
         "ended",
         "held",
@@ -147,6 +153,7 @@ class Function:
         self.limits: tuple[int, int, int] | None = None
         """How many jobs it may hold when one of high, normal or low priority comes; 0 for no limit."""
         self.uniques: dict[UniqueKey, Job] = {}
+        self.counts = Counts()
         self.workers: dict[Peer, None] = {}
         self.sleepers: dict[Peer, None] = {}
         """Workers to wake, the last to sleep at the end. Some may be awake by now."""

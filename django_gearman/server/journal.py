@@ -21,6 +21,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from time import monotonic
 from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
@@ -38,6 +40,7 @@ from .entries import (
     Outcome,
     StoredJob,
 )
+from .metrics import StoreCounts
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +224,7 @@ class Batch:
     refused: dict[int, str | Joined] = field(default_factory=dict)
     claimed: list[StoredJob] = field(default_factory=list)
     written: bool = False
+    write_seconds: float = 0.0
     renewed: float = math.inf
     """When the store last proved that the jobs are this server's."""
     error: StoreError | None = None
@@ -231,7 +235,9 @@ class Batch:
         """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
         try:
             if self.entries:
+                began = monotonic()
                 self.refused = store.write(self.entries, again=self.again)
+                self.write_seconds = monotonic() - began
             self.written = True
             if self.claim:
                 self.claimed = store.claim(CLAIM_LIMIT, self.full)
@@ -287,6 +293,26 @@ class Journal:
         self._retry_at = 0.0
         self._pause = 0.0
         self.lease_lost: LeaseLost | None = None
+        self.counts = StoreCounts()
+
+    @property
+    def held(self) -> int:
+        """About how many bytes wait to be written."""
+        return self._held
+
+    def oldest_at(self) -> float | None:
+        """Wall time of the oldest change that is not written yet; None when all are, or nobody knows."""
+        for entries in (
+            self._in_flight.entries if self._in_flight else (),
+            self._failed.entries if self._failed else (),
+            self._gathering,
+        ):
+            for entry in islice(entries, 100):
+                # Not every kind has its time, but others come between.
+                at: float | None = getattr(entry, "at", None)
+                if at is not None:
+                    return at
+        return None
 
     @property
     def busy(self) -> bool:
@@ -389,6 +415,11 @@ class Journal:
         server.hand_out_until = batch.renewed + self._hold
         if batch.error is None:
             self._pause = 0.0
+        else:
+            self.counts.failures += 1
+        if batch.written and batch.entries:
+            self.counts.entries.note(len(batch.entries))
+            self.counts.commit_seconds.note(batch.write_seconds)
         if batch.tend:
             self.tend_at = now + batch.tend_after
         if batch.written:
