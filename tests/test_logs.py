@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,8 @@ from django_gearman import jobs as machinery
 from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.server.entries import JobLogged
-from tests.harness import wait_until
+from tests.docs import block_of
+from tests.harness import ROOT, environment, wait_until
 from tests.test_jobs import Reports, registry  # noqa: F401  # a fixture
 from tests.test_store import DatabaseHouse, finished, queued, requeued, started, write
 
@@ -172,6 +175,32 @@ class TestRecords:
         record = logging.LogRecord("web", logging.INFO, "", 0, "x", (), None)
         assert logs.JobFilter().filter(record)
         assert logging.Formatter("{job_function}#{job_attempt} {message}", style="{").format(record) == "#0 x"
+
+    def test_logging_of_the_documentation(self):
+        """In a process of its own: it is the whole configuration."""
+        script = block_of("monitoring.md", "logging") + (
+            "import django, logging, logging.config\n"
+            "django.setup()\n"
+            "logging.config.dictConfig(LOGGING)\n"
+            "logging.getLogger('web').info('hello')\n"
+            "from django_gearman.jobs import JobContext\n"
+            "from django_gearman.logs import install, logging_as\n"
+            "install()\n"
+            "with logging_as(JobContext('H:one:r7', attempt=2, function='f')):\n"
+            "    logging.getLogger('web').info('hello')\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert [line.partition(" INFO ")[2] for line in done.stderr.splitlines()] == [
+            "web [  #0] hello",
+            "web [f 7 #2] hello",
+        ]
 
     def test_filter_leaves_what_another_thread_marked(self):
         record = logging.LogRecord("web", logging.INFO, "", 0, "x", (), None)

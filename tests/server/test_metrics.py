@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 from collections.abc import Iterator
 from math import inf
 
@@ -137,6 +138,20 @@ class TestPage:
         assert (found["functions", ()], found["functions_unlisted", ()]) == (5, 2)
         assert ("jobs", ("f2", "waiting")) in found
         assert ("jobs", ("f3", "waiting")) not in found
+
+
+def test_documentation_has_them_all():
+    wire = Wire(measure=True)
+    wire.connect()(P.SUBMIT_JOB_BG, b"f", b"", b"")
+    worker = wire.worker(b"f")
+    handle = worker.grabs()
+    assert handle
+    worker(P.WORK_COMPLETE, handle, b"")
+    text = Page(wire.core, Journal(wire.core), 900.0).text().decode()
+    told = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    table = (harness.ROOT / "docs" / "monitoring.md").read_text().partition("<!-- table: metrics -->")[2]
+    rows = [line.split("|")[1] for line in table.partition("\n\n")[0].splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(rows))) == told
 
 
 class TestStore:
