@@ -22,7 +22,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache, cached_property, partial, update_wrapper
@@ -45,7 +46,7 @@ from typing import (
 
 from django.core.signals import setting_changed
 from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
-from django.dispatch import receiver
+from django.dispatch import Signal, receiver
 from django.utils import timezone
 
 from . import conf, logs, reports, schedules, signals, tracing
@@ -1004,47 +1005,76 @@ class Assigned(Reports, Protocol):
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     """Run an assigned job, with the database connections tended as around a request."""
-    logs.install()
     reset_queries()
     close_old_connections()
-    context = JobContext(
-        assigned.handle.decode(errors="replace"),
-        assigned.unique.decode(errors="replace"),
-        assigned,
-        assigned.attempt,
-        assigned.max_attempts or job.max_attempts,
-        job.name,
-    )
-    workload = b"" if job.raw else assigned.workload
+    attempt = _Attempt(job, assigned)
     try:
-        with logs.logging_as(context), tracing.continued(job.name, workload, context.handle):
-            return _perform_and_tell(job, assigned, context)
+        with attempt.in_hand():
+            attempt.tell_start()
+            try:
+                result = job.perform(assigned.workload, attempt.context)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                attempt.tell_failure(error)
+                raise
+            attempt.tell_success()
+            return result
     finally:
-        context.close()
         close_old_connections()
 
 
-def _perform_and_tell(job: Job[Any, Any], assigned: Assigned, context: JobContext) -> bytes:
-    """Run it between its signals."""
-    # Who listens for one function names it by the decorated one.
-    told = {"sender": registry.get(job.name, job), "context": context}
-    began = time.monotonic()
-    signals.job_started.send_robust(**told)
-    try:
-        result = job.perform(assigned.workload, context)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        pause = pause_before_retry(job, assigned, error) if assigned.may_return else None
-        assigned.decision = (pause,)
-        told |= {"exception": error, "seconds": time.monotonic() - began}
+class _Attempt:
+    """What is around one run of an assigned job: its context, its log and trace, and its signals."""
+
+    def __init__(self, job: Job[Any, Any], assigned: Assigned) -> None:
+        self._job = job
+        self._assigned = assigned
+        # Who listens for one function names it by the decorated one.
+        self._sender = registry.get(job.name, job)
+        self._began = 0.0
+        self.context = JobContext(
+            assigned.handle.decode(errors="replace"),
+            assigned.unique.decode(errors="replace"),
+            assigned,
+            assigned.attempt,
+            assigned.max_attempts or job.max_attempts,
+            job.name,
+        )
+
+    @contextmanager
+    def in_hand(self) -> Iterator[None]:
+        """What is logged in the block is the job's; at its end all that was held back has left."""
+        logs.install()
+        context = self.context
+        workload = b"" if self._job.raw else self._assigned.workload
+        try:
+            with logs.logging_as(context), tracing.continued(self._job.name, workload, context.handle):
+                yield
+        finally:
+            context.close()
+
+    def tell_start(self) -> None:
+        self._began = time.monotonic()
+        signals.job_started.send_robust(self._sender, context=self.context)
+
+    def tell_success(self) -> None:
+        self._tell(signals.job_finished, exception=None)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Decide on another attempt, once and for all, and tell; inside of ``except``."""
+        pause = None
+        if self._assigned.may_return:
+            pause = pause_before_retry(self._job, self._assigned, error)
+        self._assigned.decision = (pause,)
         if pause is None:
-            signals.job_finished.send_robust(**told)
+            self._tell(signals.job_finished, exception=error)
         else:
-            signals.job_retried.send_robust(**told, pause=pause)
-        raise
-    signals.job_finished.send_robust(**told, exception=None, seconds=time.monotonic() - began)
-    return result
+            self._tell(signals.job_retried, exception=error, pause=pause)
+
+    def _tell(self, signal: Signal, **arguments: Any) -> None:
+        seconds = time.monotonic() - self._began
+        signal.send_robust(self._sender, context=self.context, seconds=seconds, **arguments)
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
