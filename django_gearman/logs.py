@@ -12,8 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
@@ -45,14 +44,19 @@ class RunningJob(Protocol):
 _current: ContextVar[RunningJob | None] = ContextVar("gearman_job", default=None)
 
 
-@contextmanager
-def logging_as(job: RunningJob) -> Iterator[None]:
-    """Let what is logged in the block be the job's."""
-    token = _current.set(job)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+class logging_as:
+    """Let what is logged in the block be the job's. A class, since a generator would cost more than it does."""
+
+    __slots__ = ("_job", "_token")
+
+    def __init__(self, job: RunningJob) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._job)
+
+    def __exit__(self, *exc: object) -> None:
+        _current.reset(self._token)
 
 
 class Tail:
@@ -167,6 +171,8 @@ def install() -> None:
     What was the factory of records before goes on making them.
     """
     global _installed
+    if _installed:
+        return
     with _installing:
         if _installed:
             return

@@ -10,14 +10,16 @@ Nothing of this happens where opentelemetry-api is not installed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, Final
 
 KEY: Final = "trace"
 """Name of the context in the envelope of a workload."""
+
+_NOTHING: Final = nullcontext()
 
 LONGEST: Final = 8 * 1024
 """Characters of a context that is sent along, baggage included."""
@@ -44,13 +46,11 @@ def current() -> dict[str, str]:
     return carrier
 
 
-@contextmanager
-def continued(function: str, workload: bytes, handle: str) -> Iterator[None]:
+def continued(function: str, workload: bytes, handle: str) -> AbstractContextManager[object]:
     """Run the block in a span of its own, in the trace that the workload tells of, or in a new one."""
     api = _api()
     if api is None:
-        yield
-        return
+        return _NOTHING
     propagate, trace = api
     attributes = {
         "messaging.system": "gearman",
@@ -61,8 +61,10 @@ def continued(function: str, workload: bytes, handle: str) -> Iterator[None]:
     parent = propagate.extract(_carried(workload))
     tracer = trace.get_tracer("django_gearman")
     kind = trace.SpanKind.CONSUMER
-    with tracer.start_as_current_span(f"process {function}", parent, kind, attributes=attributes):
-        yield
+    span: AbstractContextManager[object] = tracer.start_as_current_span(
+        f"process {function}", parent, kind, attributes=attributes
+    )
+    return span
 
 
 def _carried(workload: bytes) -> Mapping[str, str]:
