@@ -45,7 +45,7 @@ _current: ContextVar[RunningJob | None] = ContextVar("gearman_job", default=None
 
 
 class logging_as:
-    """Let what is logged in the block be the job's. A class, since a generator would cost more than it does."""
+    """Let what is logged in the block be the job's. A class: a generator would cost more than it does."""
 
     __slots__ = ("_job", "_token")
 
