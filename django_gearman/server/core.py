@@ -120,6 +120,9 @@ class ServerOptions:
     record_foreground: bool = True
     """Whether foreground jobs leave entries too, without waiting for them."""
 
+    record_logs: bool = True
+    """Whether what jobs log leaves entries, where a journal writes them."""
+
     handle_prefix: str | None = None
     """What every handle begins with, of this run of this server alone; None for the name and the epoch."""
 
@@ -317,6 +320,7 @@ class JobServer:
         self._served = 0
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
+        self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
         self._handlers = self._make_handlers()
@@ -952,10 +956,10 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
-        elif option.startswith(LOG) and self._durable:
+        elif option.startswith(LOG) and self._record_logs:
             handle, _, text = option[len(LOG) :].partition(b" ")
             self._log(peer, handle, text)
-        elif option == LOGS and self._durable:
+        elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from django_gearman.protocol.packets import ATTEMPTS, LOGS, MAX_LOG, PacketType
+from django_gearman.server import journal
 from django_gearman.server.entries import (
     JobFinished,
     JobLogged,
@@ -14,6 +15,7 @@ from django_gearman.server.entries import (
     Outcome,
     StoredJob,
 )
+from django_gearman.server.journal import Journal
 
 from .harness import Caller, Wire
 
@@ -48,8 +50,9 @@ def passes(wire: Wire, seconds: float) -> None:
     wire.core.tick()
 
 
-def test_server_that_keeps_no_records_is_sent_none():
-    wire = Wire()
+@pytest.mark.parametrize("options", [{}, {"durable": True, "record_logs": False}])
+def test_server_that_keeps_none_is_sent_none(options: dict[str, bool]):
+    wire = Wire(**options)
     worker = wire.worker(b"f")
     for option in (LOGS, b"log H:1 line"):
         ((kind, code, _),) = worker(P.OPTION_REQ, option)
@@ -139,3 +142,20 @@ def test_foreground_job_without_a_record_is_not_logged():
     assert handle is not None
     says(worker, b"one", handle)
     assert wire.entries() == []
+
+
+def test_store_that_is_away_costs_memory_for_the_last_only(wire: Wire, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(journal, "COMPACT_AT", 100)
+    waiting = Journal(wire.core)
+    worker = busy(wire)
+    for number in range(500):
+        wire.core.now += 1
+        says(worker, b"%d " % number + b"x" * 1000)
+        waiting.append(wire.entries(), 0.0)
+    assert waiting.held < 250_000
+    batch = waiting.next_batch(0.0)
+    assert batch is not None
+    last = batch.entries[-1]
+    assert isinstance(last, JobLogged)
+    assert last.log.startswith(b"499 ")
+    assert batch.weight == sum(1200 + len(b"%d " % (499 - n)) for n in range(len(batch.entries)))

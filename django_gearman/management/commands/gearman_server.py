@@ -253,6 +253,7 @@ def _core(
             handle_prefix=prefix,
             durable=store is not None,
             record_foreground=settings.record_foreground,
+            record_logs=settings.record_logs,
             job_retries=options["job_retries"],
             worker_wakeup=options["worker_wakeup"],
             function_order=FunctionOrder(options["function_order"]),
