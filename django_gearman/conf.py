@@ -64,6 +64,9 @@ class GearmanSettings:
     record_foreground: bool = True
     """Whether foreground jobs leave records too."""
 
+    record_logs: bool = True
+    """Whether the last lines that a job logged are kept with its record."""
+
     autodiscover: bool = True
     """Whether the ``jobs.py`` of each installed app is imported at start."""
 

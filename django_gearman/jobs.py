@@ -19,11 +19,14 @@ import math
 import os
 import random
 import socket
+import threading
+import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache, partial, update_wrapper
+from functools import cache, cached_property, partial, update_wrapper
 from time import monotonic, sleep
 from typing import (
     Any,
@@ -43,10 +46,10 @@ from typing import (
 
 from django.core.signals import setting_changed
 from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
-from django.dispatch import receiver
+from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, schedules
+from . import conf, logs, reports, schedules, signals, tracing
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
@@ -75,9 +78,16 @@ PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two progress reports of one job; the last one is always sent."""
 
 
+LOG_INTERVAL: Final = 1.0
+"""Seconds for which lines that a job logged are held back; the last ones always leave."""
+
+
 class Reports(Protocol):
     """What a running job can tell; the worker's ``AssignedJob``, or nobody when it is called in-process."""
 
+    @property
+    def takes_log(self) -> bool: ...
+    def send_log(self, text: bytes) -> None: ...
     def send_status(self, numerator: int, denominator: int) -> None: ...
     def send_data(self, data: bytes) -> None: ...
     def send_warning(self, data: bytes) -> None: ...
@@ -87,11 +97,15 @@ class JobContext:
     """
     The first argument of a job with ``takes_context=True``: its line to whoever waits.
 
+    For any thread and task of the job.
+
     Attributes:
         handle: The Gearman handle; empty when the function was called in-process.
         unique: The submitter's key, empty when it gave none.
         attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
         max_attempts: How many there are; None when the job has no number of its own.
+        function: The job's name on the wire.
+        tail: The last lines that it logged; None where nobody keeps them.
     """
 
     def __init__(
@@ -101,42 +115,88 @@ class JobContext:
         reports: Reports | None = None,
         attempt: int = 1,
         max_attempts: int | None = None,
+        function: str = "",
     ) -> None:
         self.handle = handle
         self.unique = unique
         self.attempt = attempt
         self.max_attempts = max_attempts
+        self.function = function
+        self.tail: logs.Tail | None = None
         self._reports = reports
         self._reported_at = -math.inf
+        self._progress: tuple[int, int] | None = None
         self._unreported: tuple[int, int] | None = None
+        self._has_unsent_lines = False
+        self._sending = threading.Lock()
+        if reports is not None and reports.takes_log:
+            self.tail = logs.Tail(self._logged)
+
+    @property
+    def id(self) -> str:
+        """The record's id, as of ``JobResult``; empty for a job that did not come from ``enqueue``."""
+        before, _, digits = self.handle.rpartition(":r")
+        return digits if before and digits.isascii() and digits.isdigit() else ""
+
+    @cached_property
+    def logger(self) -> logs.JobLogger:
+        """A logger of the function's name, whose lines are kept with the record, from INFO on."""
+        return logs.JobLogger(logging.getLogger(self.function or __name__), self)
 
     def set_progress(self, numerator: int, denominator: int) -> None:
         """
         Say that ``numerator`` of ``denominator`` parts are done.
 
-        Waiting clients and the admin see it. Cheap enough for an inner loop:
-        no more than ten a second leave, and the last one always does.
+        Waiting clients and the admin see it. Cheap enough for an inner loop: no
+        more than ten a second leave, and the last one within a tenth of a second.
         """
-        self._unreported = (numerator, denominator)
+        progress = (numerator, denominator)
+        if progress == self._progress:
+            return
+        self._progress = progress
+        held_back = self._unreported is not None
+        self._unreported = progress
         if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
-            self.flush()
+            self.flush(log=False)
+        elif not held_back and self._reports is not None:
+            reports.flusher.flush_at(self, time.monotonic() + PROGRESS_INTERVAL)
 
     def send_data(self, data: bytes | str) -> None:
         """Send a part of the result to the clients that wait; it is not kept."""
+        data = _as_bytes("send_data", data)
         if self._reports is not None:
-            self._reports.send_data(_as_bytes("send_data", data))
+            self._reports.send_data(data)
 
     def warn(self, data: bytes | str) -> None:
         """Send a warning to the clients that wait; it is not kept."""
+        data = _as_bytes("warn", data)
         if self._reports is not None:
-            self._reports.send_warning(_as_bytes("warn", data))
+            self._reports.send_warning(data)
 
-    def flush(self) -> None:
-        """Send progress that was held back."""
-        if self._unreported is not None and self._reports is not None:
-            self._reports.send_status(*self._unreported)
-            self._reported_at = monotonic()
-        self._unreported = None
+    def flush(self, *, log: bool = True) -> None:
+        """Send progress and lines of the log that were held back."""
+        with self._sending:
+            progress, self._unreported = self._unreported, None
+            if self._reports is None:
+                return
+            if progress is not None:
+                self._reports.send_status(*progress)
+                self._reported_at = monotonic()
+            if log and self._has_unsent_lines and self.tail is not None:
+                self._has_unsent_lines = False
+                self._reports.send_log(self.tail.text())
+
+    def close(self) -> None:
+        """Send what was held back, and nothing from now on: the job has ended."""
+        reports.flusher.forget(self)
+        self.flush()
+        with self._sending:
+            self._reports = None
+
+    def _logged(self) -> None:
+        if not self._has_unsent_lines:
+            self._has_unsent_lines = True
+            reports.flusher.flush_at(self, time.monotonic() + LOG_INTERVAL)
 
 
 def _as_bytes(method: str, data: bytes | str) -> bytes:
@@ -231,6 +291,12 @@ class JobResult(Generic[R]):
         if record.status in JobRecord.FAILURES:
             told.append(JobError(record.exception, record.message, record.traceback))
         return told
+
+    @property
+    def log(self) -> str:
+        """The last lines that its last attempt logged, as the record has them now; empty for none."""
+        records = JobRecord.objects.using(self._record._state.db).filter(pk=self._record.pk)
+        return records.values_list("log", flat=True).first() or ""
 
     @property
     def attempts(self) -> int:
@@ -438,7 +504,7 @@ class Job(Generic[P, R]):
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function in this process and return its value."""
-        return cast(R, self._invoke(JobContext(), args, kwargs))
+        return cast(R, self._invoke(JobContext(function=self.name), args, kwargs))
 
     def using(
         self,
@@ -488,7 +554,7 @@ class Job(Generic[P, R]):
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
             transaction.on_commit(partial(_submit, record), using=options.database)
-            return WireJobResult(record)
+            return self._enqueued(WireJobResult(record))
         if record.unique_key is not None:
             found = _insert_unless_there(record, options.database)
             if found is not None:
@@ -496,7 +562,12 @@ class Job(Generic[P, R]):
         else:
             record.save(using=options.database, force_insert=True)
         _nudge_after_commit(options.database)
-        return JobResult(record)
+        return self._enqueued(JobResult(record))
+
+    def _enqueued(self, result: JobResult[R]) -> JobResult[R]:
+        # Who listens for one function names it by the decorated one, not by what ``using`` made of it.
+        signals.job_enqueued.send_robust(sender=registry.get(self.name, self), result=result)
+        return result
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""
@@ -525,8 +596,7 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
-        workload = self._encode(args, kwargs, options.max_packet)
-        unique = self._unique_of(args, kwargs)
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
         return JobRecord(
             function=self.name,
             queue_name=self.queue_name,
@@ -555,7 +625,7 @@ class Job(Generic[P, R]):
             ConnectionFailed: No job server answers.
         """
         options = conf.settings_for()
-        workload = self._encode(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
         client = client_for()
         if self.priority > 0:
             do = client.do_high
@@ -563,7 +633,6 @@ class Job(Generic[P, R]):
             do = client.do_low
         else:
             do = client.do
-        unique = self._unique_of(args, kwargs)
         try:
             result = do(self.name, workload, unique=unique, timeout=options.run_timeout)
         except JobFailed as error:
@@ -620,7 +689,25 @@ class Job(Generic[P, R]):
             return asyncio.run(value)
         return value
 
-    def _encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> bytes:
+    def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
+        """The workload of a submission, and its unique."""
+        workload = self._encode(args, kwargs, limit)
+        unique = self._unique_of(args, kwargs)
+        if unique == "-":
+            # Equal workloads are one job, whoever asks for it.
+            workload = self._encode(args, kwargs, limit, traced=False)
+        return workload, unique
+
+    def _encode(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, *, traced: bool = True
+    ) -> bytes:
+        """
+        The workload of a submission.
+
+        Args:
+            limit: Bytes that it may have.
+            traced: Whether the current trace goes along.
+        """
         if self.raw:
             if kwargs or len(args) != 1 or not isinstance(args[0], bytes):
                 raise TypeError(f"raw job {self.name} takes one bytes object, its workload")
@@ -629,7 +716,10 @@ class Job(Generic[P, R]):
             bound = self._bind(args, kwargs)
             for name, value in bound.items():
                 refuse_unless_json(value, f"argument {name!r} of {self.name}")
-            workload = dumps({"args": args, "kwargs": kwargs})
+            envelope: dict[str, Any] = {"args": args, "kwargs": kwargs}
+            if traced and (trace := tracing.current()):
+                envelope[tracing.KEY] = trace
+            workload = dumps(envelope)
         if len(workload) > limit:
             raise ValueError(
                 f"the arguments of {self.name} take {len(workload)} bytes, more than MAX_PACKET={limit}; "
@@ -906,23 +996,85 @@ class Assigned(Reports, Protocol):
     def attempt(self) -> int: ...
     @property
     def max_attempts(self) -> int | None: ...
+    @property
+    def may_return(self) -> bool: ...
+
+    decision: tuple[float | None] | None
+    """What ``pause_before_retry`` has said of it; None before."""
 
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     """Run an assigned job, with the database connections tended as around a request."""
     reset_queries()
     close_old_connections()
+    attempt = _Attempt(job, assigned)
     try:
-        context = JobContext(
+        with attempt.in_hand():
+            attempt.tell_start()
+            try:
+                result = job.perform(assigned.workload, attempt.context)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                attempt.tell_failure(error)
+                raise
+            attempt.tell_success()
+            return result
+    finally:
+        close_old_connections()
+
+
+class _Attempt:
+    """What is around one run of an assigned job: its context, its log and trace, and its signals."""
+
+    def __init__(self, job: Job[Any, Any], assigned: Assigned) -> None:
+        self._job = job
+        self._assigned = assigned
+        # Who listens for one function names it by the decorated one.
+        self._sender = registry.get(job.name, job)
+        self._began = 0.0
+        self.context = JobContext(
             assigned.handle.decode(errors="replace"),
             assigned.unique.decode(errors="replace"),
             assigned,
             assigned.attempt,
             assigned.max_attempts or job.max_attempts,
+            job.name,
         )
-        return job.perform(assigned.workload, context)
-    finally:
-        close_old_connections()
+
+    @contextmanager
+    def in_hand(self) -> Iterator[None]:
+        """What is logged in the block is the job's; at its end all that was held back has left."""
+        logs.install()
+        context = self.context
+        workload = b"" if self._job.raw else self._assigned.workload
+        try:
+            with logs.logging_as(context), tracing.continued(self._job.name, workload, context.handle):
+                yield
+        finally:
+            context.close()
+
+    def tell_start(self) -> None:
+        self._began = time.monotonic()
+        signals.job_started.send_robust(self._sender, context=self.context)
+
+    def tell_success(self) -> None:
+        self._tell(signals.job_finished, exception=None)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Decide on another attempt, once and for all, and tell; inside of ``except``."""
+        pause = None
+        if self._assigned.may_return:
+            pause = pause_before_retry(self._job, self._assigned, error)
+        self._assigned.decision = (pause,)
+        if pause is None:
+            self._tell(signals.job_finished, exception=error)
+        else:
+            self._tell(signals.job_retried, exception=error, pause=pause)
+
+    def _tell(self, signal: Signal, **arguments: Any) -> None:
+        seconds = time.monotonic() - self._began
+        signal.send_robust(self._sender, context=self.context, seconds=seconds, **arguments)
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
@@ -931,6 +1083,9 @@ def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseExcept
 
     The job's own ``max_attempts`` counts; only ``Retry`` has attempts without.
     """
+    if assigned.decision is not None:
+        # Receivers of signals were told.
+        return assigned.decision[0]
     if isinstance(error, Discard):
         return None
     budget = assigned.max_attempts or job.max_attempts

@@ -40,6 +40,25 @@ The WORK_EXCEPTION of the job that follows is not its end: a background job with
 attempts left waits so long and is handed out again. Has no answer.
 """
 
+LOGS = b"logs"
+"""
+An option of our job server, when it keeps records: it takes what jobs log.
+
+Who was answered OPTION_RES ``logs`` may send the words of ``LOG``. No other
+server knows the option; all answer UNKNOWN_OPTION.
+"""
+
+LOG = b"log "
+"""
+OPTION_REQ ``log HANDLE TEXT``, from a worker that was answered ``logs``.
+
+TEXT is all that is to be kept of what the job's attempt has logged so far:
+lines of UTF-8, the last of them. Each takes the place of the one before. Has no answer.
+"""
+
+MAX_LOG = 16 * 1024
+"""Bytes of TEXT in ``log HANDLE TEXT``; of a longer one the end is kept."""
+
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 
