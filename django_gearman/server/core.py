@@ -527,7 +527,9 @@ class JobServer:
         if job.run_after:
             function.later = max(function.later - 1, 0)
         else:
-            count = function.left.pop(job.priority, 0)
+            # It may be one that nobody had counted, from a view or another server: the last is only
+            # taken off when the store says that nothing is left, or what came later would go first.
+            count = function.left.get(job.priority, 0)
             if count > 1:
                 function.left[job.priority] = count - 1
         self._note_if_all_here(function)
@@ -544,6 +546,8 @@ class JobServer:
         """The store has answered. A job that it handed over is taken over, also when nobody waits for it."""
         if isinstance(reply, StoredJob):
             self._take_from_door(reply)
+            # Perhaps it was the last there.
+            self.claim_wanted = True
         _, then = self._open.pop(question.number, (None, None))
         if then is not None:
             then(reply)
@@ -601,7 +605,6 @@ class JobServer:
         It may have been given up meanwhile as another server's: then it is kept again from now on.
         """
         if job.state is PENDING:
-            self._load(job)
             self._admit(job)
         elif job.elsewhere:
             job.elsewhere = False
@@ -848,8 +851,7 @@ class JobServer:
     def _wants_more(self, function: Function, taken: int) -> bool:
         """Whether it is time to claim more, after a job of some priority was taken; ahead of the need."""
         half = (self.options.window + 1) // 2
-        level = function.levels.get(taken, ())
-        if function.waiting >= half and (taken not in function.left or len(level) >= half):
+        if function.waiting >= half and (taken not in function.left or function.counts.get(taken, 0) >= half):
             return False
         return function.weight < self.options.window_bytes // 8
 
@@ -1303,6 +1305,8 @@ class JobServer:
     def _admit(self, job: Job) -> None:
         """A new job is kept: it waits for a worker, or for its time first."""
         if job.state is PENDING:
+            if job.spilled:
+                self._load(job)
             self._arrive(job)
         if job.due > self.now:
             job.state = DELAYED
@@ -1341,7 +1345,6 @@ class JobServer:
                 # Another server has it. Who waits for it here cannot hear of it there.
                 job.background = job.recorded = False
                 job.elsewhere = True
-            self._load(job)
             self._admit(job)
             self._drop_if_abandoned(job)
 
@@ -1506,6 +1509,7 @@ class JobServer:
             function.delayed -= 1
         elif job.state is READY:
             function.waiting -= 1
+            function.counts[job.priority] -= 1
             function.ended += 1
             if not function.waiting:
                 del self.ready[function]
@@ -1519,6 +1523,7 @@ class JobServer:
         if not function.waiting and function.levels:
             # Nothing but ended jobs lies there.
             function.levels.clear()
+            function.counts.clear()
             function.priorities.clear()
             function.ended = 0
         elif function.ended > function.waiting + ENDED_LIMIT:

@@ -142,6 +142,7 @@ class Function:
 
     __slots__ = (
         "arriving",
+        "counts",
         "delayed",
         "ended",
         "held",
@@ -166,6 +167,8 @@ class Function:
         self.name = name
         self.levels: dict[int, deque[Job]] = {}
         """{priority: its jobs in order}; ended jobs stay until they come to the front."""
+        self.counts: dict[int, int] = {}
+        """{priority: how many of the jobs that lie there are ready}."""
         self.priorities: list[int] = []
         """The keys of ``levels``, negated, so that the most urgent is first."""
         self.held = 0
@@ -223,8 +226,7 @@ class Function:
         """How many jobs wait of high priority, above 0, of normal, delayed ones too, and of low, below 0."""
         high, normal, low = 0, self.delayed + self.later, 0
         counts = dict(self.left)
-        for priority, level in self.levels.items():
-            count = sum(job.state is JobState.READY for job in level) if self.ended else len(level)
+        for priority, count in self.counts.items():
             counts[priority] = counts.get(priority, 0) + count
         for priority, count in counts.items():
             if priority > 0:
@@ -242,18 +244,20 @@ class Function:
         if self.arriving >= window:
             return HIGHEST
         for priority in self.priorities:
-            if len(self.levels[-priority]) + self.arriving >= window:
+            if self.counts[-priority] + self.arriving >= window:
                 return -priority
         return None
 
     def put(self, job: Job) -> None:
         """Let a job wait behind those of its priority."""
         self._level(job.priority).append(job)
+        self.counts[job.priority] += 1
         self.waiting += 1
 
     def put_back(self, job: Job) -> None:
         """Let a job that was handed out in vain wait before all others of its priority."""
         self._level(job.priority).appendleft(job)
+        self.counts[job.priority] += 1
         self.waiting += 1
 
     def _level(self, priority: int) -> deque[Job]:
@@ -261,6 +265,7 @@ class Function:
         if level is None:
             level = self.levels[priority] = deque()
             insort(self.priorities, -priority)
+            self.counts[priority] = 0
         return level
 
     def drop_ended(self) -> None:
@@ -278,13 +283,14 @@ class Function:
                 if level[0].state is JobState.READY:
                     return priority
                 level.popleft()
-            del self.levels[priority], self.priorities[0]
+            del self.levels[priority], self.counts[priority], self.priorities[0]
 
     def take(self) -> Job:
         """The next job in order; only to be called while ``waiting``."""
-        level = self.levels[self.best_priority()]
+        priority = self.best_priority()
         self.waiting -= 1
-        return level.popleft()
+        self.counts[priority] -= 1
+        return self.levels[priority].popleft()
 
     def has_foreground(self) -> bool:
         """Whether a job waits that is not kept. Looks through all of them."""
@@ -295,6 +301,7 @@ class Function:
         job = self._first_foreground()
         assert job is not None, "asked for a job that is not there"
         self.levels[job.priority].remove(job)
+        self.counts[job.priority] -= 1
         self.waiting -= 1
         return job
 

@@ -19,7 +19,16 @@ from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import ATTEMPTS, PacketType, encode_response
 from django_gearman.server import core as core_module
 from django_gearman.server import text
-from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder, JobServer, Peer, ServerOptions
+from django_gearman.server.core import (
+    HIGH,
+    LOW,
+    NORMAL,
+    STORE_AWAY,
+    FunctionOrder,
+    JobServer,
+    Peer,
+    ServerOptions,
+)
 from django_gearman.server.entries import (
     Entry,
     JobKept,
@@ -95,7 +104,6 @@ class ModelPeer:
         "tells_attempts",
         "touched",
         "trade",
-        "woken_for",
     )
 
     def __init__(self, number: int, trade: list[bytes]) -> None:
@@ -108,8 +116,6 @@ class ModelPeer:
         self.asleep = False
         self.naps = 0
         """PRE_SLEEPs that were not yet answered by a NOOP: each may be once."""
-        self.woken_for: bytes | None = None
-        """Whose job it was woken for and did not look for yet; known only of who offers one function."""
         self.exceptions = False
         self.excused: bytes | None = None
         self.cancelled: dict[bytes, None] = {}
@@ -280,6 +286,7 @@ class Server:
         self.held = 0
         self.peers: list[ModelPeer] = []
         self.touched: list[ModelPeer] = []
+        self.to_wake: list[tuple[bytes, list[ModelPeer]]] = []
         self.jobs: dict[bytes, ModelJob] = {}
         self.uniques: dict[tuple[bytes, tuple[bytes, ...]], ModelJob] = {}
         self.queues: dict[bytes, dict[int, list[ModelJob]]] = {
@@ -323,6 +330,22 @@ class Server:
         else:
             queue.append(job)
         self.waiting[job.function] += 1
+        self.must_wake(job.function)
+
+    def sleepers(self, function: bytes) -> list[ModelPeer]:
+        return [peer for peer in self.peers if peer.asleep and function in peer.abilities]
+
+    def must_wake(self, function: bytes) -> None:
+        """Of those who sleep on it now one at least has to hear of it by the end of the event."""
+        sleepers = self.sleepers(function)
+        if sleepers:
+            self.to_wake.append((function, sleepers))
+
+    def must_pass_on(self, peer: ModelPeer, taken: bytes | None = None) -> None:
+        """One who was woken leaves, or takes something else: another has to wake in its place."""
+        function = peer.peer.woken_for
+        if function is not None and function.name != taken and self.waiting[function.name]:
+            self.must_wake(function.name)
 
     def take(self, job: ModelJob) -> None:
         self.queues[job.function][job.priority].remove(job)
@@ -574,10 +597,9 @@ class Server:
             self.lose(job)
         if self.world.trace is not None:
             self.world.note(f"{self.label} peer {peer.number} leaves")
+        self.must_pass_on(peer)
         self.core.disconnected(peer.peer)
         self.hear()
-        if peer.woken_for is not None:
-            self.check_somebody_is_awake(peer.woken_for)
 
     def submit(self, peer: ModelPeer) -> None:
         kind, priority, background = self.choose(self.shape.submissions)
@@ -670,7 +692,6 @@ class Server:
         function = self.choose(peer.trade)
         if function not in peer.abilities:
             peer.abilities.append(function)
-            peer.woken_for = None
         peer.limits.pop(function, None)
         if self.random() < self.shape.time_limits:
             peer.limits[function] = self.choose((1.0, 3.0))
@@ -686,6 +707,9 @@ class Server:
         for job in reversed(self.held_by(peer)):
             if job.function in withdrawn:
                 self.lose(job)
+        woken_for = peer.peer.woken_for
+        if woken_for is not None and woken_for.name in withdrawn and woken_for.name in peer.peer.abilities:
+            self.must_pass_on(peer)
         if withdrawn is self.functions:
             self.say(peer, P.RESET_ABILITIES)
         else:
@@ -705,8 +729,9 @@ class Server:
                         if not job.background:
                             return [job]
             return []
+        able = [function for function in able if not self.must_wait(function)]
         if not self.fair:
-            return [self.front(able[-1])]
+            return [self.front(able[-1])] if able else []
         fronts = [self.front(function) for function in able]
         if len(fronts) > 1:
             # Most urgent first, then from the function not served longest.
@@ -717,6 +742,16 @@ class Server:
             fronts = [job for job in fronts if served[job.function] == longest]
         return fronts
 
+    def must_wait(self, function: bytes) -> bool:
+        """Whether more urgent jobs are about to be fetched from the door; how many lie there the core knows."""
+        core = self.core
+        left = core.functions[function].left
+        best = self.front(function).priority
+        if not any(priority > best for priority in left) or core.clock - core._claimed_at >= STORE_AWAY:
+            return False
+        self.held_back = True
+        return True
+
     def front(self, function: bytes) -> ModelJob:
         queues = self.queues[function]
         return (queues[HIGH] or queues[NORMAL] or queues[LOW])[0]
@@ -726,7 +761,8 @@ class Server:
         if peer.line:
             return
         peer.asleep = False
-        peer.woken_for = None
+        woken_for = peer.peer.woken_for
+        asleep = [] if woken_for is None else self.sleepers(woken_for.name)
         candidates = self.candidates(peer)
         kind = self.choose((P.GRAB_JOB, P.GRAB_JOB_UNIQ, P.GRAB_JOB_ALL))
         self.receive(peer, kind)
@@ -737,14 +773,19 @@ class Server:
         heard = [packet for packet in heard if not self.is_noop(peer, packet)]
         if not candidates:
             promise(heard == [NO_JOB], f"{heard} where there was no job to hand out")
+            taken = None
         else:
-            self.assigned(peer, kind, candidates, heard)
+            taken = self.assigned(peer, kind, candidates, heard).function
+        if woken_for is not None and woken_for.name != taken and asleep and self.waiting[woken_for.name]:
+            self.to_wake.append((woken_for.name, asleep))
         self.hear()
 
     def assigned(
         self, peer: ModelPeer, kind: PacketType, candidates: list[ModelJob], heard: list[bytes]
-    ) -> None:
-        promise(heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out")
+    ) -> ModelJob:
+        promise(
+            heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out"
+        )
         handle = heard[-1][HEADER:].partition(b"\0")[0]
         job = self.jobs.get(handle)
         promise(job is not None, f"{handle!r} was handed out, which is not there")
@@ -764,9 +805,7 @@ class Server:
         job.attempts += 1
         told = []
         if peer.tells_attempts and (job.attempts > 1 or job.max_attempts is not None):
-            told.append(
-                encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0))
-            )
+            told.append(encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0)))
         if kind is P.GRAB_JOB:
             packet = encode_response(P.JOB_ASSIGN, handle, function, job.workload)
         elif kind is P.GRAB_JOB_ALL and job.reducer:
@@ -780,6 +819,7 @@ class Server:
             math.inf if job.timeout is None else job.timeout, peer.limits.get(function, math.inf)
         )
         self.world.handed_out(self, job)
+        return job
 
     def sleep(self, peer: ModelPeer) -> None:
         if peer.line:
@@ -1101,8 +1141,6 @@ class Server:
             return False
         promise(peer.naps > 0, "a NOOP that nobody slept for")
         peer.naps -= 1
-        if peer.asleep and len(peer.abilities) == 1:
-            (peer.woken_for,) = peer.abilities
         peer.asleep = False
         return True
 
@@ -1119,6 +1157,12 @@ class Server:
             for peer in touched:
                 peer.touched = False
                 self.compare(peer)
+        if self.to_wake:
+            to_wake, self.to_wake = self.to_wake, []
+            for function, sleepers in to_wake:
+                # Who has a line may have been woken without hearing of it yet.
+                woken = any(not peer.asleep or peer.line or peer not in self.peers for peer in sleepers)
+                promise(woken, f"nobody was woken for {function!r}")
 
     def compare(self, peer: ModelPeer) -> None:
         core_peer = peer.peer
@@ -1161,11 +1205,12 @@ class Server:
         lines = []
         for function in core.functions.values():
             name = function.name
-            lying = 0
-            for level in function.levels.values():
-                for job in level:
-                    lying += job.state is JobState.READY
-            promise(lying == function.waiting, f"{name!r} does not have the jobs that it counts")
+            lying = {
+                priority: sum(job.state is JobState.READY for job in level)
+                for priority, level in function.levels.items()
+            }
+            promise(lying == function.counts, f"{name!r} has {lying}, not {function.counts}")
+            promise(sum(lying.values()) == function.waiting, f"{name!r} does not have the jobs that it counts")
             counted = (function.waiting, function.running, function.delayed, function.held)
             there = (
                 self.waiting[name],
@@ -1174,8 +1219,10 @@ class Server:
                 self.count[name],
             )
             promise(counted == there, f"{name!r} counts {counted} and has {there}")
-            pending = [job for job in core.jobs.values() if job.function is function]
-            pending = [job for job in pending if job.state is JobState.PENDING]
+            held = [job for job in core.jobs.values() if job.function is function]
+            weight = sum(job.weight for job in held if job.state is not JobState.RUNNING and not job.spilled)
+            promise(function.weight == weight, f"{name!r} weighs {weight}, not {function.weight}")
+            pending = [job for job in held if job.state is JobState.PENDING]
             promise(
                 function.arriving == sum(not job.spilled for job in pending),
                 f"{name!r} does not have the {function.arriving} jobs that are to come",

@@ -41,6 +41,11 @@ class Report:
     """Seed of the world that broke a promise."""
     why: str = ""
 
+    def add(self, other: Report) -> None:
+        self.runs += other.runs
+        self.steps += other.steps
+        self.seconds += other.seconds
+
     def __str__(self) -> str:
         rate = self.steps / self.seconds if self.seconds else 0.0
         return f"{self.runs:,} interleavings, {self.steps:,} steps, {rate:,.0f} steps/s"

@@ -512,7 +512,7 @@ class World:
         handle = stored.handle
         row = self.database.by_handle[handle]
         late = self.late.get(handle)
-        if late is not None and late is not server:
+        if (late is not None and late is not server) or handle in self.handed:
             self.escaped[handle] = None
         promise(
             handle not in server.refused or handle in self.escaped, f"{handle!r} was refused and comes back"

@@ -1,0 +1,285 @@
+"""
+Mistakes that the simulation must find: each is a promise broken on purpose.
+
+A defect is an edit of one source file, made while it is imported, in a process
+of its own. An edit whose text is no longer there is an error: the code has
+changed, and the defect has to follow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+CORE: Final = "django_gearman.server.core"
+JOBS: Final = "django_gearman.server.jobs"
+JOURNAL: Final = "django_gearman.server.journal"
+STORE: Final = "tests.simulation.store"
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+class CannotApply(Exception):
+    """The code is not what the defect knows."""
+
+
+DEFECTS: Final = [
+    Defect(
+        "acknowledged before the commit",
+        CORE,
+        "            self.urgent = True\n            self._answer_later(peer, job)\n            return\n",
+        "            self.urgent = True\n            job.answers = []\n"
+        "            self._send(peer, encode_response(PacketType.JOB_CREATED, handle))\n            return\n",
+    ),
+    Defect(
+        "answers overtake one that waits",
+        CORE,
+        "        if peer.line is not None:\n            peer.line.append(data)\n            return\n",
+        "",
+    ),
+    Defect(
+        "wake-up lost with the worker that was woken",
+        CORE,
+        "function is not taken and function.waiting:\n            self._wake(function)",
+        "function is not taken and function.waiting:\n            pass",
+    ),
+    Defect(
+        "no worker is woken for a new job",
+        CORE,
+        "            for _ in range(min(self.options.worker_wakeup or count, count)):\n                self._wake(function)",
+        "            pass",
+    ),
+    Defect(
+        "job handed to two workers",
+        JOBS,
+        "        return self.levels[priority].popleft()",
+        "        return self.levels[priority][0]",
+    ),
+    Defect(
+        "first job of a priority goes last",
+        JOBS,
+        "        return self.levels[priority].popleft()",
+        "        while self.levels[priority][-1].state is not JobState.READY:\n"
+        "            self.levels[priority].pop()\n"
+        "        return self.levels[priority].pop()",
+    ),
+    Defect(
+        "lost worker's job goes to the end of its queue",
+        CORE,
+        "            function.put_back(job)",
+        "            function.put(job)",
+    ),
+    Defect(
+        "results taken from any worker",
+        CORE,
+        "        job = peer.running.get(arguments[0])\n        if job is None:\n"
+        '            self._refuse_result(peer, arguments[0], b"Job given in work result not found")\n'
+        "            return\n        self._tell(job, PacketType.WORK_COMPLETE, arguments)",
+        "        job = self.jobs.get(arguments[0])\n        if job is None:\n"
+        '            self._refuse_result(peer, arguments[0], b"Job given in work result not found")\n'
+        "            return\n        self._tell(job, PacketType.WORK_COMPLETE, arguments)",
+    ),
+    Defect(
+        "unique not freed at the end",
+        CORE,
+        "            del function.uniques[job.key]\n            job.key = None",
+        "            pass",
+    ),
+    Defect(
+        "unique not freed in the store",
+        STORE,
+        "            del self.keys[row.key]\n",
+        "",
+    ),
+    Defect(
+        "one attempt too many",
+        CORE,
+        "        elif limit and job.attempts - job.interruptions >= limit:",
+        "        elif limit and job.attempts - job.interruptions > limit:",
+    ),
+    Defect(
+        "interruptions counted as attempts",
+        CORE,
+        "        elif limit and job.attempts - job.interruptions >= limit:",
+        "        elif limit and job.attempts >= limit:",
+    ),
+    Defect(
+        "attempts not written",
+        CORE,
+        "        if job.recorded:\n            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))",
+        "        pass",
+    ),
+    Defect(
+        "time of a later job not kept",
+        CORE,
+        "                job.due,\n                job.spilled,\n",
+        "                0.0,\n                job.spilled,\n",
+    ),
+    Defect(
+        "late job ready a second early",
+        CORE,
+        "        while delayed and delayed[0][0] <= self.now:",
+        "        while delayed and delayed[0][0] <= self.now + 1:",
+    ),
+    Defect(
+        "late refusal not undone",
+        JOURNAL,
+        '        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]',
+        "        return []",
+    ),
+    Defect(
+        "submissions wait for ever",
+        JOURNAL,
+        "        return server.clock - entry.clock >= self._submit_limit and entry.handle in server.jobs",
+        "        return False",
+    ),
+    Defect(
+        "wall clock decides how long a submission waits",
+        JOURNAL,
+        "        return server.clock - entry.clock >= self._submit_limit",
+        '        return server.now - getattr(entry, "at", 0.0) >= self._submit_limit',
+    ),
+    Defect(
+        "unknown commit written again without a look",
+        JOURNAL,
+        "self._failed = Batch(entries, again=True,",
+        "self._failed = Batch(entries, again=False,",
+    ),
+    Defect(
+        "failed batch forgotten",
+        JOURNAL,
+        "        self._failed = Batch(entries, again=True,",
+        "        entries = [entry for entry in entries if _is_submission(entry)]\n"
+        "        self._failed = Batch(entries, again=True,",
+    ),
+    Defect(
+        "neighbours of a bad row not told",
+        JOURNAL,
+        "            if refused:\n                server.committed(entry for index, entry in enumerate(batch.entries) "
+        "if index not in refused)\n",
+        "            if refused:\n                pass\n",
+    ),
+    Defect(
+        "handed out though the lease may be lost",
+        JOURNAL,
+        "        server.hand_out_until = batch.renewed + self._hold\n",
+        "",
+    ),
+    Defect(
+        "fencing left out",
+        STORE,
+        "            raise LeaseLost(self.name)\n",
+        "            pass\n",
+    ),
+    Defect(
+        "epoch not raised at a take-over",
+        STORE,
+        "            lease.epoch += 1\n            more",
+        "            more",
+    ),
+    Defect(
+        "jobs that ran at a dead server forgotten",
+        STORE,
+        "        some = [row for row in self._held(lease) if row.epoch",
+        "        some = [row for row in self._held(lease) if not row.attempts and row.epoch",
+    ),
+    Defect(
+        "row claimed by whoever comes",
+        STORE,
+        "            if row.server is None:\n                if row.status not in LATER:",
+        "            if row.server is None or row.server != self.lease_id:\n                if row.status not in LATER:",
+    ),
+    Defect(
+        "claim with unknown outcome not looked up",
+        STORE,
+        "                self._perhaps_taken = [*unsure, *rows]\n",
+        "",
+    ),
+    Defect(
+        "claimed again though it has ended",
+        JOURNAL,
+        "        if ended:\n            claimed = claimed._replace(",
+        "        if False:\n            claimed = claimed._replace(",
+    ),
+    Defect(
+        "later jobs overtake those at the door",
+        CORE,
+        "        if priority in function.left or priority in function.spilling or not self.door_seen:",
+        "        if priority in function.spilling or not self.door_seen:",
+    ),
+    Defect(
+        "first jobs after a start overtake those at the door",
+        CORE,
+        " or priority in function.spilling or not self.door_seen:",
+        " or priority in function.spilling:",
+    ),
+    Defect(
+        "job taken back from the door not taken up",
+        CORE,
+        "                self._take_back(held, stored)\n",
+        "",
+    ),
+    Defect(
+        "less urgent jobs do not wait for those at the door",
+        CORE,
+        "        return self.clock - self._claimed_at < STORE_AWAY",
+        "        return False",
+    ),
+    Defect(
+        "counts forget what lies at the door",
+        CORE,
+        "                function.later += waiting.later\n",
+        "",
+    ),
+    Defect(
+        "abandoned foreground job stays",
+        CORE,
+        "            job.listeners = [listener for listener in job.listeners if listener is not peer] or None\n"
+        "            self._drop_if_abandoned(job)",
+        "            job.listeners = [listener for listener in job.listeners if listener is not peer] or None",
+    ),
+    Defect(
+        "an older entry's commit acknowledges",
+        CORE,
+        "                if job is None or job.awaited is not entry:",
+        "                if job is None or job.answers is None:",
+    ),
+]
+
+QUICK: Final = (
+    "acknowledged before the commit",
+    "fencing left out",
+    "epoch not raised at a take-over",
+    "late refusal not undone",
+    "later jobs overtake those at the door",
+    "claim with unknown outcome not looked up",
+)
+"""Those that every run looks for."""
+
+
+def apply(name: str) -> None:
+    """Break the code of this process. Call it before anything of the server is imported."""
+    defect = next((defect for defect in DEFECTS if defect.name == name), None)
+    if defect is None:
+        raise CannotApply(f"There is no defect {name!r}")
+    assert defect.module not in sys.modules, "the code was imported already"
+    spec = importlib.util.find_spec(defect.module)
+    assert spec is not None
+    assert spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        source = file.read()
+    if source.count(defect.old) != 1:
+        raise CannotApply(f"{name!r}: its text is {source.count(defect.old)} times in {defect.module}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[defect.module] = module
+    exec(compile(source.replace(defect.old, defect.new), spec.origin, "exec"), module.__dict__)
+    parent, _, child = defect.module.rpartition(".")
+    setattr(sys.modules[parent], child, module)
