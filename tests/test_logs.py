@@ -386,7 +386,7 @@ class TestRows:
 
     def test_of_an_attempt_that_the_server_s_end_cut_short(self, database: DatabaseHouse):
         write(database.store, queued(), started(), self.logged(b"one"))
-        database.store.replay()
+        database.store.resume()
         record = JobRecord.objects.get()
         assert (record.status, record.log) == (JobRecord.Status.READY, "")
         assert record.past_attempts.get().log == "one"

@@ -590,7 +590,9 @@ class JobServer:
             job.interruptions = stored.interruptions
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
-            function.tally.submitted += 1
+            if not stored.attempts and not stored.handle.startswith(self._handle_prefix):
+                # Others came here before, and were counted.
+                function.tally.submitted += 1
             key = self._unique_key(stored.unique, stored.workload)
             if key is not None and key not in function.uniques:
                 job.key = key

@@ -134,7 +134,7 @@ class Page:
         yield from _family(
             "jobs",
             "gauge",
-            "Jobs in the server's hands: to be written, for later, waiting, running.",
+            "Jobs to be written, for later, waiting, running; those that only the database has too.",
             [
                 (label | {"state": state}, count)
                 for label, function in rows
@@ -198,9 +198,9 @@ class Page:
 
 def _states(function: Function) -> dict[str, int]:
     return {
-        "pending": function.held - function.total,
-        "delayed": function.delayed,
-        "waiting": function.waiting,
+        "pending": function.held - function.waiting - function.delayed - function.running,
+        "delayed": function.delayed + function.later,
+        "waiting": function.waiting + sum(function.left.values()),
         "running": function.running,
     }
 
