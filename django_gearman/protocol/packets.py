@@ -40,6 +40,14 @@ The WORK_EXCEPTION of the job that follows is not its end: a background job with
 attempts left waits so long and is handed out again. Has no answer.
 """
 
+LISTEN = b"listen "
+"""
+OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
+
+Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
+not: it ended, or is another server's. No other server knows the option.
+"""
+
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 

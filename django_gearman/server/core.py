@@ -30,6 +30,7 @@ from ..protocol.packets import (
     CLAIM,
     CLAIMED,
     HIGHEST_TYPE,
+    LISTEN,
     RETRY,
     PacketType,
     encode_response,
@@ -889,6 +890,13 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
+        elif option.startswith(LISTEN):
+            job = self.jobs.get(option.removeprefix(LISTEN))
+            if job is None or job.state is PENDING:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
+                return
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            self._listen(peer, job)
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))

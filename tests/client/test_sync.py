@@ -23,6 +23,7 @@ from django_gearman.exceptions import (
     GearmanError,
     JobFailed,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
@@ -339,10 +340,10 @@ class TestTimeouts:
 
     def test_a_silent_server(self) -> None:
         with fake_server(play(None), play(None)) as port:
-            client = Client([f"127.0.0.1:{port}"], timeout=0.1)
+            client = Client([f"127.0.0.1:{port}"], timeout=0.1, circuit=0.0)
             with pytest.raises(ResponseTimeout):
                 client.do_background("f")
-            with pytest.raises(ResponseTimeout):
+            with pytest.raises(ConnectionFailed, match="no answer in time"):
                 client.echo(b"x")
 
     def test_a_late_answer_is_not_taken_for_the_next(self) -> None:
@@ -354,8 +355,8 @@ class TestTimeouts:
             peer.send(P.ECHO_RES, b"late")
 
         with (
-            fake_server(too_late, play(P.ECHO_REQ, (P.ECHO_RES, b"in time"), None)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=0.1) as client,
+            fake_server(too_late, play(*[P.ECHO_REQ, (P.ECHO_RES, b"in time")] * 2, None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=0.1, circuit=0.0) as client,
         ):
             with pytest.raises(ResponseTimeout):
                 client.echo(b"x")
@@ -377,7 +378,10 @@ class TestFaults:
                 play(b"\0RES\0\0\0\xff\0\0\0\0", None), ConnectionLost, "speaks no Gearman", id="no type"
             ),
             pytest.param(
-                play(b"\0RES\0\0\0\x08\xff\xff\xff\xff", None), ConnectionLost, "no Gearman", id="4 GiB"
+                play(b"\0RES\0\0\0\x08\xff\xff\xff\xff", None),
+                ResultTooLarge,
+                "more bytes than max_packet=67108864; raise",
+                id="4 GiB",
             ),
             pytest.param(
                 play(b"\0REQ\0\0\0\x08\0\0\0\x03H:1", None), ConnectionLost, "no Gearman", id="a request"
@@ -512,13 +516,30 @@ class TestConnections:
             assert {result.result(20) for result in results} == {b"for all"}
         assert len(runs) == 1
 
-    def test_a_thread_that_ended_leaves_no_connection(self, server: harness.GearmanServerProcess) -> None:
-        client = Client([server.address], timeout=10)
-        before = count_clients(server)
-        thread = threading.Thread(target=client.echo, args=(b"x",))
-        thread.start()
-        thread.join()
+    def test_threads_leave_theirs_to_the_next(self, server: harness.GearmanServerProcess) -> None:
+        with Client([server.address], timeout=10) as client:
+            before = count_clients(server)
+            for _ in range(3):
+                thread = threading.Thread(target=client.echo, args=(b"x",))
+                thread.start()
+                thread.join()
+            assert count_clients(server) == before + 1
         harness.wait_until(lambda: count_clients(server) == before)
+
+    def test_so_many_are_kept_at_the_most(
+        self, server: harness.GearmanServerProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("django_gearman.client.sync.MAX_IDLE", 2)
+        together = threading.Barrier(4)
+        with Client([server.address], timeout=10) as client, ThreadPoolExecutor(4) as pool:
+            before = count_clients(server)
+
+            def call(number: int) -> None:
+                with client._session([server.address]):
+                    together.wait(10)
+
+            list(pool.map(call, range(4)))
+            harness.wait_until(lambda: count_clients(server) == before + 2)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
     def test_forked_children_have_their_own(self, client: Client) -> None:
@@ -645,7 +666,7 @@ class TestClaim:
             client = Client([f"127.0.0.1:{port}"], timeout=30)
             try:
                 client.echo(b"x")
-                connection = client._local.session.connection
+                connection = client._idle[f"127.0.0.1:{port}"][0].connection
                 # Fill what the kernels take.
                 connection._socket.setblocking(False)
                 while select.select([], [connection], [], 0.3)[1]:
