@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdminClient",
+    "AsyncClient",
     "Client",
     "Discard",
     "Job",
@@ -25,6 +26,7 @@ __all__ = [
 
 _HOMES = {
     "AdminClient": "client.admin_client",
+    "AsyncClient": "client.aio",
     "Client": "client.sync",
     "Discard": "exceptions",
     "Job": "jobs",
@@ -38,6 +40,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from .client.admin_client import AdminClient as AdminClient
+    from .client.aio import AsyncClient as AsyncClient
     from .client.sync import Client as Client
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry

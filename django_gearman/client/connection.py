@@ -68,7 +68,7 @@ class Connection:
         try:
             self._socket = socket.create_connection((host, port), timeout=connect_timeout)
         except OSError as error:
-            raise ConnectionFailed(self.server, _reason(error)) from error
+            raise ConnectionFailed(self.server, reason_of(error)) from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
@@ -128,7 +128,7 @@ class Connection:
                 self._socket.settimeout(timeout)
                 self._socket.sendall(data)
         except OSError as error:
-            raise ConnectionLost(self.server, _reason(error)) from error
+            raise ConnectionLost(self.server, reason_of(error)) from error
 
     def _send_records(self, sock: ssl.SSLSocket, data: bytes, timeout: float) -> None:
         # sendall() of an SSLSocket would allow the time-out again for every record.
@@ -154,7 +154,7 @@ class Connection:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except OSError as error:
-            raise ConnectionLost(self.server, _reason(error)) from error
+            raise ConnectionLost(self.server, reason_of(error)) from error
 
     def receive(self, deadline: float | None, what: str = "the answer of the job server") -> Packet:
         """
@@ -231,7 +231,7 @@ class Connection:
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return b""
         except OSError as error:
-            raise ConnectionLost(self.server, _reason(error)) from error
+            raise ConnectionLost(self.server, reason_of(error)) from error
         if not data:
             raise ConnectionLost(self.server, "the server closed it")
         if not self._received:
@@ -267,5 +267,6 @@ def _left(deadline: float) -> float:
     return max(deadline - monotonic(), 0.001)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def reason_of(error: Exception) -> str:
+    """What the operating system says, in its words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -76,6 +76,9 @@ class JobRequest:
     data: bytes = b""
     """The result, or the exception's data."""
 
+    raised: Exception | None = None
+    """What a call-back raised; who waits for the job is to raise it."""
+
     @property
     def key(self) -> bytes:
         """What equal jobs have in common; empty for nothing. PROTOCOL 5.1: "-" stands for the workload."""
@@ -169,7 +172,7 @@ class ClientProtocol:
         A packet came: it is told to whom it is for.
 
         Returns:
-            Whom it answered or ended; None when it did neither.
+            Whom it was told to; None when it was for nobody.
         Raises:
             ProtocolError: Nobody asked for it; close the connection.
         """
@@ -216,10 +219,13 @@ class ClientProtocol:
                 del self._jobs[handle]
             return request
         requests.rotate(-1)
-        if kind == PacketType.WORK_DATA and request.on_data is not None:
-            request.on_data(arguments[1])
-        elif kind == PacketType.WORK_WARNING and request.on_warning is not None:
-            request.on_warning(arguments[1])
-        elif kind == PacketType.WORK_STATUS and request.on_status is not None:
-            request.on_status(arguments[1], arguments[2])
-        return None
+        try:
+            if kind == PacketType.WORK_DATA and request.on_data is not None:
+                request.on_data(arguments[1])
+            elif kind == PacketType.WORK_WARNING and request.on_warning is not None:
+                request.on_warning(arguments[1])
+            elif kind == PacketType.WORK_STATUS and request.on_status is not None:
+                request.on_status(arguments[1], arguments[2])
+        except Exception as error:
+            request.raised = request.raised or error
+        return request

@@ -25,6 +25,9 @@ CIRCUIT: Final = 5.0
 LONGEST_CIRCUIT: Final = 60.0
 """Seconds between two attempts at a server that stays away, at the most."""
 
+QUICK: Final = 0.1
+"""Seconds in which a failure costs nobody anything."""
+
 _POINTS: Final = 160
 """Places of a server on the ring: enough that shares differ by some percent."""
 
@@ -109,9 +112,10 @@ class Servers:
         circuit = self._circuits.get(name)
         return circuit is not None and circuit.shut_until > self._clock()
 
-    def is_doubtful(self, name: str) -> bool:
-        """Whether it failed when it was last tried, however long ago."""
-        return name in self._circuits
+    def may_hang(self, name: str) -> bool:
+        """Whether it was waited for in vain, however long ago: what was connected before may hang too."""
+        circuit = self._circuits.get(name)
+        return circuit is not None and circuit.waits
 
     def trying(self, name: str) -> None:
         """Somebody connects to it: nobody else is to wait for a server that may still be away."""

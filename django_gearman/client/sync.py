@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Final, TypeVar, Unpack
 
-from ..addresses import DEFAULT_PORT, split_address
+from ..addresses import split_address
 from ..exceptions import (
     CommandNotSupported,
     ConnectionFailed,
@@ -36,8 +36,9 @@ from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient
 from .connection import Connection
 from .core import ClientProtocol, JobRequest, Priority, Question
-from .servers import CIRCUIT, Route, allowance
+from .servers import CIRCUIT, QUICK, Route, allowance
 from .tasks import (
+    DEFAULT_SERVERS,
     EXPLANATION_TIMEOUT,
     IN_FLIGHT,
     LATEST,
@@ -53,6 +54,7 @@ from .tasks import (
     argument,
     collect,
     job_status,
+    nobody_came,
     result_of,
     server_error,
     unique_status,
@@ -63,8 +65,6 @@ __all__ = ["LATEST", "Client", "JobStatus", "UniqueStatus"]
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=JobStatus)
-
-DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
 NUDGE_TIMEOUT: Final = 0.2
 """Seconds that telling a server about new rows may take: it finds them by itself soon after."""
@@ -171,8 +171,6 @@ class Client(Submitter):
         self._local = threading.local()
         self._foreign: set[str] = set()
         """Servers that were found to be none of ours."""
-        self._deaf: set[str] = set()
-        """Servers that do not know how to let one listen."""
 
     # Foreground jobs.
 
@@ -509,24 +507,19 @@ class Client(Submitter):
             if request.function and (better := self._nobody_came(session.server, request, error)):
                 raise better from None
             raise
+        if request.raised is not None:
+            raise request.raised
 
     def _note_silence(self, server: str, answer_by: float) -> None:
         if monotonic() >= answer_by:
             self._servers.failed(server, waited=True)
 
     def _nobody_came(self, server: str, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
-        name = request.function.decode()
         try:
             with self._admin(server, EXPLANATION_TIMEOUT) as admin:
-                for row in admin.status():
-                    if row.name == name and not row.workers:
-                        waiting = max(row.total - row.running, 1)
-                        return NoWorker(
-                            error.what, error.timeout, function=name, waiting=waiting, server=server
-                        )
+                return nobody_came(admin.status(), server, request.function.decode(), error)
         except GearmanError:
-            pass  # the time-out itself is to be told
-        return None
+            return None  # the time-out itself is to be told
 
     def _first_known(
         self,
@@ -693,7 +686,7 @@ class Client(Submitter):
                     session = idle.pop()
                 except IndexError:
                     break  # another thread was quicker
-                if session.is_usable:
+                if session.is_usable and not self._servers.may_hang(server):
                     return session
                 session.close()
             if nudge and self._servers.is_shut(server):
@@ -717,10 +710,10 @@ class Client(Submitter):
                 send_timeout=self._timeout,
                 max_packet=self._max_packet,
                 tls=self._tls,
-                prove=len(left) > 1 or self._servers.is_doubtful(server),
+                prove=len(left) > 1 or self._servers.may_hang(server),
             )
         except ConnectionFailed:
-            self._servers.failed(server, waited=monotonic() - began > _QUICK)
+            self._servers.failed(server, waited=monotonic() - began > QUICK)
             raise
         self._servers.answered(server)
         session = _Session(connection, server)
@@ -729,9 +722,6 @@ class Client(Submitter):
         connection.send(data)
         return session
 
-
-_QUICK: Final = 0.1
-"""Seconds in which a failure costs nobody anything."""
 
 _PIECE: Final = 256 * 1024
 _BUFFER: Final = 4 * 1024 * 1024

@@ -9,25 +9,30 @@ from __future__ import annotations
 import math
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
+from ..addresses import DEFAULT_PORT
 from ..exceptions import (
     CommandNotSupported,
     ConnectionLost,
     GearmanError,
     JobFailed,
+    NoWorker,
     ResponseTimeout,
     ServerError,
     TooLarge,
 )
 from ..protocol.packets import PacketType
 from ..protocol.reader import MAX_BODY
+from .admin_client import FunctionStatus
 from .core import ClientProtocol, DataHandler, JobRequest, Priority, Question, StatusHandler
 from .servers import CIRCUIT, Servers
 
 V = TypeVar("V")
+
+DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
 LATEST: Final = 253_370_764_800
 """The year 9999 in seconds since 1970; gearmand closes the connection on numbers too large for it."""
@@ -198,6 +203,8 @@ class Task:
         if request.error is not None:
             return
         if request.handle is not None and request.outcome is None:
+            if self.handle:
+                return  # it was a part, which went to its call-back
             self.server, self.handle = server, request.handle.decode(errors="replace")
             self._call("on_created")
             if self.background:
@@ -322,6 +329,8 @@ class Submitter:
         self._timeout = timeout
         self._max_packet = max_packet
         self._tls = tls
+        self._deaf: set[str] = set()
+        """Servers that do not know how to let one listen."""
 
     def _added(self) -> list[Task]:
         """Where the caller's tasks gather."""
@@ -488,6 +497,17 @@ def result_of(request: JobRequest) -> bytes:
     raise JobFailed(request.function.decode(), data=request.data)
 
 
+def nobody_came(
+    rows: Iterable[FunctionStatus], server: str, function: str, error: ResponseTimeout
+) -> NoWorker | None:
+    """What to raise for a time-out if the server's ``status`` says that no worker offers the function."""
+    for row in rows:
+        if row.name == function and not row.workers:
+            waiting = max(row.total - row.running, 1)
+            return NoWorker(error.what, error.timeout, function=function, waiting=waiting, server=server)
+    return None
+
+
 def server_error(server: str, asked: PacketType, code: bytes, text: bytes) -> ServerError:
     """What to raise for an ERROR; the version of ``CommandNotSupported`` is still to be found out."""
     told = server, code.decode(errors="replace"), text.decode(errors="replace")
@@ -554,6 +574,8 @@ class TaskRun:
             else:
                 task.told_standing(server, job_status(arguments))
             return
+        if told.raised is not None:
+            raise told.raised
         if told.is_settled:
             self._land(there, told)
         if told.error is not None:
