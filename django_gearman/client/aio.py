@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
@@ -33,7 +34,7 @@ from ..exceptions import (
 )
 from ..protocol.packets import RESPONSE, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
-from .admin_client import function_status
+from .admin_client import FunctionStatus, function_status
 from .connection import KEEPALIVE_IDLE, not_proven, reason_of, unreadable
 from .core import ClientProtocol, JobRequest, Priority, Question
 from .servers import CIRCUIT, QUICK, Route, allowance
@@ -77,11 +78,23 @@ class _Link(asyncio.Protocol):
         """Calls that are under way on it."""
         self.is_spent = False
         """Whether a job on it has nobody waiting: it is closed as soon as nobody else needs it."""
+        self.asking: asyncio.Task[list[FunctionStatus]] | None = None
+        """What the server says of its functions, for calls whose time is up."""
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._max_packet = max_packet
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
         self._writable: asyncio.Future[None] | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the server has not closed it; asyncio may not have had the time to say so."""
+        if self.lost is not None or not hasattr(select, "POLLRDHUP"):
+            return self.lost is None
+        assert self._transport is not None, "it is connected"
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return not poll.poll(0)
 
     # What asyncio says.
 
@@ -239,6 +252,8 @@ class _Links:
         for opening in self.opening.values():
             opening.cancel()
         self.opening.clear()
+        # It refers to the loop, by which these are found.
+        self.keeper = None
 
     async def keep(self) -> AsyncGenerator[None, None]:
         """Closes them when the event loop ends, which ends its asynchronous generators."""
@@ -445,9 +460,10 @@ class AsyncClient(Submitter):
         links = self._links_of.pop(asyncio.get_running_loop(), None)
         if links is None:
             return
+        keeper = links.keeper
         links.close()
-        if links.keeper is not None:
-            await links.keeper.aclose()
+        if keeper is not None:
+            await keeper.aclose()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -502,6 +518,8 @@ class AsyncClient(Submitter):
                 await self._ended(link, request, timeout, deadline, what, parts)
                 while parts:
                     yield parts.popleft()
+        while parts:
+            yield parts.popleft()
         yield Value(result_of(request))
 
     async def _acknowledged(self, link: _Link, request: JobRequest, deadline: float | None) -> None:
@@ -518,6 +536,8 @@ class AsyncClient(Submitter):
             raise ResponseTimeout("the answer of the job server", monotonic() - began) from None
         if request.error is not None:
             raise await self._server_error(link.server, request.kind, *request.error)
+        if request.raised is not None:
+            raise request.raised
 
     async def _ended(
         self,
@@ -531,32 +551,39 @@ class AsyncClient(Submitter):
         """Wait until the job has ended, or there is a part to yield."""
         try:
             async with asyncio.timeout(None if deadline is None else deadline - monotonic()):
-                while request.outcome is None and not parts:
+                while request.outcome is None and request.raised is None and not parts:
                     await link.wait(request)
-                    if request.raised is not None:
-                        raise request.raised
-        except TimeoutError as error:
-            if error is request.raised:
-                raise
+        except TimeoutError:
             late = ResponseTimeout(what, timeout or 0.0)
             if not request.function:
                 raise late from None
             # Before the connection may be closed, and the job dropped with it.
-            raise (await self._nobody_came(link.server, request, late) or late) from None
+            raise (await self._nobody_came(link, request, late) or late) from None
+        if request.raised is not None:
+            raise request.raised
 
     def _note_silence(self, link: _Link, answer_by: float) -> None:
         if monotonic() >= answer_by:
             self._servers.failed(link.server, waited=True)
             _spend(link)
 
-    async def _nobody_came(self, server: str, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
+    async def _nobody_came(self, link: _Link, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
+        """Why nobody came; asked once for all whose time is up together."""
+        asking = link.asking
+        if asking is None:
+            asking = link.asking = asyncio.create_task(self._rows(link))
+        rows = await asyncio.shield(asking)
+        return nobody_came(rows, link.server, request.function.decode(), error)
+
+    async def _rows(self, link: _Link) -> list[FunctionStatus]:
         try:
             async with asyncio.timeout(EXPLANATION_TIMEOUT):
-                lines = await self._lines(server, b"status")
-            rows = [function_status(line) for line in lines]
+                lines = await self._lines(link.server, b"status")
+            return [function_status(line) for line in lines]
         except (OSError, ValueError, asyncio.IncompleteReadError):
-            return None  # the time-out itself is to be told
-        return nobody_came(rows, server, request.function.decode(), error)
+            return []  # the time-out itself is to be told
+        finally:
+            link.asking = None
 
     async def _first_known(
         self,
@@ -650,7 +677,8 @@ class AsyncClient(Submitter):
                 )
         except TimeoutError:
             raise ResponseTimeout("the answer of the job server", timeout or 0.0) from None
-        task.told_standing(server, job_status(arguments))
+        task.server = server
+        task.told_standing(job_status(arguments))
 
     async def _run_submission(
         self,
@@ -666,17 +694,14 @@ class AsyncClient(Submitter):
             link = await self._take_on(route)
             try:
                 with self._using(link, request):
+                    task.server = link.server
                     await self._acknowledged(link, request, deadline)
-                    task.told(link.server)
                     if not request.background:
                         await self._ended(link, request, timeout, deadline, f"job {task.function}")
+                return
             except ConnectionLost as error:
                 route.lost(link.server, error)
                 task.handle = ""
-                continue
-            if not request.background:
-                task.told(link.server)
-            return
 
     # Connections.
 
@@ -713,7 +738,7 @@ class AsyncClient(Submitter):
         failure: ConnectionFailed | None = None
         for number, server in enumerate(servers):
             link = links.open.get(server)
-            if link is not None and link.lost is None and not self._servers.may_hang(server):
+            if link is not None and link.is_usable and not self._servers.may_hang(server):
                 return link
             try:
                 return await self._opened(links, server, servers[number:])
@@ -748,7 +773,8 @@ class AsyncClient(Submitter):
     async def _open(self, links: _Links, server: str, left: list[str]) -> _Link:
         host, port = split_address(server)
         timeout = allowance(left, self._connect_timeout)
-        prove = self._tls is not None or len(left) > 1 or self._servers.may_hang(server)
+        several = len(self._servers.names) > 1
+        prove = self._tls is not None or several or self._servers.may_hang(server)
         link = _Link(server, self._max_packet, links)
         self._servers.trying(server)
         began = monotonic()

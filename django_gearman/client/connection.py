@@ -6,6 +6,7 @@ Knows sockets, TLS and time-outs, and nothing of what packets mean.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -269,4 +270,7 @@ def _left(deadline: float) -> float:
 
 def reason_of(error: Exception) -> str:
     """What the operating system says, in its words."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        # asyncio has sentences of its own.
+        return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

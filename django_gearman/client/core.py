@@ -64,6 +64,9 @@ class JobRequest:
     on_warning: DataHandler | None = None
     on_status: StatusHandler | None = None
 
+    on_change: Callable[[], None] | None = None
+    """Called when it was acknowledged or has ended."""
+
     handle: bytes | None = None
     """None until the server has acknowledged the job."""
 
@@ -109,7 +112,15 @@ class JobRequest:
 
     def leave(self) -> None:
         """Nobody wants to hear of it any more."""
-        self.on_data = self.on_warning = self.on_status = None
+        self.on_data = self.on_warning = self.on_status = self.on_change = None
+
+    def call(self, handler: Callable[..., None] | None, *arguments: bytes) -> None:
+        """Call a call-back, in the midst of others' packets: what it raises is kept for who waits."""
+        if handler is not None:
+            try:
+                handler(*arguments)
+            except Exception as error:
+                self.raised = self.raised or error
 
     @property
     def kind(self) -> PacketType:
@@ -197,6 +208,7 @@ class ClientProtocol:
             waiting.handle = waiting.listens or arguments[0]
             if not waiting.background:
                 self._jobs.setdefault(waiting.handle, deque()).append(waiting)
+            waiting.call(waiting.on_change)
         elif kind == PacketType.ERROR:
             waiting.error = arguments[0], arguments[1]
         else:
@@ -217,15 +229,13 @@ class ClientProtocol:
             requests.popleft()
             if not requests:
                 del self._jobs[handle]
+            request.call(request.on_change)
             return request
         requests.rotate(-1)
-        try:
-            if kind == PacketType.WORK_DATA and request.on_data is not None:
-                request.on_data(arguments[1])
-            elif kind == PacketType.WORK_WARNING and request.on_warning is not None:
-                request.on_warning(arguments[1])
-            elif kind == PacketType.WORK_STATUS and request.on_status is not None:
-                request.on_status(arguments[1], arguments[2])
-        except Exception as error:
-            request.raised = request.raised or error
+        if kind == PacketType.WORK_DATA:
+            request.call(request.on_data, arguments[1])
+        elif kind == PacketType.WORK_WARNING:
+            request.call(request.on_warning, arguments[1])
+        else:
+            request.call(request.on_status, arguments[1], arguments[2])
         return request

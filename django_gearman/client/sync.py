@@ -14,8 +14,8 @@ import ssl
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Final, TypeVar, Unpack
 
@@ -33,7 +33,7 @@ from ..exceptions import (
 )
 from ..protocol.packets import CLAIM, CLAIMED, PacketType
 from ..protocol.reader import MAX_BODY
-from .admin_client import AdminClient
+from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
 from .core import ClientProtocol, JobRequest, Priority, Question
 from .servers import CIRCUIT, QUICK, Route, allowance
@@ -311,7 +311,7 @@ class Client(Submitter):
                 if not run.is_over:
                     self._tend_tasks(run, sessions, deadline)
                 if deadline is not None and monotonic() >= deadline:
-                    run.give_up(lambda task: ResponseTimeout(f"job {task.function}", timeout or 0.0))
+                    self._give_up(run, sessions, timeout or 0.0)
         finally:
             for session in sessions.values():
                 # A connection with jobs of nobody is closed, so that the server drops them.
@@ -498,6 +498,8 @@ class Client(Submitter):
         """Receive until the job has ended."""
         while request.outcome is None:
             self._hear(session, request, deadline, what)
+        if request.raised is not None:
+            raise request.raised
 
     def _hear(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
         try:
@@ -591,7 +593,7 @@ class Client(Submitter):
             known = sessions.setdefault(session.server, session)
             if known is not session:
                 self._give_back(session)
-            if not known.protocol.awaits_answer:
+            if not known.protocol.awaits_answer or not run.has_jobs_at(known.server):
                 known.heard_at = monotonic()
             known.unsent += run.submit(task, known.server, known.protocol)
             if len(known.unsent) > _BUFFER:
@@ -621,6 +623,23 @@ class Client(Submitter):
                 if isinstance(error, ResponseTimeout):
                     self._servers.failed(session.server, waited=True)
                 run.lost(session.server, error)
+
+    def _give_up(self, run: TaskRun, servers: Iterable[str], timeout: float) -> None:
+        rows = self._rows_of(servers)
+
+        def late(task: Task) -> ResponseTimeout:
+            error = ResponseTimeout(f"job {task.function}", timeout)
+            return nobody_came(rows.get(task.server, ()), task.server, task.function, error) or error
+
+        run.give_up(late)
+
+    def _rows_of(self, servers: Iterable[str]) -> dict[str, list[FunctionStatus]]:
+        """What servers say of their functions, to tell why nobody came."""
+        rows: dict[str, list[FunctionStatus]] = {}
+        for server in servers:
+            with suppress(GearmanError), self._admin(server, EXPLANATION_TIMEOUT) as admin:
+                rows[server] = admin.status()
+        return rows
 
     def _tend_session(self, run: TaskRun, session: _Session, now: float) -> None:
         connection = session.connection
@@ -710,7 +729,7 @@ class Client(Submitter):
                 send_timeout=self._timeout,
                 max_packet=self._max_packet,
                 tls=self._tls,
-                prove=len(left) > 1 or self._servers.may_hang(server),
+                prove=len(self._servers.names) > 1 or self._servers.may_hang(server),
             )
         except ConnectionFailed:
             self._servers.failed(server, waited=monotonic() - began > QUICK)

@@ -144,7 +144,7 @@ class Task:
     Attributes:
         function, unique, workload, background: As they were given.
         context: Whatever was given with it, for the call-backs.
-        server: ``host:port`` of the server that has or had it; empty before.
+        server: ``host:port`` of the server that it was given to last; empty before.
         handle: Empty until a server has acknowledged it.
         data: What came last: a part, a warning, the exception's data, or the result.
         numerator, denominator: The progress told last.
@@ -192,23 +192,20 @@ class Task:
         """Have the call-backs called; ``defaults`` are those that were given to ``run_tasks``."""
         self._callbacks = {**defaults, **self._callbacks}
         if self.request is not None:
+            self.request.on_change = self._changed
             self.request.on_data = self._told_data
             self.request.on_warning = self._told_warning
             self.request.on_status = self._told_status
 
-    def told(self, server: str) -> None:
-        """The request has been answered, or has ended."""
+    def _changed(self) -> None:
+        """It was acknowledged, or has ended."""
         request = self.request
-        assert request is not None, "only submissions are told of"
-        if request.error is not None:
-            return
-        if request.handle is not None and request.outcome is None:
-            if self.handle:
-                return  # it was a part, which went to its call-back
-            self.server, self.handle = server, request.handle.decode(errors="replace")
+        assert request is not None, "its own call-back"
+        if request.outcome is None:
+            assert request.handle is not None, "it was acknowledged"
+            self.handle = request.handle.decode(errors="replace")
+            self.is_done = self.background
             self._call("on_created")
-            if self.background:
-                self.is_done = True
             return
         self.data = request.data
         if request.outcome is PacketType.WORK_COMPLETE:
@@ -222,9 +219,8 @@ class Task:
             return
         self.fail(failure)
 
-    def told_standing(self, server: str, status: JobStatus) -> None:
+    def told_standing(self, status: JobStatus) -> None:
         """A server said how the job of an ``add_task_status`` stands."""
-        self.server = server
         self.known, self.running = status.known, status.running
         self.numerator, self.denominator = status.numerator, status.denominator
         self.is_done = True
@@ -549,6 +545,7 @@ class TaskRun:
 
     def submit(self, task: Task, server: str, protocol: ClientProtocol) -> bytes:
         """Bytes to send to the server."""
+        task.server = server
         if task.request is None:
             question, data = protocol.ask(
                 PacketType.GET_STATUS, task.handle.encode(), answers=PacketType.STATUS_RES
@@ -572,7 +569,7 @@ class TaskRun:
             if kind == PacketType.ERROR:
                 task.fail(server_error(server, PacketType.GET_STATUS, *arguments[:2]))
             else:
-                task.told_standing(server, job_status(arguments))
+                task.told_standing(job_status(arguments))
             return
         if told.raised is not None:
             raise told.raised
@@ -580,8 +577,6 @@ class TaskRun:
             self._land(there, told)
         if told.error is not None:
             task.fail(server_error(server, told.kind, *told.error))
-        else:
-            task.told(server)
 
     def _land(self, there: dict[JobRequest | Question, Task], landed: JobRequest | Question) -> None:
         del there[landed]

@@ -16,18 +16,20 @@ import pytest
 
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client, JobStatus, UniqueStatus
+from django_gearman.client.tasks import Data, Progress, Value, Warned
 from django_gearman.exceptions import (
     CommandNotSupported,
     ConnectionFailed,
     ConnectionLost,
     GearmanError,
     JobFailed,
+    NoWorker,
     ResponseTimeout,
     ResultTooLarge,
     ServerError,
 )
 from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
-from django_gearman.worker.loop import AssignedJob, JobRefused
+from django_gearman.worker.loop import AssignedJob, JobRefused, WorkerFunction
 from tests import harness
 
 from .fake_server import Peer, fake_server, play
@@ -116,6 +118,45 @@ class TestForeground:
         told: list[bytes] = []
         client.do("tell", timeout=10, on_data=lambda data: told.append(client.echo(data)))
         assert told == [b"part"]
+
+
+@pytest.mark.usefixtures("worker")
+class TestStreams:
+    def test_parts_and_the_value(self, client: Client) -> None:
+        assert list(client.stream("tell", timeout=10)) == [
+            Data(b"part"),
+            Warned(b"careful"),
+            Progress(1, 3),
+            Value(b"end"),
+        ]
+
+    def test_as_they_come(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            job.send_data(b"first")
+            assert go_on.wait(20)
+            return b"end"
+
+        with harness.worker_thread({"wait for the reader": work}, server):
+            parts = client.stream("wait for the reader", timeout=20)
+            assert next(parts) == Data(b"first")
+            go_on.set()
+            assert list(parts) == [Value(b"end")]
+
+    def test_failure(self, client: Client) -> None:
+        with pytest.raises(JobFailed):
+            list(client.stream("fail", timeout=10))
+
+    def test_who_leaves_abandons_the_job(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with pytest.raises(ResponseTimeout):
+            list(client.stream("nobody streams", timeout=0.05))
+        harness.wait_until(lambda: server.status()["nobody streams"] == (0, 0, 0))
+        assert client.echo(b"x") == b"x"
+
+    def test_wrong_arguments_are_told_at_the_call(self, client: Client) -> None:
+        with pytest.raises(TypeError, match="must be bytes"):
+            client.stream("f", "text")  # type: ignore[arg-type]
 
 
 class TestBackground:
@@ -362,6 +403,68 @@ class TestTimeouts:
                 client.echo(b"x")
             late.set()
             assert client.echo(b"x") == b"in time"
+
+
+class TestNobodyComes:
+    def test_the_time_out_says_so(self, client: Client) -> None:
+        for _ in range(2):
+            client.do_background("misspelt")
+        with pytest.raises(
+            NoWorker, match=r"job misspelt took longer than 0.\d+ s: 3 jobs wait for"
+        ) as caught:
+            client.do("misspelt", timeout=0.05)
+        error = caught.value
+        assert (error.function, error.waiting) == ("misspelt", 3)
+        assert "no worker offers it at 127.0.0.1" in str(error)
+
+    def test_not_when_they_are_busy(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            go_on.wait(20)
+            return b""
+
+        with harness.worker_thread({"busy": work}, server):
+            try:
+                harness.wait_until(lambda: server.status().get("busy"))
+                with pytest.raises(ResponseTimeout) as caught:
+                    client.do("busy", timeout=0.1)
+            finally:
+                go_on.set()
+        assert type(caught.value) is ResponseTimeout
+
+
+class TestWaiting:
+    """``wait_for``: our server's extension, ``packets.LISTEN``."""
+
+    @pytest.mark.parametrize("outcome", [reverse, fail])
+    def test_until_the_end(
+        self, server: harness.GearmanServerProcess, client: Client, outcome: WorkerFunction
+    ) -> None:
+        def work(job: AssignedJob) -> bytes:
+            with closing(Connection("127.0.0.1", server.port)) as asking:
+                harness.wait_until(lambda: count_waiting(asking, b"heard of") == 1)
+            return outcome(job)
+
+        with harness.worker_thread({"heard of": work}, server):
+            handle = client.do_background("heard of", unique="heard of")
+            assert client.wait_for(handle, timeout=10) is True
+        assert client.wait_for(handle, timeout=10) is False
+
+    def test_time_out(self, client: Client) -> None:
+        handle = client.do_background("nobody's")
+        with pytest.raises(ResponseTimeout, match="job H:"):
+            client.wait_for(handle, timeout=0.05)
+        assert client.job_status(handle).known, "the job goes on"
+
+    def test_a_server_of_others(self) -> None:
+        """gearmand's answer; it is not asked again."""
+        script = play(
+            P.OPTION_REQ, (P.OPTION_RES, b"exceptions"), P.OPTION_REQ, (P.ERROR, b"UNKNOWN_OPTION", b"")
+        )
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
+            assert client.wait_for("H:1", timeout=5) is False
+            assert client.wait_for("H:1", timeout=5) is False
 
 
 class TestFaults:
