@@ -14,11 +14,16 @@ __all__ = [
     "AdminClient",
     "AsyncClient",
     "Client",
+    "Data",
     "Discard",
     "Job",
     "JobContext",
     "JobResult",
+    "Progress",
     "Retry",
+    "Task",
+    "Value",
+    "Warned",
     "cron",
     "every",
     "job",
@@ -28,11 +33,16 @@ _HOMES = {
     "AdminClient": "client.admin_client",
     "AsyncClient": "client.aio",
     "Client": "client.sync",
+    "Data": "client.tasks",
     "Discard": "exceptions",
     "Job": "jobs",
     "JobContext": "jobs",
     "JobResult": "jobs",
+    "Progress": "client.tasks",
     "Retry": "exceptions",
+    "Task": "client.tasks",
+    "Value": "client.tasks",
+    "Warned": "client.tasks",
     "cron": "schedules",
     "every": "schedules",
     "job": "jobs",
@@ -42,6 +52,11 @@ if TYPE_CHECKING:
     from .client.admin_client import AdminClient as AdminClient
     from .client.aio import AsyncClient as AsyncClient
     from .client.sync import Client as Client
+    from .client.tasks import Data as Data
+    from .client.tasks import Progress as Progress
+    from .client.tasks import Task as Task
+    from .client.tasks import Value as Value
+    from .client.tasks import Warned as Warned
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
     from .jobs import Job as Job

@@ -70,7 +70,11 @@ def refuse_unless_json(value: object, what: str) -> None:
 
 def dumps(value: object) -> bytes:
     """A value that was not refused, as compact JSON."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _encode(value).encode()
+
+
+# json.dumps would make an encoder for each value.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def describe_exception(error: BaseException) -> bytes:

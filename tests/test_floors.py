@@ -28,6 +28,7 @@ FLOORS: dict[str, int] = {
     "protocol": 2,
     "encoding": 2,
     "durability": 3,
+    "insertion": 3,
     "scheduler": 3,
     "history": 3,
     "server": 3,

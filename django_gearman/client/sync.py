@@ -14,7 +14,7 @@ import ssl
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Final, TypeVar, Unpack
@@ -205,7 +205,7 @@ class Client(Submitter):
         unique: str = "",
         priority: Priority = "normal",
         timeout: float | None = None,
-    ) -> Iterator[Part | Value[bytes]]:
+    ) -> Generator[Part | Value[bytes], None, None]:
         """
         As ``do``, yielding what the worker tells as it comes: parts, and last the ``Value``.
 
@@ -417,7 +417,7 @@ class Client(Submitter):
     def server_version(self, server: str) -> str:
         """What a server says that it is; empty when it does not."""
         try:
-            with self._admin(server) as admin:
+            with self._admin(server, min(self._timeout, self._connect_timeout)) as admin:
                 return admin.version()
         except GearmanError:
             return ""
@@ -468,7 +468,7 @@ class Client(Submitter):
 
     def _stream(
         self, request: JobRequest, parts: deque[Part], timeout: float | None
-    ) -> Iterator[Part | Value[bytes]]:
+    ) -> Generator[Part | Value[bytes], None, None]:
         deadline = None if timeout is None else monotonic() + timeout
         what = f"job {request.function.decode()}"
         with self._session(self._servers.order(request.key)) as session:

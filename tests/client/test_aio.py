@@ -23,10 +23,10 @@ from tests import harness
 from . import test_servers, test_sync, test_tasks
 from .awaited import AwaitedClient
 from .fake_server import Peer, fake_server, play
-from .test_servers import two
+from .test_servers import both, two
 from .test_sync import count_clients, server, worker
 
-__all__ = ["server", "two", "worker"]
+__all__ = ["both", "server", "two", "worker"]
 
 P = PacketType
 

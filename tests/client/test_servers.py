@@ -121,10 +121,19 @@ class TestSpread:
         assert sorted(servers.order(b"x")) == NAMES
 
 
-@pytest.fixture
-def two() -> Iterator[list[harness.GearmanServerProcess]]:
+@pytest.fixture(scope="module")
+def both() -> Iterator[list[harness.GearmanServerProcess]]:
     with harness.server(store="memory") as one, harness.server(store="memory") as other:
         yield [one, other]
+
+
+@pytest.fixture
+def two(both: list[harness.GearmanServerProcess]) -> list[harness.GearmanServerProcess]:
+    """Two running servers, whatever the test before has done to them."""
+    for each in both:
+        if not each.is_running:
+            each.start()
+    return both
 
 
 def reverse(job: AssignedJob) -> bytes:
@@ -149,8 +158,8 @@ class TestFailOver:
         one, other = two
         with Client([one.address, other.address], timeout=10, circuit=0.2) as client:
             one.kill()
-            client.do_background("f")
-            assert other.status()["f"][0] == 1
+            client.do_background("moved")
+            assert other.status()["moved"][0] == 1
             one.start()
 
             def is_back() -> bool:

@@ -710,7 +710,7 @@ class TestClaim:
             peer.send(P.ECHO_RES, b"x")
             peer.wait_for_end()
 
-        with fake_server(gearmand) as port, Client([f"127.0.0.1:{port}"]) as client:
+        with fake_server(gearmand) as port, Client([f"127.0.0.1:{port}"], timeout=1) as client:
             assert client.claim() is True
             assert client.echo(b"x") == b"x"
             assert [client.claim() for _ in range(10)] == [False] * 10
