@@ -94,10 +94,12 @@ class Storm:
         assert not self.acknowledged - runs.keys(), "every acknowledged background job ran"
 
 
-@pytest.mark.parametrize(
-    ("spread", "resubmit"), [(False, False), (True, True)], ids=["in order", "spread, resubmitting"]
-)
+IN_ORDER = pytest.param(False, False, id="in order")
+SPREAD = pytest.param(True, True, id="spread, resubmitting")
+
+
 class TestKilledServer:
+    @pytest.mark.parametrize(("spread", "resubmit"), [IN_ORDER, SPREAD])
     def test_client(self, servers: Pair, tmp_path: Any, spread: bool, resubmit: bool) -> None:
         storm = Storm(servers[0], str(tmp_path / "trace"))
         client = Client([each.address for each in servers], spread=spread, timeout=TIMEOUT)
@@ -127,6 +129,7 @@ class TestKilledServer:
             list(pool.map(lambda number: calls[number % 2](number // 2), range(2 * JOBS)))
         storm.check(resubmit=resubmit)
 
+    @pytest.mark.parametrize(("spread", "resubmit"), [SPREAD])
     def test_async_client(self, servers: Pair, tmp_path: Any, spread: bool, resubmit: bool) -> None:
         storm = Storm(servers[0], str(tmp_path / "trace"))
 
@@ -164,6 +167,7 @@ class TestKilledServer:
         asyncio.run(main())
         storm.check(resubmit=resubmit)
 
+    @pytest.mark.parametrize(("spread", "resubmit"), [IN_ORDER])
     def test_run_tasks(self, servers: Pair, tmp_path: Any, spread: bool, resubmit: bool) -> None:
         storm = Storm(servers[0], str(tmp_path / "trace"))
         with Client([each.address for each in servers], spread=spread, timeout=TIMEOUT) as client:
