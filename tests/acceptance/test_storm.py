@@ -1,7 +1,7 @@
 """
 Views that enqueue and run jobs in eight preloaded web processes while job servers come and go.
 
-``GEARMAN_STORM`` says how many requests there are; the promise was tried with 20000.
+``GEARMAN_STORM`` says how many requests there are; the promise was tried with 10000.
 """
 
 from __future__ import annotations
