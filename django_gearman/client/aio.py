@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequ
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Final, TypeVar, Unpack
+from typing import Final, TypeVar, Unpack, cast
 from weakref import WeakKeyDictionary
 
 from .. import tls as tls_reasons
@@ -35,7 +35,7 @@ from ..exceptions import (
 from ..protocol.packets import RESPONSE, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
 from .admin_client import FunctionStatus, function_status
-from .connection import KEEPALIVE_IDLE, not_proven, reason_of, unreadable
+from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, unreadable
 from .core import ClientProtocol, JobRequest, Priority, Question
 from .servers import CIRCUIT, QUICK, Route, allowance
 from .tasks import (
@@ -82,6 +82,8 @@ class _Link(asyncio.Protocol):
         """What the server says of its functions, for calls whose time is up."""
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._max_packet = max_packet
+        self._received = False
+        """Whether anything ever came."""
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
         self._writable: asyncio.Future[None] | None = None
@@ -99,12 +101,16 @@ class _Link(asyncio.Protocol):
     # What asyncio says.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a stream's"
-        self._transport = transport
+        # uvloop's is none of asyncio's classes.
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         if self.lost is not None:
             return
+        if not self._received and data.startswith(TLS_ALERT):
+            self._lose(ConnectionLost(self.server, SPEAKS_TLS))
+            return
+        self._received = True
         self._reader.feed(data)
         try:
             while (packet := self._reader.take()) is not None:

@@ -26,8 +26,10 @@ from ..protocol.reader import MAX_BODY, Packet, PacketReader
 
 _CHUNK: Final = 256 * 1024
 
-_TLS_ALERT: Final = b"\x15\x03"
+TLS_ALERT: Final = b"\x15\x03"
 """How a TLS server's answer to plain text begins. RFC 8446, section 5.1."""
+
+SPEAKS_TLS: Final = "it speaks TLS and we do not; TLS_CA would make us"
 
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
@@ -237,8 +239,8 @@ class Connection:
             raise ConnectionLost(self.server, "the server closed it")
         if not self._received:
             self._received = True
-            if data.startswith(_TLS_ALERT):
-                raise ConnectionLost(self.server, "it speaks TLS and we do not; TLS_CA would make us")
+            if data.startswith(TLS_ALERT):
+                raise ConnectionLost(self.server, SPEAKS_TLS)
         return data
 
     def close(self) -> None:
