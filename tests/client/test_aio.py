@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -238,6 +239,42 @@ class TestCancellation:
                 assert await asyncio.to_thread(count_clients, server) <= before + 10
                 held.go_on.set()
                 assert await asyncio.gather(*waiting) == [b"held"] * 40
+
+        asyncio.run(main())
+
+    @pytest.mark.usefixtures("worker")
+    @pytest.mark.parametrize("seed", range(3))
+    def test_answers_go_to_who_asked(self, server: harness.GearmanServerProcess, seed: int) -> None:
+        """Hundreds of calls, of which many are cancelled or run out of time at random."""
+        chance = random.Random(seed)
+
+        async def call(client: AsyncClient, number: int) -> None:
+            text = b"%d" % number
+            kind = chance.randrange(4)
+            if kind == 0:
+                assert await client.echo(text) == text
+            elif kind == 1:
+                assert (await client.do_background("nobody serves this", text)).startswith("H:")
+            else:
+                timeout = chance.choice([None, 0.001, 0.005])
+                assert await client.do("reverse", text, timeout=timeout) == text[::-1]
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                calls = [asyncio.create_task(call(client, number)) for number in range(400)]
+                for each in calls:
+                    if chance.random() < 0.3:
+                        await asyncio.sleep(chance.random() * 0.004)
+                        each.cancel()
+                found = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(each) for each in found} <= {type(None), asyncio.CancelledError, ResponseTimeout}
+                assert sum(each is None for each in found) > 50
+                # All is as before.
+                calls = [asyncio.create_task(client.do("reverse", b"%d" % each)) for each in range(100)]
+                assert await asyncio.gather(*calls) == [(b"%d" % each)[::-1] for each in range(100)]
+                links = client._links()
+                await until(lambda: not links.retired)
+                assert not any(link._waiting for link in links.open.values())
 
         asyncio.run(main())
 

@@ -666,6 +666,26 @@ class TestConnections:
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
         assert client.echo(b"parent") == b"parent"
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
+    def test_forked_children_keep_none_open(self, server: harness.GearmanServerProcess) -> None:
+        """A job that the parent abandons is dropped, though a child goes on."""
+        client = Client([server.address], timeout=10)
+        before = count_clients(server)
+        client.echo(b"x")
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        try:
+            client.close()
+            harness.wait_until(lambda: count_clients(server) == before)
+        finally:
+            os.close(write)
+            os.waitpid(pid, 0)
+
     def test_close_and_use_again(self, client: Client) -> None:
         client.echo(b"x")
         client.close()
