@@ -65,6 +65,10 @@ MAX_RETIRED: Final = 8
 """Connections to one server that are kept open only for jobs that run on them."""
 
 
+_NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
+"""What comes of asking a server in words, when it does not answer as it should."""
+
+
 class _Link(asyncio.Protocol):
     """One connection, and who waits for what on it."""
 
@@ -457,7 +461,7 @@ class AsyncClient(Submitter):
         try:
             async with asyncio.timeout(self._connect_timeout):
                 (line,) = await self._lines(server, b"version")
-        except (OSError, GearmanError, ValueError):
+        except _NO_LINE:
             return ""
         return line.removeprefix(b"OK ").decode(errors="backslashreplace")
 
@@ -586,7 +590,7 @@ class AsyncClient(Submitter):
             async with asyncio.timeout(EXPLANATION_TIMEOUT):
                 lines = await self._lines(link.server, b"status")
             return [function_status(line) for line in lines]
-        except (OSError, ValueError, asyncio.IncompleteReadError):
+        except _NO_LINE:
             return []  # the time-out itself is to be told
         finally:
             link.asking = None
