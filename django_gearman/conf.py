@@ -37,6 +37,9 @@ class GearmanSettings:
     servers: tuple[str, ...] = (f"127.0.0.1:{DEFAULT_PORT}",)
     """``host:port`` of each job server; the first is also where ``gearman_server`` listens."""
 
+    spread: bool = False
+    """Whether clients choose the server by a hash of a job's unique, and not the first that answers."""
+
     database: str = "default"
     """Alias of the database that keeps the jobs."""
 

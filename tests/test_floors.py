@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "tracing": 2,
     "reports": 2,
     "durability": 3,
+    "insertion": 3,
     "scheduler": 3,
     "history": 3,
     "server": 3,

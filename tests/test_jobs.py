@@ -325,7 +325,7 @@ class TestArguments:
         settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}
         for submit in (jobs.shout.enqueue, jobs.shout.run):
             with pytest.raises(
-                ValueError, match="shout take 1001 bytes, more than MAX_PACKET=1000; pass a reference"
+                ValueError, match="shout has 1001 bytes, more than MAX_PACKET=1000; pass a reference"
             ):
                 submit(bytes(1001))
 

@@ -147,7 +147,7 @@ class AdminClient:
 
     def status(self) -> list[FunctionStatus]:
         """Every function, with its jobs and workers."""
-        return self._list("status", _function_status)
+        return self._list("status", function_status)
 
     def priority_status(self) -> list[PriorityStatus]:
         """Every function, with the jobs of each priority that wait."""
@@ -369,7 +369,8 @@ class AdminClient:
         raise ConnectionLost(self._server, reason)
 
 
-def _function_status(line: bytes) -> FunctionStatus:
+def function_status(line: bytes) -> FunctionStatus:
+    """A row of ``status``; ``ValueError`` when it is none."""
     # From the right: the name itself may have tabs.
     name, total, running, workers = line.rsplit(b"\t", 3)
     return FunctionStatus(_shown(name), _number(total), _number(running), _number(workers))

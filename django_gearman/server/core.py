@@ -34,6 +34,7 @@ from ..protocol.packets import (
     CLAIM,
     CLAIMED,
     HIGHEST_TYPE,
+    LISTEN,
     LOG,
     LOGS,
     MAX_LOG,
@@ -1223,6 +1224,13 @@ class JobServer:
             self._log(peer, handle, text)
         elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif option.startswith(LISTEN):
+            job = self.jobs.get(option.removeprefix(LISTEN))
+            if job is None or job.state is PENDING:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
+                return
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            self._listen(peer, job)
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
