@@ -12,12 +12,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdminClient",
+    "AsyncClient",
     "Client",
+    "Data",
     "Discard",
     "Job",
     "JobContext",
     "JobResult",
+    "Progress",
     "Retry",
+    "Task",
+    "Value",
+    "Warned",
     "cron",
     "every",
     "job",
@@ -25,12 +31,18 @@ __all__ = [
 
 _HOMES = {
     "AdminClient": "client.admin_client",
+    "AsyncClient": "client.aio",
     "Client": "client.sync",
+    "Data": "client.tasks",
     "Discard": "exceptions",
     "Job": "jobs",
     "JobContext": "jobs",
     "JobResult": "jobs",
+    "Progress": "client.tasks",
     "Retry": "exceptions",
+    "Task": "client.tasks",
+    "Value": "client.tasks",
+    "Warned": "client.tasks",
     "cron": "schedules",
     "every": "schedules",
     "job": "jobs",
@@ -38,7 +50,13 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from .client.admin_client import AdminClient as AdminClient
+    from .client.aio import AsyncClient as AsyncClient
     from .client.sync import Client as Client
+    from .client.tasks import Data as Data
+    from .client.tasks import Progress as Progress
+    from .client.tasks import Task as Task
+    from .client.tasks import Value as Value
+    from .client.tasks import Warned as Warned
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
     from .jobs import Job as Job

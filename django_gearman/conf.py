@@ -37,6 +37,9 @@ class GearmanSettings:
     servers: tuple[str, ...] = (f"127.0.0.1:{DEFAULT_PORT}",)
     """``host:port`` of each job server; the first is also where ``gearman_server`` listens."""
 
+    spread: bool = False
+    """Whether clients choose the server by a hash of a job's unique, and not the first that answers."""
+
     database: str = "default"
     """Alias of the database that keeps the jobs."""
 
@@ -63,6 +66,9 @@ class GearmanSettings:
 
     record_foreground: bool = True
     """Whether foreground jobs leave records too."""
+
+    record_logs: bool = True
+    """Whether the last lines that a job logged are kept with its record."""
 
     autodiscover: bool = True
     """Whether the ``jobs.py`` of each installed app is imported at start."""

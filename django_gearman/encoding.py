@@ -15,6 +15,8 @@ from typing import Final
 
 from django.db import models
 
+from .exceptions import NotJSON
+
 _MAX_MESSAGE: Final = 8 * 1024
 _MAX_TRACEBACK: Final = 64 * 1024
 """Characters of an exception that travel; what a job puts there is bounded before it is sent."""
@@ -40,22 +42,20 @@ _REMEDIES: Final = {
 
 
 def refuse_unless_json(value: object, what: str) -> None:
-    """Raise the ``TypeError`` that says which part of a value cannot travel, and what can instead."""
+    """Raise the ``NotJSON`` that says which part of a value cannot travel, and what can instead."""
     if value is None or isinstance(value, str | bool | int):
         return
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise TypeError(f"{what} is {value!r}, which JSON cannot carry; pass None or a string")
+            raise NotJSON(what, f"is {value!r}, which JSON cannot carry", "pass None or a string")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             refuse_unless_json(item, f"{what}, item {index}")
     elif isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(
-                    f"{what} has the key {key!r}, "
-                    "which JSON would make a string; use str keys or a list of pairs"
-                )
+                problem = f"has the key {key!r}, which JSON would make a string"
+                raise NotJSON(what, problem, "use str keys or a list of pairs")
             refuse_unless_json(item, f"{what}, key {key!r}")
     else:
         kind = type(value).__name__
@@ -65,12 +65,16 @@ def refuse_unless_json(value: object, what: str) -> None:
             remedy = "str() of it"
         else:
             remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
-        raise TypeError(f"{what} is a {kind}, which JSON cannot carry; pass {remedy}")
+        raise NotJSON(what, f"is a {kind}, which JSON cannot carry", f"pass {remedy}")
 
 
 def dumps(value: object) -> bytes:
     """A value that was not refused, as compact JSON."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _encode(value).encode()
+
+
+# json.dumps would make an encoder for each value.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def describe_exception(error: BaseException) -> bytes:

@@ -9,7 +9,11 @@ Every error of django_gearman, as one tree.
     ├── ServerError                the server answered ERROR
     │   └── CommandNotSupported    ... because it has no such text command
     ├── ResponseTimeout            no answer within the time allowed
+    │   └── NoWorker               ... because no worker offers the function
     ├── JobFailed                  the worker reported that the job failed
+    ├── NotJSON                    an argument or a return value that JSON cannot carry
+    ├── TooLarge                   a workload larger than a packet may be
+    │   └── ResultTooLarge         ... or what came back; a ConnectionLost too
     ├── WaitInTransaction          get() would wait for what its own transaction hides
     ├── JobNotFinished             a return value was asked for too early
     ├── JobResultDoesNotExist      no record with that id
@@ -118,8 +122,97 @@ class ResponseTimeout(GearmanError, TimeoutError):
         return f"{self.what} took longer than {round(self.timeout, 3):g} s"
 
 
+class NoWorker(ResponseTimeout):
+    """
+    The time was up and no worker offers the function: nobody would have come.
+
+    Attributes:
+        function: Its name.
+        waiting: How many jobs of it wait, the caller's own among them.
+        server: ``host:port`` of who said so; several with commas.
+    """
+
+    def __init__(self, what: str, timeout: float, *, function: str, waiting: int, server: str) -> None:
+        super().__init__(what, timeout)
+        self.function = function
+        self.waiting = waiting
+        self.server = server
+
+    def __str__(self) -> str:
+        wait = "1 job waits" if self.waiting == 1 else f"{self.waiting} jobs wait"
+        return (
+            f"{super().__str__()}: {wait} for {self.function} and no worker offers it at {self.server}; "
+            "start one that does (`manage.py gearman_worker`), or is the name misspelt?"
+        )
+
+
+class NotJSON(GearmanError, TypeError):
+    """
+    A value cannot travel as JSON.
+
+    Attributes:
+        what: Which value, such as ``argument 'photo' of photos.jobs.make_thumbnail``.
+        problem: What is wrong with it.
+        remedy: What to pass instead.
+    """
+
+    def __init__(self, what: str, problem: str, remedy: str) -> None:
+        self.what = what
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.problem}; {self.remedy}"
+
+
+class TooLarge(GearmanError, ValueError):
+    """
+    A workload or a result is larger than a packet may be.
+
+    Attributes:
+        what: Which, such as ``the workload of resize``.
+        size: Its bytes; None when the sender alone knows.
+        limit: Bytes allowed.
+        setting: What sets the limit.
+        remedy: What to do instead.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        size: int | None,
+        limit: int,
+        *,
+        setting: str = "max_packet",
+        remedy: str = "pass a reference, such as a key or a path",
+    ) -> None:
+        self.what = what
+        self.size = size
+        self.limit = limit
+        self.setting = setting
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        size = "more bytes" if self.size is None else f"{self.size} bytes, more"
+        return f"{self.what} has {size} than {self.setting}={self.limit}; {self.remedy}"
+
+
+class ResultTooLarge(TooLarge, ConnectionLost):
+    """The server sent more than a packet may have; the connection had to be closed."""
+
+    def __init__(self, server: str, limit: int) -> None:
+        self.server = server
+        self.reason = "it sent too large a packet"
+        remedy = "raise the limit, or have the job store its result and return a reference"
+        TooLarge.__init__(self, f"what came from the job server at {server}", None, limit, remedy=remedy)
+
+
 class JobFailed(GearmanError):
-    """The job failed; ``exception``, ``message`` and ``traceback`` say how, where the worker told."""
+    """
+    The job failed; ``exception``, ``message`` and ``traceback`` say how, where the worker told.
+
+    The worker's traceback is shown below our own.
+    """
 
     def __init__(
         self, job: str, *, exception: str = "", message: str = "", traceback: str = "", data: bytes = b""
@@ -129,6 +222,8 @@ class JobFailed(GearmanError):
         self.message = message
         self.traceback = traceback
         self.data = data
+        if traceback:
+            self.add_note(f"At the worker:\n{traceback.rstrip()}")
 
     def __str__(self) -> str:
         reason = ": ".join(part for part in (self.exception, self.message) if part)

@@ -19,11 +19,23 @@ import math
 import os
 import random
 import socket
+import threading
+import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache, partial, update_wrapper
+from functools import cache, cached_property, partial, update_wrapper
 from time import monotonic, sleep
 from typing import (
     Any,
@@ -41,26 +53,37 @@ from typing import (
     overload,
 )
 
+from asgiref.sync import sync_to_async
 from django.core.signals import setting_changed
 from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
-from django.dispatch import receiver
+from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, schedules
+from . import conf, logs, reports, schedules, signals, tracing
+from .client.admin_client import AdminClient
+from .client.aio import AsyncClient
+from .client.core import Priority
 from .client.sync import Client
+from .client.tasks import EXPLANATION_TIMEOUT, Part, Value
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
+    ConnectionFailed,
+    ConnectionLost,
     Discard,
+    GearmanError,
     InvalidJob,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
+    NoWorker,
     ResponseTimeout,
     ResultNotKept,
     Retry,
+    TooLarge,
     WaitInTransaction,
 )
+from .insertion import insert_workloads, like
 from .models import JobRecord, Schedule, unique_key_of
 
 logger = logging.getLogger(__name__)
@@ -75,9 +98,24 @@ PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two progress reports of one job; the last one is always sent."""
 
 
+LOG_INTERVAL: Final = 1.0
+"""Seconds for which lines that a job logged are held back; the last ones always leave."""
+LONGEST_PAUSE_OF_GET: Final = 0.25
+"""Seconds between two looks at a record that ``get`` waits for, where the wire does not tell."""
+
+LISTEN_AFTER: Final = 0.02
+"""Pause between two looks from which on ``get`` asks the wire instead; short jobs have ended by then."""
+
+LISTEN_FOR: Final = 30.0
+"""Seconds that ``get`` waits by the wire before it looks at the record all the same."""
+
+
 class Reports(Protocol):
     """What a running job can tell; the worker's ``AssignedJob``, or nobody when it is called in-process."""
 
+    @property
+    def takes_log(self) -> bool: ...
+    def send_log(self, text: bytes) -> None: ...
     def send_status(self, numerator: int, denominator: int) -> None: ...
     def send_data(self, data: bytes) -> None: ...
     def send_warning(self, data: bytes) -> None: ...
@@ -87,11 +125,15 @@ class JobContext:
     """
     The first argument of a job with ``takes_context=True``: its line to whoever waits.
 
+    For any thread and task of the job.
+
     Attributes:
         handle: The Gearman handle; empty when the function was called in-process.
         unique: The submitter's key, empty when it gave none.
         attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
         max_attempts: How many there are; None when the job has no number of its own.
+        function: The job's name on the wire.
+        tail: The last lines that it logged; None where nobody keeps them.
     """
 
     def __init__(
@@ -101,42 +143,88 @@ class JobContext:
         reports: Reports | None = None,
         attempt: int = 1,
         max_attempts: int | None = None,
+        function: str = "",
     ) -> None:
         self.handle = handle
         self.unique = unique
         self.attempt = attempt
         self.max_attempts = max_attempts
+        self.function = function
+        self.tail: logs.Tail | None = None
         self._reports = reports
         self._reported_at = -math.inf
+        self._progress: tuple[int, int] | None = None
         self._unreported: tuple[int, int] | None = None
+        self._has_unsent_lines = False
+        self._sending = threading.Lock()
+        if reports is not None and reports.takes_log:
+            self.tail = logs.Tail(self._logged)
+
+    @property
+    def id(self) -> str:
+        """The record's id, as of ``JobResult``; empty for a job that did not come from ``enqueue``."""
+        before, _, digits = self.handle.rpartition(":r")
+        return digits if before and digits.isascii() and digits.isdigit() else ""
+
+    @cached_property
+    def logger(self) -> logs.JobLogger:
+        """A logger of the function's name, whose lines are kept with the record, from INFO on."""
+        return logs.JobLogger(logging.getLogger(self.function or __name__), self)
 
     def set_progress(self, numerator: int, denominator: int) -> None:
         """
         Say that ``numerator`` of ``denominator`` parts are done.
 
-        Waiting clients and the admin see it. Cheap enough for an inner loop:
-        no more than ten a second leave, and the last one always does.
+        Waiting clients and the admin see it. Cheap enough for an inner loop: no
+        more than ten a second leave, and the last one within a tenth of a second.
         """
-        self._unreported = (numerator, denominator)
+        progress = (numerator, denominator)
+        if progress == self._progress:
+            return
+        self._progress = progress
+        held_back = self._unreported is not None
+        self._unreported = progress
         if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
-            self.flush()
+            self.flush(log=False)
+        elif not held_back and self._reports is not None:
+            reports.flusher.flush_at(self, time.monotonic() + PROGRESS_INTERVAL)
 
     def send_data(self, data: bytes | str) -> None:
         """Send a part of the result to the clients that wait; it is not kept."""
+        data = _as_bytes("send_data", data)
         if self._reports is not None:
-            self._reports.send_data(_as_bytes("send_data", data))
+            self._reports.send_data(data)
 
     def warn(self, data: bytes | str) -> None:
         """Send a warning to the clients that wait; it is not kept."""
+        data = _as_bytes("warn", data)
         if self._reports is not None:
-            self._reports.send_warning(_as_bytes("warn", data))
+            self._reports.send_warning(data)
 
-    def flush(self) -> None:
-        """Send progress that was held back."""
-        if self._unreported is not None and self._reports is not None:
-            self._reports.send_status(*self._unreported)
-            self._reported_at = monotonic()
-        self._unreported = None
+    def flush(self, *, log: bool = True) -> None:
+        """Send progress and lines of the log that were held back."""
+        with self._sending:
+            progress, self._unreported = self._unreported, None
+            if self._reports is None:
+                return
+            if progress is not None:
+                self._reports.send_status(*progress)
+                self._reported_at = monotonic()
+            if log and self._has_unsent_lines and self.tail is not None:
+                self._has_unsent_lines = False
+                self._reports.send_log(self.tail.text())
+
+    def close(self) -> None:
+        """Send what was held back, and nothing from now on: the job has ended."""
+        reports.flusher.forget(self)
+        self.flush()
+        with self._sending:
+            self._reports = None
+
+    def _logged(self) -> None:
+        if not self._has_unsent_lines:
+            self._has_unsent_lines = True
+            reports.flusher.flush_at(self, time.monotonic() + LOG_INTERVAL)
 
 
 def _as_bytes(method: str, data: bytes | str) -> bytes:
@@ -168,8 +256,23 @@ class JobResult(Generic[R]):
     def __init__(self, record: JobRecord) -> None:
         self._record = record
 
+    @classmethod
+    def _of_many(cls, template: JobRecord, id: int, workload: bytes) -> JobResult[R]:
+        """One of thousands, whose record is only made when it is looked at."""
+        result = cls.__new__(cls)
+        result._made_of = template, id, workload
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_record" or "_made_of" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._record = like(*self._made_of)
+        return self._record
+
     def __repr__(self) -> str:
         return f"<JobResult {self.id} {self._record.function} {self.status}>"
+
+    _made_of: tuple[JobRecord, int, bytes]
 
     @property
     def id(self) -> str:
@@ -233,6 +336,12 @@ class JobResult(Generic[R]):
         return told
 
     @property
+    def log(self) -> str:
+        """The last lines that its last attempt logged, as the record has them now; empty for none."""
+        records = JobRecord.objects.using(self._record._state.db).filter(pk=self._record.pk)
+        return records.values_list("log", flat=True).first() or ""
+
+    @property
     def attempts(self) -> int:
         """How often it was handed to a worker."""
         return self._record.attempts
@@ -265,34 +374,182 @@ class JobResult(Generic[R]):
         except JobRecord.DoesNotExist:
             raise JobResultDoesNotExist(self.id) from None
 
+    async def arefresh(self) -> None:
+        """As ``refresh``."""
+        await sync_to_async(self.refresh)()
+
     def get(self, timeout: float | None = None) -> R:
         """
         Wait for the end, and return what the function returned.
+
+        Looks at the record for a moment; from then on one of our job servers
+        tells of the end, if it can be asked.
 
         Args:
             timeout: Seconds to wait; None to wait for ever.
         Raises:
             JobFailed: It ended without a value; the attributes say why.
-            ResponseTimeout: The time was up; the job goes on.
+            ResponseTimeout: The time was up; the job goes on. ``NoWorker`` when no worker offers it.
             WaitInTransaction: A transaction is open that hides the job.
         """
-        deadline = None if timeout is None else monotonic() + timeout
-        pause = 0.001
+        patience = _Patience(timeout)
         self.refresh()
         while not self.is_finished:
             if transaction.get_connection(self._record._state.db).in_atomic_block:
                 raise WaitInTransaction(self._name)
-            left = math.inf if deadline is None else deadline - monotonic()
-            if left <= 0:
-                raise ResponseTimeout(f"job {self._name}", timeout or 0.0)
-            sleep(min(pause, left))
-            pause = min(pause * 1.5, 0.25)
+            if not patience.is_left:
+                raise self._too_late(timeout or 0.0)
+            if not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
+                sleep(patience.pause())
             self.refresh()
         return self.return_value
+
+    async def aget(self, timeout: float | None = None) -> R:
+        """As ``get``."""
+        patience = _Patience(timeout)
+        await self.arefresh()
+        while not self.is_finished:
+            if not patience.is_left:
+                raise await sync_to_async(self._too_late)(timeout or 0.0)
+            if not (patience.listens and self.handle) or not patience.heard(await self._ahear(patience.left)):
+                await asyncio.sleep(patience.pause())
+            await self.arefresh()
+        return self.return_value
+
+    def _hear(self, left: float) -> bool:
+        """Wait by the wire; whether the job's end, or a good part of the time, has come."""
+        try:
+            return client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
+        except ResponseTimeout:
+            return True
+        except (ConnectionFailed, ConnectionLost):
+            return False
+
+    async def _ahear(self, left: float) -> bool:
+        try:
+            return await async_client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
+        except ResponseTimeout:
+            return True
+        except (ConnectionFailed, ConnectionLost):
+            return False
+
+    def _too_late(self, timeout: float) -> ResponseTimeout:
+        return _timed_out(f"job {self._name}", timeout, self.function, self._record._state.db)
+
+    def cancel(self) -> bool:
+        """
+        End the job, as ``CANCELLED``; False when it has ended already.
+
+        A worker that runs it is not told: what it says of the job is passed over.
+
+        Raises:
+            ConnectionFailed: The job server that has it cannot be told.
+            JobResultDoesNotExist: The record is gone.
+        """
+        waiting = JobRecord.objects.using(self._record._state.db).filter(
+            pk=self._record.pk, server=None, status__in=JobRecord.LIVE
+        )
+        deadline = monotonic() + conf.settings_for().timeout
+        while True:
+            self.refresh()
+            if self.is_finished:
+                return False
+            # What no server has claimed is nobody's; from then on it is that server's alone.
+            cancelled = waiting.update(
+                status=JobRecord.Status.CANCELLED,
+                unique_key=None,
+                finished_at=timezone.now(),
+                message="Cancelled before a job server had it",
+            )
+            if cancelled or _cancel_by_wire(self.handle):
+                break
+            if monotonic() >= deadline:
+                raise ConnectionFailed(
+                    ", ".join(conf.settings_for().servers),
+                    f"none of them has job {self._name}",
+                    "is the job server that has it in SERVERS?",
+                )
+            sleep(0.05)
+        # A job server writes it a moment later.
+        pause = 0.001
+        while monotonic() < deadline:
+            self.refresh()
+            if self.is_finished:
+                break
+            sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+        return True
+
+    async def acancel(self) -> bool:
+        """As ``cancel``."""
+        return await sync_to_async(self.cancel)()
+
+    def retry(self) -> JobResult[R]:
+        """
+        Enqueue the same job again: the same function and arguments, in a record of its own.
+
+        Raises:
+            JobNotFinished: It has not ended yet.
+            JobResultDoesNotExist: Its record is gone.
+        """
+        self.refresh()
+        if not self.is_finished:
+            raise JobNotFinished(self._name, self.status)
+        old = self._record
+        again = JobRecord(
+            function=old.function,
+            queue_name=old.queue_name,
+            workload=bytes(old.workload),
+            unique=old.unique,
+            unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
+            reducer=old.reducer,
+            priority=old.priority,
+            client=_identity(os.getpid()),
+            max_attempts=old.max_attempts,
+            timeout=old.timeout,
+        )
+        return JobResult(_insert(again, old._state.db or conf.settings_for().database))
+
+    async def aretry(self) -> JobResult[R]:
+        """As ``retry``."""
+        return await sync_to_async(self.retry)()
 
     @property
     def _name(self) -> str:
         return f"{self.id} ({self._record.function})"
+
+
+class _Patience:
+    """How long ``get`` has waited, and how it goes on."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._deadline = math.inf if timeout is None else monotonic() + timeout
+        self._pause = 0.001
+
+    @property
+    def left(self) -> float:
+        return self._deadline - monotonic()
+
+    @property
+    def is_left(self) -> bool:
+        return self.left > 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether it has been long enough to ask a job server."""
+        return self._pause >= LISTEN_AFTER
+
+    def heard(self, told: bool) -> bool:
+        """Whether a job server told something: then the record will say so at once."""
+        if told:
+            self._pause = 0.001
+        return told
+
+    def pause(self) -> float:
+        """Seconds until the next look."""
+        pause = min(self._pause, max(self.left, 0.0))
+        self._pause = min(self._pause * 1.5, LONGEST_PAUSE_OF_GET)
+        return pause
 
 
 class WireJobResult(JobResult[R]):
@@ -332,6 +589,22 @@ class WireJobResult(JobResult[R]):
 
     def get(self, timeout: float | None = None) -> R:
         """Not to be had: raises ``ResultNotKept``; wait with ``run``."""
+        raise self._not_kept()
+
+    async def aget(self, timeout: float | None = None) -> R:
+        """Not to be had: raises ``ResultNotKept``; wait with ``arun``."""
+        raise await sync_to_async(self._not_kept)()
+
+    def cancel(self) -> bool:
+        """
+        End the job; False when the server has it no more, or it was not submitted yet.
+
+        gearmand keeps one that runs until it ends.
+        """
+        return self.handle != "" and _cancel_by_wire(self.handle)
+
+    def retry(self) -> JobResult[R]:
+        """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""
         raise self._not_kept()
 
     def _not_kept(self) -> ResultNotKept:
@@ -425,6 +698,8 @@ class Job(Generic[P, R]):
         self.unique = unique
         self.schedules = schedules.declarations(schedule)
         self.run_after: datetime | timedelta | None = None
+        self.run_timeout: float | None = None
+        self.resubmit = False
         self._signature = self._inspect()
         self._validate()
         update_wrapper(self, function)
@@ -438,7 +713,7 @@ class Job(Generic[P, R]):
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function in this process and return its value."""
-        return cast(R, self._invoke(JobContext(), args, kwargs))
+        return cast(R, self._invoke(JobContext(function=self.name), args, kwargs))
 
     def using(
         self,
@@ -446,6 +721,8 @@ class Job(Generic[P, R]):
         priority: int | None = None,
         run_after: datetime | timedelta | None = None,
         unique: str | None = None,
+        run_timeout: float | None = None,
+        resubmit: bool = False,
     ) -> Job[P, R]:
         """
         The same job with other options for the submissions made through it.
@@ -455,6 +732,9 @@ class Job(Generic[P, R]):
             run_after: Not before this moment, or this long after the submission; datetimes
                 are aware when ``USE_TZ`` is on, and naive when it is off.
             unique: While a job of this function with the same is to do, this is that one; empty for none.
+            run_timeout: Seconds that ``run``, ``stream`` and their twins wait, in place of ``RUN_TIMEOUT``.
+            resubmit: Let ``run`` and ``arun`` submit it to another server when their connection breaks,
+                though it may run twice then.
         """
         other = Job.__new__(Job)
         other.__dict__.update(self.__dict__)
@@ -464,6 +744,10 @@ class Job(Generic[P, R]):
             other.run_after = run_after
         if unique is not None:
             other.unique = lambda *args, **kwargs: unique
+        if run_timeout is not None:
+            other.run_timeout = run_timeout
+        if resubmit:
+            other.resubmit = True
         other._validate()
         return other
 
@@ -488,15 +772,99 @@ class Job(Generic[P, R]):
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
             transaction.on_commit(partial(_submit, record), using=options.database)
-            return WireJobResult(record)
-        if record.unique_key is not None:
-            found = _insert_unless_there(record, options.database)
-            if found is not None:
-                return JobResult(found)
-        else:
-            record.save(using=options.database, force_insert=True)
+            return self._enqueued(WireJobResult(record))
+        return self._insert_one(record, options.database)
+
+    def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
+        inserted = _insert(record, using)
+        result: JobResult[R] = JobResult(inserted)
+        # A job of its unique that was there already is told of once.
+        return self._enqueued(result) if inserted is record else result
+
+    def _enqueued(self, result: JobResult[R]) -> JobResult[R]:
+        # Who listens for one function names it by the decorated one, not by what ``using`` made of it.
+        signals.job_enqueued.send_robust(sender=registry.get(self.name, self), result=result)
+        return result
+
+    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobResult[R]:
+        """As ``enqueue``, in the thread of Django's other database calls."""
+        return await sync_to_async(self.enqueue)(*args, **kwargs)
+
+    def enqueue_many(self, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> list[JobResult[R]]:
+        """
+        As ``enqueue`` for each pair of positional and named arguments: all of them, or none.
+
+        One statement for thousands of rows, and one nudge.
+
+        Returns:
+            A result for each, in their order; equal uniques have the same job.
+        Raises:
+            TypeError: Arguments do not fit the function, or JSON cannot carry one; nothing was enqueued.
+        """
+        options = conf.settings_for()
+        pairs = [(tuple(args), kwargs) for args, kwargs in calls]
+        if not pairs:
+            return []
+        if self.unique is not None or options.enqueue == "wire":
+            return self._enqueue_each(pairs, options)
+        workloads = self._encode_many(pairs, options.max_packet)
+        args, kwargs = pairs[0]
+        template = self._new_record(args, kwargs, options)
+        ids = insert_workloads(template, workloads, options.database)
+        template._state.adding, template._state.db = False, options.database
         _nudge_after_commit(options.database)
-        return JobResult(record)
+        results: list[JobResult[R]] = [
+            JobResult._of_many(template, id, workload) for id, workload in zip(ids, workloads, strict=True)
+        ]
+        if signals.job_enqueued.has_listeners(registry.get(self.name, self)):
+            for result in results:
+                self._enqueued(result)
+        return results
+
+    async def aenqueue_many(
+        self, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
+    ) -> list[JobResult[R]]:
+        """As ``enqueue_many``."""
+        return await sync_to_async(self.enqueue_many)(calls)
+
+    def _enqueue_each(
+        self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], options: conf.GearmanSettings
+    ) -> list[JobResult[R]]:
+        records = [self._new_record(args, kwargs, options) for args, kwargs in pairs]
+        if options.enqueue != "wire":
+            with transaction.atomic(using=options.database):
+                return [self._insert_one(record, options.database) for record in records]
+        for record in records:
+            record.unique = record.unique or uuid.uuid4().hex
+        transaction.on_commit(partial(_submit_many, records), using=options.database)
+        return [self._enqueued(WireJobResult(record)) for record in records]
+
+    def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
+        if self.raw:
+            return [self._encode(args, kwargs, limit) for args, kwargs in pairs]
+        workloads = []
+        trace = tracing.current()
+        traced: dict[str, Any] = {tracing.KEY: trace} if trace else {}
+        fitting: set[tuple[object, ...]] = set()
+        for args, kwargs in pairs:
+            # Whether arguments fit depends on how many there are, and on their names.
+            shape = (len(args), *kwargs)
+            try:
+                if shape not in fitting:
+                    raise TypeError
+                for value in args:
+                    refuse_unless_json(value, "")
+                for value in kwargs.values():
+                    refuse_unless_json(value, "")
+                workload = dumps({"args": args, "kwargs": kwargs, **traced})
+                if len(workload) > limit:
+                    raise TypeError
+            except TypeError:
+                # By the way that says what is wrong.
+                workload = self._encode(args, kwargs, limit)
+                fitting.add(shape)
+            workloads.append(workload)
+        return workloads
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""
@@ -525,8 +893,7 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
-        workload = self._encode(args, kwargs, options.max_packet)
-        unique = self._unique_of(args, kwargs)
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
         return JobRecord(
             function=self.name,
             queue_name=self.queue_name,
@@ -554,22 +921,88 @@ class Job(Generic[P, R]):
             ResponseTimeout: It took too long; a worker may still be at it.
             ConnectionFailed: No job server answers.
         """
-        options = conf.settings_for()
-        workload = self._encode(args, kwargs, options.max_packet)
         client = client_for()
-        if self.priority > 0:
-            do = client.do_high
-        elif self.priority < 0:
-            do = client.do_low
-        else:
-            do = client.do
-        unique = self._unique_of(args, kwargs)
+        do = {"high": client.do_high, "normal": client.do, "low": client.do_low}[self._wire_priority]
+        workload, unique, timeout = self._prepared(args, kwargs)
         try:
-            result = do(self.name, workload, unique=unique, timeout=options.run_timeout)
+            result = do(self.name, workload, unique=unique, timeout=timeout, resubmit=self.resubmit)
         except JobFailed as error:
-            told = exception_of(error.data)
-            raise JobFailed(self.name, data=error.data, **told) from None
+            raise self._as_told(error) from None
+        return self._value_of(result)
+
+    async def arun(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As ``run``, on asyncio: any number of them wait side by side over one connection."""
+        client = async_client_for()
+        do = {"high": client.do_high, "normal": client.do, "low": client.do_low}[self._wire_priority]
+        workload, unique, timeout = self._prepared(args, kwargs)
+        try:
+            result = await do(self.name, workload, unique=unique, timeout=timeout, resubmit=self.resubmit)
+        except JobFailed as error:
+            raise self._as_told(error) from None
+        return self._value_of(result)
+
+    def stream(self, *args: P.args, **kwargs: P.kwargs) -> Generator[Part | Value[R], None, None]:
+        """
+        As ``run``, yielding ``Progress``, ``Data`` and ``Warned`` as the job tells them, and last ``Value``.
+
+        Closing the generator, as a streaming response does when its client
+        leaves, abandons the job.
+        """
+        return self._stream(*self._prepared(args, kwargs))
+
+    def astream(self, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Part | Value[R], None]:
+        """As ``stream``, on asyncio."""
+        return self._astream(*self._prepared(args, kwargs))
+
+    async def acall(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As ``call``: an ``async def`` runs in this event loop, any other function in Django's thread."""
+        if not inspect.iscoroutinefunction(self.function):
+            return await sync_to_async(self.call)(*args, **kwargs)
+        if self.takes_context:
+            return cast(R, await self.function(JobContext(), *args, **kwargs))
+        return cast(R, await self.function(*args, **kwargs))
+
+    def _stream(self, workload: bytes, unique: str, timeout: float) -> Generator[Part | Value[R], None, None]:
+        parts = client_for().stream(
+            self.name, workload, unique=unique, priority=self._wire_priority, timeout=timeout
+        )
+        try:
+            with closing(parts):
+                for part in parts:
+                    yield Value(self._value_of(part.value)) if isinstance(part, Value) else part
+        except JobFailed as error:
+            raise self._as_told(error) from None
+
+    async def _astream(
+        self, workload: bytes, unique: str, timeout: float
+    ) -> AsyncGenerator[Part | Value[R], None]:
+        parts = async_client_for().stream(
+            self.name, workload, unique=unique, priority=self._wire_priority, timeout=timeout
+        )
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    yield Value(self._value_of(part.value)) if isinstance(part, Value) else part
+        except JobFailed as error:
+            raise self._as_told(error) from None
+
+    @property
+    def _wire_priority(self) -> Priority:
+        return "high" if self.priority > 0 else "low" if self.priority < 0 else "normal"
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, str, float]:
+        """Workload, unique and seconds to wait of a foreground job."""
+        options = conf.settings_for()
+        workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        timeout = options.run_timeout if self.run_timeout is None else self.run_timeout
+        return workload, unique, timeout
+
+    def _value_of(self, result: bytes) -> R:
         return cast(R, result if self.raw else _decode_result(self.name, result))
+
+    def _as_told(self, error: JobFailed) -> JobFailed:
+        """The failure with what a worker of ours said of it."""
+        return JobFailed(self.name, data=error.data, **exception_of(error.data))
 
     def get_result(self, id: str) -> JobResult[R]:
         """
@@ -620,7 +1053,25 @@ class Job(Generic[P, R]):
             return asyncio.run(value)
         return value
 
-    def _encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> bytes:
+    def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
+        """The workload of a submission, and its unique."""
+        workload = self._encode(args, kwargs, limit)
+        unique = self._unique_of(args, kwargs)
+        if unique == "-":
+            # Equal workloads are one job, whoever asks for it.
+            workload = self._encode(args, kwargs, limit, traced=False)
+        return workload, unique
+
+    def _encode(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, *, traced: bool = True
+    ) -> bytes:
+        """
+        The workload of a submission.
+
+        Args:
+            limit: Bytes that it may have.
+            traced: Whether the current trace goes along.
+        """
         if self.raw:
             if kwargs or len(args) != 1 or not isinstance(args[0], bytes):
                 raise TypeError(f"raw job {self.name} takes one bytes object, its workload")
@@ -629,12 +1080,12 @@ class Job(Generic[P, R]):
             bound = self._bind(args, kwargs)
             for name, value in bound.items():
                 refuse_unless_json(value, f"argument {name!r} of {self.name}")
-            workload = dumps({"args": args, "kwargs": kwargs})
+            envelope: dict[str, Any] = {"args": args, "kwargs": kwargs}
+            if traced and (trace := tracing.current()):
+                envelope[tracing.KEY] = trace
+            workload = dumps(envelope)
         if len(workload) > limit:
-            raise ValueError(
-                f"the arguments of {self.name} take {len(workload)} bytes, more than MAX_PACKET={limit}; "
-                "pass a reference, such as a key or a path"
-            )
+            raise TooLarge(f"the workload of {self.name}", len(workload), limit, setting="MAX_PACKET")
         return workload
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -720,6 +1171,18 @@ class Job(Generic[P, R]):
             _refuse_wrong_zone(self.name, run_after)
         elif run_after is not None and not isinstance(run_after, timedelta):
             raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
+
+
+def _insert(record: JobRecord, using: str) -> JobRecord:
+    """Insert a record and tell a job server after the commit; the live one of its unique, if there is one."""
+    if record.unique_key is not None:
+        found = _insert_unless_there(record, using)
+        if found is not None:
+            return found
+    else:
+        record.save(using=using, force_insert=True)
+    _nudge_after_commit(using)
+    return record
 
 
 def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
@@ -906,23 +1369,85 @@ class Assigned(Reports, Protocol):
     def attempt(self) -> int: ...
     @property
     def max_attempts(self) -> int | None: ...
+    @property
+    def may_return(self) -> bool: ...
+
+    decision: tuple[float | None] | None
+    """What ``pause_before_retry`` has said of it; None before."""
 
 
 def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     """Run an assigned job, with the database connections tended as around a request."""
     reset_queries()
     close_old_connections()
+    attempt = _Attempt(job, assigned)
     try:
-        context = JobContext(
+        with attempt.in_hand():
+            attempt.tell_start()
+            try:
+                result = job.perform(assigned.workload, attempt.context)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                attempt.tell_failure(error)
+                raise
+            attempt.tell_success()
+            return result
+    finally:
+        close_old_connections()
+
+
+class _Attempt:
+    """What is around one run of an assigned job: its context, its log and trace, and its signals."""
+
+    def __init__(self, job: Job[Any, Any], assigned: Assigned) -> None:
+        self._job = job
+        self._assigned = assigned
+        # Who listens for one function names it by the decorated one.
+        self._sender = registry.get(job.name, job)
+        self._began = 0.0
+        self.context = JobContext(
             assigned.handle.decode(errors="replace"),
             assigned.unique.decode(errors="replace"),
             assigned,
             assigned.attempt,
             assigned.max_attempts or job.max_attempts,
+            job.name,
         )
-        return job.perform(assigned.workload, context)
-    finally:
-        close_old_connections()
+
+    @contextmanager
+    def in_hand(self) -> Iterator[None]:
+        """What is logged in the block is the job's; at its end all that was held back has left."""
+        logs.install()
+        context = self.context
+        workload = b"" if self._job.raw else self._assigned.workload
+        try:
+            with logs.logging_as(context), tracing.continued(self._job.name, workload, context.handle):
+                yield
+        finally:
+            context.close()
+
+    def tell_start(self) -> None:
+        self._began = time.monotonic()
+        signals.job_started.send_robust(self._sender, context=self.context)
+
+    def tell_success(self) -> None:
+        self._tell(signals.job_finished, exception=None)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Decide on another attempt, once and for all, and tell; inside of ``except``."""
+        pause = None
+        if self._assigned.may_return:
+            pause = pause_before_retry(self._job, self._assigned, error)
+        self._assigned.decision = (pause,)
+        if pause is None:
+            self._tell(signals.job_finished, exception=error)
+        else:
+            self._tell(signals.job_retried, exception=error, pause=pause)
+
+    def _tell(self, signal: Signal, **arguments: Any) -> None:
+        seconds = time.monotonic() - self._began
+        signal.send_robust(self._sender, context=self.context, seconds=seconds, **arguments)
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
@@ -931,6 +1456,9 @@ def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseExcept
 
     The job's own ``max_attempts`` counts; only ``Retry`` has attempts without.
     """
+    if assigned.decision is not None:
+        # Receivers of signals were told.
+        return assigned.decision[0]
     if isinstance(error, Discard):
         return None
     budget = assigned.max_attempts or job.max_attempts
@@ -980,6 +1508,69 @@ def _submit(record: JobRecord) -> None:
         record.handle = client.do_background(function, workload, unique=unique)
 
 
+def _submit_many(records: list[JobRecord]) -> None:
+    client = client_for()
+    added = []
+    for record in records:
+        if record.status == JobRecord.Status.SCHEDULED:
+            _submit(record)
+            continue
+        add = client.add_task_background
+        if record.priority:
+            add = client.add_task_high_background if record.priority > 0 else client.add_task_low_background
+        added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
+    client.run_tasks()
+    for record, task in added:
+        record.handle = task.handle or None
+    for _, task in added:
+        task.result()
+
+
+# Why nobody came, and the end of what nobody wants any more.
+
+
+def _admins() -> Generator[AdminClient, None, None]:
+    """Each job server, to ask or tell in a hurry."""
+    options = conf.settings_for()
+    for server in options.servers:
+        timeout = min(options.connect_timeout, EXPLANATION_TIMEOUT)
+        with AdminClient(
+            server, connect_timeout=timeout, timeout=timeout, tls=conf.client_tls(options)
+        ) as admin:
+            yield admin
+
+
+def _timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:
+    """What ``get`` raises: with the reason, when it is that nobody can run the job."""
+    error = ResponseTimeout(what, timeout)
+    asked = 0
+    for admin in _admins():
+        try:
+            rows = admin.status()
+        except GearmanError:
+            continue
+        asked += 1
+        if any(row.name == function and row.workers for row in rows):
+            return error
+    servers = ", ".join(conf.settings_for().servers)
+    if not asked:
+        error.add_note(f"No job server answers at {servers}; is `manage.py gearman_server` running?")
+        return error
+    ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
+    return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
+
+
+def _cancel_by_wire(handle: str) -> bool:
+    """Whether one of the job servers had the job, and has ended it."""
+    for admin in _admins():
+        try:
+            admin.cancel(handle)
+        except (GearmanError, ValueError):
+            continue
+        return True
+    return False
+
+
 # The nudge: rows wait at the database door.
 
 
@@ -989,6 +1580,21 @@ def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
     options = conf.settings_for(alias)
     return Client(
         options.servers,
+        spread=options.spread,
+        connect_timeout=options.connect_timeout,
+        timeout=options.timeout,
+        max_packet=options.max_packet,
+        tls=conf.client_tls(options),
+    )
+
+
+@cache
+def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
+    """The process's client for asyncio; it has connections for each event loop."""
+    options = conf.settings_for(alias)
+    return AsyncClient(
+        options.servers,
+        spread=options.spread,
         connect_timeout=options.connect_timeout,
         timeout=options.timeout,
         max_packet=options.max_packet,
@@ -1020,3 +1626,5 @@ def _forget_clients(*, setting: str, **kwargs: Any) -> None:
             # A connection that is left to the garbage collector makes a ResourceWarning.
             client_for().close()
         client_for.cache_clear()
+        # Its connections end with their event loops.
+        async_client_for.cache_clear()

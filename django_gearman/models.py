@@ -151,6 +151,9 @@ class JobRecord(models.Model):
 
     traceback = models.TextField(_("traceback"), blank=True, default="")
 
+    log = models.TextField(_("log"), blank=True, default="")
+    """The last lines that the last attempt logged."""
+
     enqueued_at = models.DateTimeField(_("enqueued at"), default=timezone.now)
     started_at = models.DateTimeField(_("started at"), null=True, blank=True)
     last_attempted_at = models.DateTimeField(_("last attempted at"), null=True, blank=True)
@@ -276,6 +279,8 @@ class JobAttempt(models.Model):
 
     message = models.TextField(_("message"), blank=True, default="")
     traceback = models.TextField(_("traceback"), blank=True, default="")
+    log = models.TextField(_("log"), blank=True, default="")
+    """The last lines that it logged."""
 
     class Meta:
         verbose_name = _("job attempt")

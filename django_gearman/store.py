@@ -37,6 +37,7 @@ from .server.entries import (
     JobDue,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -589,6 +590,7 @@ class DatabaseStore:
                 adapt(_moment(entry.started_at)),
                 adapt(_moment(entry.at)),
                 *_failure(entry).values(),
+                _storable(entry.log.decode(errors="backslashreplace")),
             ]
             rows.append((*values, text_of(entry.handle), self.lease_id, entry.attempt))
         self._execute_many(self._sql.keep_attempt, rows)
@@ -1039,6 +1041,7 @@ class _Statements:
         interruptions = columns["interruptions"]
         self.interrupt = change(
             f"{status} = '{_READY}', {columns['numerator']} = NULL, {columns['denominator']} = NULL, "
+            f"{columns['log']} = '', "
             f"{interruptions} = {interruptions} + 1",
             is_running,
         )
@@ -1079,7 +1082,7 @@ class _Statements:
         )
         self.keep_interrupted = (
             f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
-            f"'', 'The job server ended before the job did', '' FROM {table} "
+            f"'', 'The job server ended before the job did', '', {columns['log']} FROM {table} "
             f"WHERE {server} = %s AND {status} = '{_RUNNING}' AND {unless_kept}{columns['attempts']})"
         )
 
@@ -1126,6 +1129,7 @@ _ATTEMPT_FIELDS: Final = (
     "exception",
     "message",
     "traceback",
+    "log",
 )
 
 
@@ -1282,8 +1286,11 @@ def _change(row: Row, entry: Entry) -> None:
                 row["started_at"] = at
         case JobProgress():
             row.update(numerator=_progress(entry.numerator), denominator=_progress(entry.denominator))
+        case JobLogged():
+            row["log"] = _storable(entry.log.decode(errors="backslashreplace"))
         case JobRequeued():
-            row.update(status=_READY, numerator=None, denominator=None)
+            # What it logged stays with the attempt.
+            row.update(status=_READY, numerator=None, denominator=None, log="")
             if entry.run_after > entry.at:
                 row.update(status=_RETRYING, run_after=_moment(entry.run_after))
             if entry.unclaimed:

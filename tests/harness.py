@@ -84,7 +84,16 @@ def ask(port: int, line: str, limit: float = 5.0) -> str:
     with socket.create_connection(("127.0.0.1", port), timeout=limit) as sock, sock.makefile("rw") as stream:
         stream.write(line + "\n")
         stream.flush()
-        if line not in ("status", "workers", "show jobs", "show unique jobs", "prioritystatus"):
+        listings = (
+            "status",
+            "workers",
+            "show jobs",
+            "show unique jobs",
+            "prioritystatus",
+            "running",
+            "counters",
+        )
+        if line not in (*listings, "running", "counters"):
             return stream.readline()
         lines = []
         while (text := stream.readline()) not in (".\n", ""):

@@ -75,7 +75,7 @@ PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 # Nobody listens on port 9 (discard): a test that wants a server starts its own.
 GEARMAN: dict[str, dict[str, Any]] = {
-    "default": {"SERVERS": [os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9")]}
+    "default": {"SERVERS": os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9").split(",")}
 }
 
 if "GEARMAN_TEST_LEASE" in os.environ:

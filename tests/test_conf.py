@@ -75,7 +75,7 @@ class TestValues:
             ({"default": []}, r"GEARMAN\['default'\] must be a dict, not \[\]"),
             ({"default": {"SERVER": []}}, r"\['SERVER'\] is not a setting; did you mean 'SERVERS'\?"),
             ({"default": {"timeout": 1}}, "did you mean 'TIMEOUT'?"),
-            ({"default": {"QQQ": 1}}, "known are SERVERS, DATABASE"),
+            ({"default": {"QQQ": 1}}, "known are SERVERS, SPREAD, DATABASE"),
             ({"default": {3: 1}}, r"\[3\] is not a setting"),
             ({"default": {"SERVERS": "127.0.0.1:4730"}}, r"\['SERVERS'\] must be a list such as"),
             ({"default": {"SERVERS": []}}, "must be a list"),

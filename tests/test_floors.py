@@ -27,7 +27,12 @@ FLOORS: dict[str, int] = {
     "models": 2,
     "protocol": 2,
     "encoding": 2,
+    "logs": 2,
+    "signals": 2,
+    "tracing": 2,
+    "reports": 2,
     "durability": 3,
+    "insertion": 3,
     "scheduler": 3,
     "history": 3,
     "server": 3,
@@ -42,6 +47,7 @@ FLOORS: dict[str, int] = {
     "checks": 5,
     "management": 5,
     "apps": 6,
+    "health": 6,
 }
 """{first part of a module's name: its floor}; names on one floor do not import each other."""
 

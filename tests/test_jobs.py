@@ -80,10 +80,16 @@ class Reports:
     workload = b'{"args": [1], "kwargs": {}}'
     attempt = 1
     max_attempts: int | None = None
+    takes_log = True
+    may_return = True
+    decision: tuple[float | None] | None = None
 
     def __init__(self, workload: bytes = workload) -> None:
         self.workload = workload
         self.told: list[tuple[Any, ...]] = []
+
+    def send_log(self, text: bytes) -> None:
+        self.told.append(("log", text))
 
     def send_status(self, numerator: int, denominator: int) -> None:
         self.told.append(("status", numerator, denominator))
@@ -319,7 +325,7 @@ class TestArguments:
         settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}
         for submit in (jobs.shout.enqueue, jobs.shout.run):
             with pytest.raises(
-                ValueError, match="shout take 1001 bytes, more than MAX_PACKET=1000; pass a reference"
+                ValueError, match="shout has 1001 bytes, more than MAX_PACKET=1000; pass a reference"
             ):
                 submit(bytes(1001))
 

@@ -150,10 +150,12 @@ def past_attempts(attempts: Iterable[JobAttempt]) -> SafeString:
 def _why(attempt: Any) -> str:
     message, traceback = attempt.message_head or "", attempt.traceback_head or ""
     line = ": ".join(part for part in (short_name(attempt.exception), message) if part)
-    if not traceback:
+    log = attempt.log_head or ""
+    if not traceback and not log:
         return text(line)
+    logged = format_html("<pre>{}</pre>", visible(log)) if log else ""
     return format_html(
-        "<details><summary>{}</summary><pre>{}</pre></details>", text(line), visible(traceback)
+        "<details><summary>{}</summary>{}<pre>{}</pre></details>", text(line), logged, visible(traceback)
     )
 
 

@@ -115,6 +115,9 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
         ended: tuple[str, ...] = ("result_value",)
         if obj is not None and obj.status in JobRecord.FAILURES:
             ended = ("exception_path", "message_text", "traceback_text")
+        logged: tuple[Any, ...] = ()
+        if obj is not None and obj.log_head:  # type: ignore[attr-defined]  # annotated
+            logged = ((gettext_lazy("What it logged"), {"fields": ("log_text",)}),)
         past: tuple[Any, ...] = ()
         if obj is not None and obj.has_past_attempts:  # type: ignore[attr-defined]  # annotated
             past = ((gettext_lazy("Earlier attempts"), {"fields": ("earlier_attempts",)}),)
@@ -129,6 +132,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
                 },
             ),
             (gettext_lazy("How it ended"), {"fields": ended}),
+            *logged,
             *past,
             (
                 gettext_lazy("What was asked"),
@@ -238,13 +242,18 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
     def traceback_text(self, job: JobRecord) -> str:
         return payload.prose(job, "traceback", _("Traceback"))
 
+    @admin.display(description=gettext_lazy("log"))
+    def log_text(self, job: JobRecord) -> str:
+        return payload.prose(job, "log", _("Log"))
+
     @admin.display(description=gettext_lazy("attempts"))
     def earlier_attempts(self, job: JobRecord) -> str:
         attempts = job.past_attempts.order_by("-number").annotate(
             message_head=Substr("message", 1, payload.SHOWN),
             traceback_head=Substr("traceback", 1, payload.READ),
+            log_head=Substr("log", 1, payload.READ),
         )
-        return format.past_attempts(attempts.defer("message", "traceback")[:ATTEMPTS])
+        return format.past_attempts(attempts.defer("message", "traceback", "log")[:ATTEMPTS])
 
     @admin.display(description=gettext_lazy("kind"))
     def kind(self, job: JobRecord) -> str:

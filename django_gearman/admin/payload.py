@@ -24,7 +24,7 @@ from django_gearman.models import JobRecord
 
 from .format import NOTHING, visible
 
-COLUMNS: Final = ("workload", "result", "message", "traceback")
+COLUMNS: Final = ("workload", "result", "message", "traceback", "log")
 """Columns whose size a client or a worker chose."""
 
 READ: Final = 64 * 1024
@@ -74,7 +74,7 @@ def arguments(payload: Payload | None) -> str:
     call = _parse(payload) if payload else None
     if (
         isinstance(call, dict)
-        and call.keys() == {"args", "kwargs"}
+        and {"args", "kwargs"} <= call.keys() <= {"args", "kwargs", "trace"}
         and isinstance(call["args"], list)
         and isinstance(call["kwargs"], dict)
     ):

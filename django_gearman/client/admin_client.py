@@ -77,6 +77,38 @@ class HeldJob:
     """Whether it is a background job."""
 
 
+@dataclass(frozen=True)
+class RunningJob:
+    """One job that a worker has, as our server's ``running`` lists it."""
+
+    handle: str
+    function: str
+    fd: int
+    """The server's descriptor of the worker, as of ``WorkerStatus``."""
+    attempt: int
+    seconds: int
+    """How long the worker has had it."""
+    numerator: int
+    denominator: int
+    """How far it is; 0 of 0 until it tells."""
+
+
+@dataclass(frozen=True)
+class FunctionCounters:
+    """What has become of a function's jobs since our server started, as its ``counters`` lists it."""
+
+    name: str
+    submitted: int
+    started: int
+    """Attempts handed to workers."""
+    retried: int
+    """Attempts that came to nothing and were not the last."""
+    successful: int
+    failed: int
+    dead: int
+    cancelled: int
+
+
 class AdminClient:
     """
     Asks and tells one job server, over one connection that is opened when it is needed.
@@ -115,7 +147,7 @@ class AdminClient:
 
     def status(self) -> list[FunctionStatus]:
         """Every function, with its jobs and workers."""
-        return self._list("status", _function_status)
+        return self._list("status", function_status)
 
     def priority_status(self) -> list[PriorityStatus]:
         """Every function, with the jobs of each priority that wait."""
@@ -128,6 +160,24 @@ class AdminClient:
     def jobs(self) -> list[HeldJob]:
         """Every job that waits or runs."""
         return self._list("show jobs", _held_job)
+
+    def running(self) -> list[RunningJob]:
+        """
+        Every job that a worker has, those handed out first first.
+
+        Raises:
+            CommandNotSupported: By any server but ours.
+        """
+        return self._list("running", _running_job)
+
+    def counters(self) -> list[FunctionCounters]:
+        """
+        What has become of each function's jobs since the server started.
+
+        Raises:
+            CommandNotSupported: By any server but ours.
+        """
+        return self._list("counters", _function_counters)
 
     def uniques(self) -> list[str]:
         """The unique of every job that waits or runs, empty where it has none."""
@@ -319,7 +369,8 @@ class AdminClient:
         raise ConnectionLost(self._server, reason)
 
 
-def _function_status(line: bytes) -> FunctionStatus:
+def function_status(line: bytes) -> FunctionStatus:
+    """A row of ``status``; ``ValueError`` when it is none."""
     # From the right: the name itself may have tabs.
     name, total, running, workers = line.rsplit(b"\t", 3)
     return FunctionStatus(_shown(name), _number(total), _number(running), _number(workers))
@@ -343,6 +394,20 @@ def _worker_status(line: bytes) -> WorkerStatus:
 def _held_job(line: bytes) -> HeldJob:
     handle, retries, ignored, stored = line.rsplit(b"\t", 3)
     return HeldJob(_shown(handle), _number(retries), _number(ignored) > 0, _number(stored) > 0)
+
+
+def _running_job(line: bytes) -> RunningJob:
+    handle, function, *numbers = line.split(b"\t")
+    fd, attempt, seconds = map(_number, numbers[:3])
+    # A worker may say that it is minus one of ten.
+    numerator, denominator = map(int, numbers[3:])
+    return RunningJob(_shown(handle), _shown(function), fd, attempt, seconds, numerator, denominator)
+
+
+def _function_counters(line: bytes) -> FunctionCounters:
+    name, *numbers = line.rsplit(b"\t", 7)
+    submitted, started, retried, successful, failed, dead, cancelled = map(_number, numbers)
+    return FunctionCounters(_shown(name), submitted, started, retried, successful, failed, dead, cancelled)
 
 
 def _number(digits: bytes) -> int:

@@ -6,21 +6,31 @@ Knows sockets, TLS and time-outs, and nothing of what packets mean.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
+import threading
 from time import monotonic
 from typing import Final
 
 from .. import tls as tls_reasons
-from ..exceptions import ConnectionFailed, ConnectionLost, ProtocolError, ResponseTimeout
+from ..exceptions import (
+    ConnectionFailed,
+    ConnectionLost,
+    ProtocolError,
+    ResponseTimeout,
+    ResultTooLarge,
+)
 from ..protocol.packets import RESPONSE, PacketType, encode_request
 from ..protocol.reader import MAX_BODY, Packet, PacketReader
 
 _CHUNK: Final = 256 * 1024
 
-_TLS_ALERT: Final = b"\x15\x03"
+TLS_ALERT: Final = b"\x15\x03"
 """How a TLS server's answer to plain text begins. RFC 8446, section 5.1."""
+
+SPEAKS_TLS: Final = "it speaks TLS and we do not; TLS_CA would make us"
 
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
@@ -35,6 +45,7 @@ class Connection:
         tls: Speak TLS, and nothing else, with this context; None for plain text.
         send_timeout: Seconds that a packet may take to be sent.
         max_packet: Bytes of the largest packet body taken.
+        prove: Wait for an answer to ECHO too: a server that hangs is connected to all the same.
     Raises:
         ConnectionFailed: Nobody answers there, or the two ends do not trust each other; no job was sent.
     """
@@ -48,10 +59,13 @@ class Connection:
         send_timeout: float = 30.0,
         max_packet: int = MAX_BODY,
         tls: ssl.SSLContext | None = None,
+        prove: bool = False,
     ) -> None:
         self.server = f"{host}:{port}"
+        self._max_packet = max_packet
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._send_timeout = send_timeout
+        self._sending = threading.Lock()
         self._received = False
         """Whether anything ever came."""
         self._socket: socket.socket
@@ -59,17 +73,19 @@ class Connection:
         try:
             self._socket = socket.create_connection((host, port), timeout=connect_timeout)
         except OSError as error:
-            raise ConnectionFailed(self.server, _reason(error)) from error
+            raise ConnectionFailed(self.server, reason_of(error)) from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-        if tls is not None:
-            try:
+        try:
+            if tls is not None:
                 self._start_tls(tls, host, deadline)
-            except BaseException:
-                self.close()
-                raise
+            elif prove:
+                self._prove(deadline, host)
+        except BaseException:
+            self.close()
+            raise
 
     def _start_tls(self, tls: ssl.SSLContext, host: str, deadline: float) -> None:
         try:
@@ -82,6 +98,9 @@ class Connection:
             raise ConnectionFailed(self.server, *tls_reasons.explain(error, host)) from error
         # With TLS 1.3 our end is done before the server has seen our certificate. Only an
         # answer says that it was taken; without one, a job might be sent to nobody.
+        self._prove(deadline, host)
+
+    def _prove(self, deadline: float, host: str) -> None:
         try:
             self.send(encode_request(PacketType.ECHO_REQ, b""), _left(deadline))
         except ConnectionLost:
@@ -89,20 +108,17 @@ class Connection:
         try:
             self.receive(deadline)
         except ConnectionLost as error:
-            if isinstance(error.__cause__, ssl.SSLError):
-                raise ConnectionFailed(self.server, *tls_reasons.explain(error.__cause__, host)) from error
-            reason = f"after the TLS handshake: {error.reason}"
-            raise ConnectionFailed(self.server, reason, tls_reasons.CERTIFICATE_HINT) from error
+            raise not_proven(error, host, tls=isinstance(self._socket, ssl.SSLSocket)) from error
         except ResponseTimeout as error:
-            reason = "no answer after the TLS handshake in time"
-            raise ConnectionFailed(self.server, reason) from error
+            after = " after the TLS handshake" if isinstance(self._socket, ssl.SSLSocket) else ""
+            raise ConnectionFailed(self.server, f"no answer{after} in time") from error
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, data: bytes, timeout: float | None = None) -> None:
         """
-        Send whole packets.
+        Send whole packets; one thread after the other.
 
         Args:
             timeout: Seconds that it may take; None for ``send_timeout``.
@@ -111,13 +127,14 @@ class Connection:
         """
         timeout = self._send_timeout if timeout is None else timeout
         try:
-            if isinstance(self._socket, ssl.SSLSocket):
-                self._send_records(self._socket, data, timeout)
-            else:
-                self._socket.settimeout(timeout)
-                self._socket.sendall(data)
+            with self._sending:
+                if isinstance(self._socket, ssl.SSLSocket):
+                    self._send_records(self._socket, data, timeout)
+                else:
+                    self._socket.settimeout(timeout)
+                    self._socket.sendall(data)
         except OSError as error:
-            raise ConnectionLost(self.server, _reason(error)) from error
+            raise ConnectionLost(self.server, reason_of(error)) from error
 
     def _send_records(self, sock: ssl.SSLSocket, data: bytes, timeout: float) -> None:
         # sendall() of an SSLSocket would allow the time-out again for every record.
@@ -127,6 +144,23 @@ class Connection:
             while sent < len(data):
                 sock.settimeout(_left(deadline))
                 sent += sock.send(rest[sent:])
+
+    def send_some(self, data: bytes | bytearray | memoryview) -> int:
+        """
+        Send what is taken without waiting; how many bytes that was.
+
+        With TLS, hand in what was not sent again, with more behind it or not.
+
+        Raises:
+            ConnectionLost: The connection broke; the server may have read it or not.
+        """
+        try:
+            self._socket.settimeout(0.0)
+            return self._socket.send(data)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError as error:
+            raise ConnectionLost(self.server, reason_of(error)) from error
 
     def receive(self, deadline: float | None, what: str = "the answer of the job server") -> Packet:
         """
@@ -154,16 +188,27 @@ class Connection:
         try:
             return self._reader.take()
         except ProtocolError as error:
-            raise ConnectionLost(self.server, f"it speaks no Gearman: {error}") from error
+            raise unreadable(self.server, error, self._max_packet) from error
 
     def fill(self) -> None:
         """Receive what is there, without waiting; then ``take``."""
         while self.is_readable() and self._fill(0.0):
             pass
 
+    def fill_once(self) -> None:
+        """Receive what one look brings, without waiting; then ``take`` until there is nothing."""
+        self._fill(0.0)
+
     def is_readable(self) -> bool:
         """Whether something came, be it the end of the connection, or a part of a TLS record."""
-        return self.has_decrypted or bool(select.select([self._socket], [], [], 0)[0])
+        if self.has_decrypted:
+            return True
+        if not hasattr(select, "poll"):
+            return bool(select.select([self._socket], [], [], 0)[0])
+        # select() refuses descriptors above 1,023, which a web server may have.
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def has_decrypted(self) -> bool:
@@ -192,13 +237,13 @@ class Connection:
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return b""
         except OSError as error:
-            raise ConnectionLost(self.server, _reason(error)) from error
+            raise ConnectionLost(self.server, reason_of(error)) from error
         if not data:
             raise ConnectionLost(self.server, "the server closed it")
         if not self._received:
             self._received = True
-            if data.startswith(_TLS_ALERT):
-                raise ConnectionLost(self.server, "it speaks TLS and we do not; TLS_CA would make us")
+            if data.startswith(TLS_ALERT):
+                raise ConnectionLost(self.server, SPEAKS_TLS)
         return data
 
     def close(self) -> None:
@@ -206,10 +251,31 @@ class Connection:
         self._socket.close()
 
 
+def unreadable(server: str, error: ProtocolError, max_packet: int) -> ConnectionLost:
+    """What to raise when what a server sent cannot be read."""
+    if error.code == b"ARGUMENT_TOO_LARGE":
+        return ResultTooLarge(server, max_packet)
+    return ConnectionLost(server, f"it speaks no Gearman: {error}")
+
+
+def not_proven(error: ConnectionLost, host: str, *, tls: bool) -> ConnectionFailed:
+    """What to raise when a new connection breaks before it was of any use."""
+    if isinstance(error.__cause__, ssl.SSLError):
+        return ConnectionFailed(error.server, *tls_reasons.explain(error.__cause__, host))
+    if tls:
+        reason = f"after the TLS handshake: {error.reason}"
+        return ConnectionFailed(error.server, reason, tls_reasons.CERTIFICATE_HINT)
+    return ConnectionFailed(error.server, error.reason)
+
+
 def _left(deadline: float) -> float:
     """Seconds until then; not 0, which would mean not to wait at all."""
     return max(deadline - monotonic(), 0.001)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def reason_of(error: Exception) -> str:
+    """What the operating system says, in its words."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        # asyncio has sentences of its own.
+        return os.strerror(error.errno)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from ..exceptions import ProtocolError
-from ..protocol.packets import PacketType, encode_request
+from ..protocol.packets import LISTEN, PacketType, encode_request
 from ..protocol.reader import Packet
 
 DataHandler = Callable[[bytes], None]
 StatusHandler = Callable[[bytes, bytes], None]
+Priority = Literal["high", "normal", "low"]
 
 _SUBMISSIONS: Final = {
     ("high", False): PacketType.SUBMIT_JOB_HIGH,
@@ -48,9 +49,7 @@ class JobRequest:
     function: bytes
     workload: bytes = b""
     unique: bytes = b""
-    priority: str = "normal"
-    """high, normal or low."""
-
+    priority: Priority = "normal"
     background: bool = False
     epoch: int | None = None
     """Seconds since 1970 before which it must not run; such jobs are background ones of normal priority."""
@@ -58,9 +57,15 @@ class JobRequest:
     reducer: bytes | None = None
     """Function that puts together what this one makes; such jobs are of normal priority."""
 
+    listens: bytes = b""
+    """Handle of a job of our server's to hear the end of, in place of submitting one; empty for none."""
+
     on_data: DataHandler | None = None
     on_warning: DataHandler | None = None
     on_status: StatusHandler | None = None
+
+    on_change: Callable[[], None] | None = None
+    """Called when it was acknowledged or has ended."""
 
     handle: bytes | None = None
     """None until the server has acknowledged the job."""
@@ -74,9 +79,54 @@ class JobRequest:
     data: bytes = b""
     """The result, or the exception's data."""
 
+    raised: Exception | None = None
+    """What a call-back raised; who waits for the job is to raise it."""
+
+    @property
+    def key(self) -> bytes:
+        """What equal jobs have in common; empty for nothing. PROTOCOL 5.1: "-" stands for the workload."""
+        return self.workload if self.unique == b"-" else self.unique
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more is to come."""
+        if self.error is not None or self.outcome is not None:
+            return True
+        return self.background and self.handle is not None
+
+    def may_move(self, *, resubmit: bool) -> bool:
+        """
+        Whether another server may get it, now that its connection broke.
+
+        Args:
+            resubmit: Whether a foreground job may run twice.
+        """
+        if self.listens:
+            return False
+        return self.handle is None if self.background else resubmit
+
+    def start_over(self) -> None:
+        """Forget what a server said of it."""
+        self.handle = self.error = self.outcome = None
+        self.data = b""
+
+    def leave(self) -> None:
+        """Nobody wants to hear of it any more."""
+        self.on_data = self.on_warning = self.on_status = self.on_change = None
+
+    def call(self, handler: Callable[..., None] | None, *arguments: bytes) -> None:
+        """Call a call-back, in the midst of others' packets: what it raises is kept for who waits."""
+        if handler is not None:
+            try:
+                handler(*arguments)
+            except Exception as error:
+                self.raised = self.raised or error
+
     @property
     def kind(self) -> PacketType:
         """The type of its packet."""
+        if self.listens:
+            return PacketType.OPTION_REQ
         if self.epoch is not None:
             return PacketType.SUBMIT_JOB_EPOCH
         if self.reducer is not None:
@@ -87,6 +137,8 @@ class JobRequest:
 
     @property
     def packet(self) -> bytes:
+        if self.listens:
+            return encode_request(self.kind, LISTEN + self.listens)
         if self.epoch is not None:
             options = [b"%d" % self.epoch]
         elif self.reducer is not None:
@@ -105,6 +157,16 @@ class ClientProtocol:
         self._jobs: dict[bytes, deque[JobRequest]] = {}
         """{handle: the foreground requests that it stands for}; equal uniques share a handle."""
 
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the server owes an answer; what becomes of jobs is another matter."""
+        return bool(self._unanswered)
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether foreground jobs have not ended."""
+        return bool(self._jobs)
+
     def submit(self, request: JobRequest) -> bytes:
         """Bytes to send; the request fills as packets come back."""
         self._unanswered.append(request)
@@ -116,24 +178,25 @@ class ClientProtocol:
         self._unanswered.append(question)
         return question, encode_request(kind, *arguments)
 
-    def receive(self, packet: Packet) -> None:
+    def receive(self, packet: Packet) -> JobRequest | Question | None:
         """
         A packet came: it is told to whom it is for.
 
+        Returns:
+            Whom it was told to; None when it was for nobody.
         Raises:
             ProtocolError: Nobody asked for it; close the connection.
         """
         kind, arguments = packet
         if kind in _FINAL or kind in (PacketType.WORK_DATA, PacketType.WORK_WARNING, PacketType.WORK_STATUS):
-            self._work(PacketType(kind), arguments)
-        elif kind == PacketType.NOOP:
-            pass
-        elif self._unanswered:
-            self._answer(kind, arguments)
-        else:
-            raise ProtocolError(b"UNEXPECTED_PACKET", b"The server answered what was not asked")
+            return self._work(PacketType(kind), arguments)
+        if kind == PacketType.NOOP:
+            return None
+        if self._unanswered:
+            return self._answer(kind, arguments)
+        raise ProtocolError(b"UNEXPECTED_PACKET", b"The server answered what was not asked")
 
-    def _answer(self, kind: int, arguments: list[bytes]) -> None:
+    def _answer(self, kind: int, arguments: list[bytes]) -> JobRequest | Question:
         waiting = self._unanswered.popleft()
         if isinstance(waiting, Question):
             if kind != PacketType.ERROR and kind not in waiting.answers:
@@ -141,21 +204,23 @@ class ClientProtocol:
                     b"UNEXPECTED_PACKET", b"The server gave another answer than was asked for"
                 )
             waiting.answer = kind, arguments
-        elif kind == PacketType.JOB_CREATED:
-            waiting.handle = arguments[0]
+        elif kind == (PacketType.OPTION_RES if waiting.listens else PacketType.JOB_CREATED):
+            waiting.handle = waiting.listens or arguments[0]
             if not waiting.background:
-                self._jobs.setdefault(arguments[0], deque()).append(waiting)
+                self._jobs.setdefault(waiting.handle, deque()).append(waiting)
+            waiting.call(waiting.on_change)
         elif kind == PacketType.ERROR:
             waiting.error = arguments[0], arguments[1]
         else:
             raise ProtocolError(b"UNEXPECTED_PACKET", b"The server gave another answer than JOB_CREATED")
+        return waiting
 
-    def _work(self, kind: PacketType, arguments: list[bytes]) -> None:
+    def _work(self, kind: PacketType, arguments: list[bytes]) -> JobRequest | None:
         # gearmand sends the WORK_FAIL that stands for an exception with a NUL.
         handle = arguments[0].rstrip(b"\0")
         requests = self._jobs.get(handle)
         if requests is None:
-            return  # of a job that ended: a worker may have told more than once
+            return None  # of a job that ended: a worker may have told more than once
         # The server sends every packet once per submission: each request gets its own.
         request = requests[0]
         if kind in _FINAL:
@@ -164,11 +229,13 @@ class ClientProtocol:
             requests.popleft()
             if not requests:
                 del self._jobs[handle]
-            return
+            request.call(request.on_change)
+            return request
         requests.rotate(-1)
-        if kind == PacketType.WORK_DATA and request.on_data is not None:
-            request.on_data(arguments[1])
-        elif kind == PacketType.WORK_WARNING and request.on_warning is not None:
-            request.on_warning(arguments[1])
-        elif kind == PacketType.WORK_STATUS and request.on_status is not None:
-            request.on_status(arguments[1], arguments[2])
+        if kind == PacketType.WORK_DATA:
+            request.call(request.on_data, arguments[1])
+        elif kind == PacketType.WORK_WARNING:
+            request.call(request.on_warning, arguments[1])
+        else:
+            request.call(request.on_status, arguments[1], arguments[2])
+        return request

@@ -2,75 +2,79 @@
 The blocking client, in the words that PHP and Perl users of Gearman know.
 
 Workloads and results are bytes; names are str. Connections are opened when
-they are first needed, one per process and thread.
+they are first needed and kept for the next call of any thread of the process.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
+import selectors
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar, Unpack
 
-from ..addresses import DEFAULT_PORT, split_address
+from ..addresses import split_address
 from ..exceptions import (
     CommandNotSupported,
     ConnectionFailed,
     ConnectionLost,
     GearmanError,
     JobFailed,
+    NoWorker,
     ProtocolError,
+    ResponseTimeout,
     ServerError,
 )
 from ..protocol.packets import CLAIM, CLAIMED, PacketType
 from ..protocol.reader import MAX_BODY
-from .admin_client import AdminClient
+from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
-from .core import ClientProtocol, DataHandler, JobRequest, Question, StatusHandler
+from .core import ClientProtocol, JobRequest, Priority, Question
+from .servers import CIRCUIT, QUICK, Route, allowance
+from .tasks import (
+    DEFAULT_SERVERS,
+    EXPLANATION_TIMEOUT,
+    IN_FLIGHT,
+    LATEST,
+    DoOptions,
+    JobStatus,
+    Part,
+    Submitter,
+    Task,
+    TaskCallbacks,
+    TaskRun,
+    UniqueStatus,
+    Value,
+    argument,
+    collect,
+    job_status,
+    nobody_came,
+    result_of,
+    server_error,
+    unique_status,
+)
+
+__all__ = ["LATEST", "Client", "JobStatus", "UniqueStatus"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
-
-CIRCUIT: Final = 5.0
-"""Seconds during which a server that could not be reached is not tried when there is a choice."""
-
-LATEST: Final = 253_370_764_800
-"""The year 9999 in seconds since 1970; gearmand closes the connection on numbers too large for it."""
-
-_UNKNOWN_PACKET: Final = (b"INVALID_COMMAND", b"SERVER_ERROR")
-"""Codes, in upper case, of the ERROR for a type that a server does not take: gearmand's and ours, Perl's."""
+S = TypeVar("S", bound=JobStatus)
 
 NUDGE_TIMEOUT: Final = 0.2
 """Seconds that telling a server about new rows may take: it finds them by itself soon after."""
 
-
-@dataclass(frozen=True)
-class JobStatus:
-    """What a server knows of a job; nothing once it ended. PROTOCOL: STATUS_RES."""
-
-    known: bool
-    running: bool
-    numerator: int
-    denominator: int
-
-
-@dataclass(frozen=True)
-class UniqueStatus(JobStatus):
-    """What a server knows of the job of a unique. PROTOCOL: STATUS_RES_UNIQUE."""
-
-    clients: int
-    """How many wait for its end; 0 for a background job that nobody joined."""
+MAX_IDLE: Final = 32
+"""Connections to one server that are kept while nobody uses them."""
 
 
 class _Session:
-    """A connection with its protocol; belongs to one thread of one process."""
+    """A connection with its protocol; used by one caller at a time, of one process."""
 
     def __init__(self, connection: Connection, server: str) -> None:
         self.connection = connection
@@ -79,6 +83,11 @@ class _Session:
         self.pid = os.getpid()
         self.claim: Question | None = None
         """The last time that the server was told of rows."""
+        self.unsent = bytearray()
+        """What ``run_tasks`` could not send without waiting."""
+        self.heard_at = 0.0
+        """When ``run_tasks`` last heard of the server, or began to wait for an answer."""
+        _sessions.add(self)
 
     @property
     def is_usable(self) -> bool:
@@ -86,38 +95,54 @@ class _Session:
         if self.pid != os.getpid():
             return False
         try:
-            self.drain()
-        except (ConnectionLost, ProtocolError):
+            if self.connection.is_readable():
+                self.connection.fill()
+                # Answers that nobody waited for.
+                while (packet := self.connection.take()) is not None:
+                    self.protocol.receive(packet)
+        except (ConnectionLost, ProtocolError, ValueError):
             return False
         return True
-
-    def drain(self) -> None:
-        """Take answers that nobody waited for."""
-        if self.connection.is_readable():
-            self.connection.fill()
-            while (packet := self.connection.take()) is not None:
-                self.protocol.receive(packet)
 
     def close(self) -> None:
         self.connection.close()
 
     def __del__(self) -> None:
-        # Its thread ended, and with it the thread's local data.
         self.close()
 
 
-class Client:
-    """
-    Submits jobs to the first server that answers.
+_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+"""Every one of the process."""
 
-    Safe to share between threads and over a fork: each thread of each process
-    has a connection of its own.
+
+def _close_inherited() -> None:
+    """In a forked child: what belongs to the parent must not stay open here when the parent closes it."""
+    for session in list(_sessions):
+        session.close()
+    _sessions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+class Client(Submitter):
+    """
+    Submits jobs to the first server that answers, or to those that their uniques choose.
+
+    Safe to share between threads and over a fork: each call has a connection of
+    its own while it lasts. A background job that was not acknowledged goes to
+    another server when its connection breaks; a foreground job does when it is
+    told to (``resubmit=True``).
 
     Args:
         servers: ``host:port`` of each job server, in order of preference.
-        connect_timeout: Seconds to wait for a connection.
+        spread: Choose the server by a hash of the unique, so that equal jobs meet; else the first
+            that answers gets all.
+        connect_timeout: Seconds to wait for a connection; half of it where other servers are left to try.
         timeout: Seconds to wait for a server's answer; the end of a job is another matter.
         max_packet: Bytes of the largest packet body sent or taken.
+        circuit: Seconds for which a server that did not answer is left alone; longer when it stays away.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
     """
 
@@ -125,86 +150,69 @@ class Client:
         self,
         servers: Sequence[str] = DEFAULT_SERVERS,
         *,
+        spread: bool = False,
         connect_timeout: float = 1.0,
         timeout: float = 30.0,
         max_packet: int = MAX_BODY,
+        circuit: float = CIRCUIT,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        if isinstance(servers, str) or not servers:
-            raise ValueError(f'servers must be a sequence such as ["127.0.0.1:4730"], not {servers!r}')
-        for server in servers:
-            split_address(server)  # raises what is wrong with it, now rather than at the first use
-        self._servers = tuple(servers)
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
-        self._max_packet = max_packet
-        self._tls = tls
+        super().__init__(
+            servers,
+            spread=spread,
+            connect_timeout=connect_timeout,
+            timeout=timeout,
+            max_packet=max_packet,
+            circuit=circuit,
+            tls=tls,
+        )
+        self._idle: dict[str, deque[_Session]] = {name: deque() for name in self._servers.names}
+        """Taken from and put back at the right end without a lock, which a fork could leave locked."""
         self._local = threading.local()
-        self._avoid_until: dict[str, float] = {}
         self._foreign: set[str] = set()
         """Servers that were found to be none of ours."""
 
     # Foreground jobs.
 
-    def do(
-        self,
-        function: str,
-        workload: bytes = b"",
-        *,
-        unique: str = "",
-        timeout: float | None = None,
-        on_data: DataHandler | None = None,
-        on_warning: DataHandler | None = None,
-        on_status: StatusHandler | None = None,
-    ) -> bytes:
+    def do(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
         """
         Run a job and wait for its result.
 
         Args:
-            unique: Submitters of an equal one share one run; ``-`` stands for the workload.
-            timeout: Seconds to wait for the end; None to wait for ever. The job is
-                abandoned when the time is up: it is dropped unless a worker has it.
-            on_data, on_warning: Called with each part as the worker sends it.
-            on_status: Called with numerator and denominator, as the worker wrote them.
+            options: See ``DoOptions``.
         Raises:
             JobFailed: The worker reported a failure; ``data`` has the exception's if it sent one.
-            ResponseTimeout: The time was up.
+            ResponseTimeout: The time was up; ``NoWorker`` when no worker offers the function.
             ConnectionFailed: No server answers; nothing was submitted.
             ConnectionLost: The connection broke; the job may have run or not.
         PROTOCOL: SUBMIT_JOB.
         """
-        request = self._request(function, workload, unique, "normal", background=False)
-        return self._run(request, timeout, on_data, on_warning, on_status)
+        return self._do(self._waited_for(function, workload, "normal", options), options)
 
-    def do_high(
-        self,
-        function: str,
-        workload: bytes = b"",
-        *,
-        unique: str = "",
-        timeout: float | None = None,
-        on_data: DataHandler | None = None,
-        on_warning: DataHandler | None = None,
-        on_status: StatusHandler | None = None,
-    ) -> bytes:
+    def do_high(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
         """As ``do``, before jobs of normal priority. PROTOCOL: SUBMIT_JOB_HIGH."""
-        request = self._request(function, workload, unique, "high", background=False)
-        return self._run(request, timeout, on_data, on_warning, on_status)
+        return self._do(self._waited_for(function, workload, "high", options), options)
 
-    def do_low(
+    def do_low(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
+        """As ``do``, after jobs of normal priority. PROTOCOL: SUBMIT_JOB_LOW."""
+        return self._do(self._waited_for(function, workload, "low", options), options)
+
+    def stream(
         self,
         function: str,
         workload: bytes = b"",
         *,
         unique: str = "",
+        priority: Priority = "normal",
         timeout: float | None = None,
-        on_data: DataHandler | None = None,
-        on_warning: DataHandler | None = None,
-        on_status: StatusHandler | None = None,
-    ) -> bytes:
-        """As ``do``, after jobs of normal priority. PROTOCOL: SUBMIT_JOB_LOW."""
-        request = self._request(function, workload, unique, "low", background=False)
-        return self._run(request, timeout, on_data, on_warning, on_status)
+    ) -> Generator[Part | Value[bytes], None, None]:
+        """
+        As ``do``, yielding what the worker tells as it comes: parts, and last the ``Value``.
+
+        Who stops early, or closes the generator, abandons the job.
+        """
+        request = self._request(function, workload, unique, priority)
+        return self._stream(request, collect(request), timeout)
 
     # Background jobs.
 
@@ -218,7 +226,7 @@ class Client:
             ConnectionLost, ResponseTimeout: The server may have it or not.
         PROTOCOL: SUBMIT_JOB_BG.
         """
-        return self._submit(self._request(function, workload, unique, "normal", background=True))
+        return self._submit(self._request(function, workload, unique, background=True))
 
     def do_high_background(self, function: str, workload: bytes = b"", *, unique: str = "") -> str:
         """As ``do_background``, before jobs of normal priority. PROTOCOL: SUBMIT_JOB_HIGH_BG."""
@@ -240,25 +248,12 @@ class Client:
             ValueError: ``epoch`` is no such time.
         PROTOCOL: SUBMIT_JOB_EPOCH, which has normal priority.
         """
-        if not 0 <= epoch <= LATEST:
-            raise ValueError(f"epoch is a time in seconds since 1970, up to the year 9999, not {epoch!r}")
-        request = self._request(function, workload, unique, "normal", background=True)
-        request.epoch = math.ceil(epoch)
-        return self._submit(request)
+        return self._submit(self._later(function, workload, unique, epoch))
 
     # Reduce jobs.
 
     def do_reduce(
-        self,
-        function: str,
-        workload: bytes = b"",
-        *,
-        reducer: str,
-        unique: str = "",
-        timeout: float | None = None,
-        on_data: DataHandler | None = None,
-        on_warning: DataHandler | None = None,
-        on_status: StatusHandler | None = None,
+        self, function: str, workload: bytes = b"", *, reducer: str, **options: Unpack[DoOptions]
     ) -> bytes:
         """
         As ``do``; a worker that asks for it also gets the name of a function to put the parts together.
@@ -267,29 +262,75 @@ class Client:
             CommandNotSupported: The server knows no such jobs; ``version`` says what it is.
         PROTOCOL: SUBMIT_REDUCE_JOB, which has normal priority.
         """
-        request = self._request(function, workload, unique, "normal", background=False)
-        request.reducer = _argument("reducer", reducer)
-        return self._run(request, timeout, on_data, on_warning, on_status)
+        request = self._waited_for(function, workload, "normal", options)
+        request.reducer = argument("reducer", reducer)
+        return self._do(request, options)
 
     def do_reduce_background(
         self, function: str, workload: bytes = b"", *, reducer: str, unique: str = ""
     ) -> str:
         """As ``do_background``, with a reducer. PROTOCOL: SUBMIT_REDUCE_JOB_BACKGROUND."""
-        request = self._request(function, workload, unique, "normal", background=True)
-        request.reducer = _argument("reducer", reducer)
+        request = self._request(function, workload, unique, background=True)
+        request.reducer = argument("reducer", reducer)
         return self._submit(request)
+
+    # Many at once.
+
+    def run_tasks(
+        self,
+        *,
+        timeout: float | None = None,
+        limit: int = IN_FLIGHT,
+        resubmit: bool = False,
+        **callbacks: Unpack[TaskCallbacks],
+    ) -> list[Task]:
+        """
+        Submit the tasks that this thread has added and wait until each is done.
+
+        They run side by side, over one connection per server. What becomes of
+        each is told by its ``result()`` and ``error``, and by call-backs; none
+        that fails keeps the others from going on.
+
+        Args:
+            timeout: Seconds to wait for all of them; those that are not done then fail with
+                ``ResponseTimeout``, and are dropped unless a worker has them.
+            limit: How many are with servers at a time.
+            resubmit: Submit foreground jobs to another server when a connection breaks, though they
+                may run twice then. Background jobs that were not acknowledged always are.
+            callbacks: For tasks without their own; see ``TaskCallbacks``.
+        Returns:
+            The tasks, in the order they were added.
+        """
+        tasks = self._take_added(callbacks)
+        run = TaskRun(tasks, limit=limit, resubmit=resubmit)
+        deadline = None if timeout is None else monotonic() + timeout
+        sessions: dict[str, _Session] = {}
+        try:
+            while not run.is_over:
+                self._submit_tasks(run, sessions)
+                if not run.is_over:
+                    self._tend_tasks(run, sessions, deadline)
+                if deadline is not None and monotonic() >= deadline:
+                    self._give_up(run, sessions, timeout or 0.0)
+        finally:
+            for session in sessions.values():
+                # A connection with jobs of nobody is closed, so that the server drops them.
+                if run.is_over and not session.unsent and not session.protocol.has_jobs:
+                    self._give_back(session)
+                else:
+                    session.close()
+        return tasks
 
     # Questions.
 
     def job_status(self, handle: str) -> JobStatus:
-        """What the server knows of a job. PROTOCOL: GET_STATUS."""
-        _, arguments = self._ask(PacketType.GET_STATUS, handle.encode(), answers=PacketType.STATUS_RES)
-        _, known, running, numerator, denominator = arguments
-        return JobStatus(known == b"1", running == b"1", int(numerator), int(denominator))
+        """What the first server that knows the job says of it. PROTOCOL: GET_STATUS."""
+        name = argument("handle", handle)
+        return self._first_known(PacketType.GET_STATUS, name, PacketType.STATUS_RES, b"", job_status)
 
     def job_status_unique(self, unique: str) -> UniqueStatus:
         """
-        What the server knows of the job of a unique, whichever its function.
+        What a server knows of the job of a unique, whichever its function.
 
         A job without one, or with ``-``, is not found. gearmand takes uniques
         of 63 bytes at the most here, and closes the connection on longer ones.
@@ -298,17 +339,46 @@ class Client:
             CommandNotSupported: The server cannot tell; ``version`` says what it is.
         PROTOCOL: GET_STATUS_UNIQUE.
         """
-        _, arguments = self._ask(
-            PacketType.GET_STATUS_UNIQUE,
-            _argument("unique", unique),
-            answers=PacketType.STATUS_RES_UNIQUE,
+        name = argument("unique", unique)
+        return self._first_known(
+            PacketType.GET_STATUS_UNIQUE, name, PacketType.STATUS_RES_UNIQUE, name, unique_status
         )
-        _, known, running, numerator, denominator, clients = arguments
-        return UniqueStatus(known == b"1", running == b"1", int(numerator), int(denominator), int(clients))
+
+    def wait_for(self, handle: str, timeout: float | None = None) -> bool:
+        """
+        Wait until a job that a server of ours holds has ended.
+
+        Args:
+            timeout: Seconds to wait; None to wait for ever.
+        Returns:
+            Whether it ended meanwhile; False when no server can say: it ended
+            before, or is gearmand's.
+        Raises:
+            ResponseTimeout: The time was up; the job goes on.
+            ConnectionFailed, ConnectionLost: No server answers, or not any more.
+        Our own server's extension, see ``protocol.packets.LISTEN``.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        for server in [name for name in self._servers.order() if name not in self._deaf]:
+            request = self._listening(handle)
+            try:
+                with self._session([server]) as session:
+                    self._acknowledged(session, request, deadline)
+                    self._outlast(session, request, deadline, f"job {handle}")
+            except ConnectionFailed:
+                continue
+            except ServerError as error:
+                if error.code.upper() != "JOB_NOT_FOUND":
+                    self._deaf.add(server)
+                continue
+            return True
+        return False
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
-        _, arguments = self._ask(PacketType.ECHO_REQ, data, answers=PacketType.ECHO_RES)
+        _, arguments = self._ask(
+            self._servers.order(), PacketType.ECHO_REQ, data, answers=PacketType.ECHO_RES
+        )
         return arguments[0]
 
     def claim(self) -> bool:
@@ -320,7 +390,7 @@ class Client:
         another's answer shows, by the second call, that it takes it for a job.
         """
         try:
-            with self._session(nudge=True) as session:
+            with self._session(self._servers.order(), nudge=True) as session:
                 if session.claim is not None and session.claim.answer is not None:
                     _, arguments = session.claim.answer
                     if not arguments[0].endswith(CLAIMED):
@@ -344,12 +414,19 @@ class Client:
                 self.server_version(server) or "unknown",
             )
 
+    def server_version(self, server: str) -> str:
+        """What a server says that it is; empty when it does not."""
+        try:
+            with self._admin(server, min(self._timeout, self._connect_timeout)) as admin:
+                return admin.version()
+        except GearmanError:
+            return ""
+
     def close(self) -> None:
-        """Close this thread's connection. The client can be used again."""
-        session: _Session | None = getattr(self._local, "session", None)
-        if session is not None:
-            self._local.session = None
-            session.close()
+        """Close the connections that nobody uses. The client can be used again."""
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().close()
 
     def __enter__(self) -> Client:
         return self
@@ -359,150 +436,312 @@ class Client:
 
     # How it is done.
 
-    def _request(
-        self, function: str, workload: bytes, unique: str, priority: str, *, background: bool
-    ) -> JobRequest:
-        if not isinstance(workload, bytes):
-            raise TypeError(
-                f"the workload of {function} must be bytes, not {type(workload).__name__}; encode it first"
-            )
-        if len(workload) + len(function) + len(unique) + 8 > self._max_packet:
-            raise ValueError(
-                f"the workload of {function} has {len(workload)} bytes, more than "
-                f"max_packet={self._max_packet}; "
-                "pass a reference, such as a key or a path"
-            )
-        return JobRequest(
-            function=_argument("function", function),
-            workload=workload,
-            unique=_argument("unique", unique),
-            priority=priority,
-            background=background,
-        )
+    def _added(self) -> list[Task]:
+        tasks: list[Task] | None = getattr(self._local, "tasks", None)
+        if tasks is None:
+            tasks = self._local.tasks = []
+        return tasks
 
-    def _run(
-        self,
-        request: JobRequest,
-        timeout: float | None,
-        on_data: DataHandler | None,
-        on_warning: DataHandler | None,
-        on_status: StatusHandler | None,
-    ) -> bytes:
-        request.on_data, request.on_warning, request.on_status = on_data, on_warning, on_status
+    def _do(self, request: JobRequest, options: DoOptions) -> bytes:
+        timeout = options.get("timeout")
         deadline = None if timeout is None else monotonic() + timeout
-        with self._session() as session:
-            self._acknowledged(session, request, deadline)
-            what = f"job {request.function.decode()}"
-            while request.outcome is None:
-                session.protocol.receive(session.connection.receive(deadline, what))
-        if request.outcome is PacketType.WORK_COMPLETE:
-            return request.data
-        raise JobFailed(request.function.decode(), data=request.data)
+        route = Route(self._servers, request, resubmit=options.get("resubmit", False))
+        while True:
+            session = self._take_on(route)
+            try:
+                with self._using(session):
+                    self._acknowledged(session, request, deadline)
+                    self._outlast(session, request, deadline, f"job {request.function.decode()}")
+                return result_of(request)
+            except ConnectionLost as error:
+                route.lost(session.server, error)
 
     def _submit(self, request: JobRequest) -> str:
-        with self._session() as session:
-            return self._acknowledged(session, request, None).decode()
+        route = Route(self._servers, request)
+        while True:
+            session = self._take_on(route)
+            try:
+                with self._using(session):
+                    return self._acknowledged(session, request, None).decode()
+            except ConnectionLost as error:
+                route.lost(session.server, error)
+
+    def _stream(
+        self, request: JobRequest, parts: deque[Part], timeout: float | None
+    ) -> Generator[Part | Value[bytes], None, None]:
+        deadline = None if timeout is None else monotonic() + timeout
+        what = f"job {request.function.decode()}"
+        with self._session(self._servers.order(request.key)) as session:
+            self._acknowledged(session, request, deadline)
+            while request.outcome is None:
+                while parts:
+                    yield parts.popleft()
+                self._hear(session, request, deadline, what)
+        yield from parts
+        yield Value(result_of(request))
 
     def _acknowledged(self, session: _Session, request: JobRequest, deadline: float | None) -> bytes:
         session.connection.send(session.protocol.submit(request))
         answer_by = monotonic() + self._timeout
-        deadline = answer_by if deadline is None else min(deadline, answer_by)
+        until = answer_by if deadline is None else min(deadline, answer_by)
         while request.handle is None:
             if request.error is not None:
-                raise self._server_error(session, request.kind, *request.error)
-            session.protocol.receive(session.connection.receive(deadline))
+                raise self._server_error(session.server, request.kind, *request.error)
+            try:
+                session.protocol.receive(session.connection.receive(until))
+            except ResponseTimeout:
+                self._note_silence(session.server, answer_by)
+                raise
         return request.handle
 
-    def _ask(self, kind: PacketType, *arguments: bytes, answers: PacketType) -> tuple[int, list[bytes]]:
-        with self._session() as session:
+    def _outlast(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+        """Receive until the job has ended."""
+        while request.outcome is None:
+            self._hear(session, request, deadline, what)
+        if request.raised is not None:
+            raise request.raised
+
+    def _hear(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+        try:
+            session.protocol.receive(session.connection.receive(deadline, what))
+        except ResponseTimeout as error:
+            # Before the connection is closed, and the job dropped with it.
+            if request.function and (better := self._nobody_came(session.server, request, error)):
+                raise better from None
+            raise
+        if request.raised is not None:
+            raise request.raised
+
+    def _note_silence(self, server: str, answer_by: float) -> None:
+        if monotonic() >= answer_by:
+            self._servers.failed(server, waited=True)
+
+    def _nobody_came(self, server: str, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
+        try:
+            with self._admin(server, EXPLANATION_TIMEOUT) as admin:
+                return nobody_came(admin.status(), server, request.function.decode(), error)
+        except GearmanError:
+            return None  # the time-out itself is to be told
+
+    def _first_known(
+        self,
+        kind: PacketType,
+        argument: bytes,
+        answers: PacketType,
+        key: bytes,
+        read: Callable[[Sequence[bytes]], S],
+    ) -> S:
+        status: S | None = None
+        failure: GearmanError | None = None
+        for server in self._servers.order(key):
+            try:
+                _, arguments = self._ask([server], kind, argument, answers=answers)
+            except (ConnectionFailed, ConnectionLost) as error:
+                failure = failure or error
+                continue
+            status = read(arguments)
+            if status.known:
+                return status
+        if status is None:
+            raise failure or self._servers.unreachable()
+        return status
+
+    def _ask(
+        self, servers: list[str], kind: PacketType, *arguments: bytes, answers: PacketType
+    ) -> tuple[int, list[bytes]]:
+        with self._session(servers) as session:
             question, data = session.protocol.ask(kind, *arguments, answers=answers)
             session.connection.send(data)
-            return self._answered(session, kind, question)
+            deadline = monotonic() + self._timeout
+            while question.answer is None:
+                try:
+                    session.protocol.receive(session.connection.receive(deadline))
+                except ResponseTimeout:
+                    self._note_silence(session.server, deadline)
+                    raise
+            told, values = question.answer
+            if told == PacketType.ERROR:
+                raise self._server_error(session.server, kind, *values[:2])
+            return told, values
 
-    def _answered(self, session: _Session, asked: PacketType, question: Question) -> tuple[int, list[bytes]]:
-        deadline = monotonic() + self._timeout
-        while question.answer is None:
-            session.protocol.receive(session.connection.receive(deadline))
-        kind, arguments = question.answer
-        if kind == PacketType.ERROR:
-            raise self._server_error(session, asked, arguments[0], arguments[1])
-        return kind, arguments
+    def _server_error(self, server: str, asked: PacketType, code: bytes, text: bytes) -> ServerError:
+        error = server_error(server, asked, code, text)
+        if isinstance(error, CommandNotSupported):
+            error.version = self.server_version(server)
+        return error
 
-    def _server_error(self, session: _Session, asked: PacketType, code: bytes, text: bytes) -> ServerError:
-        told = session.connection.server, code.decode(errors="replace"), text.decode(errors="replace")
-        if code.upper() in _UNKNOWN_PACKET:
-            return CommandNotSupported(*told, command=asked.name, version=self.server_version(session.server))
-        return ServerError(*told)
+    def _admin(self, server: str, timeout: float | None = None) -> AdminClient:
+        return AdminClient(
+            server,
+            connect_timeout=self._connect_timeout if timeout is None else timeout,
+            timeout=self._timeout if timeout is None else timeout,
+            tls=self._tls,
+        )
 
-    def server_version(self, server: str) -> str:
-        """What a server says that it is; empty when it does not."""
-        try:
-            with AdminClient(
-                server, connect_timeout=self._connect_timeout, timeout=self._timeout, tls=self._tls
-            ) as admin:
-                return admin.version()
-        except GearmanError:
-            return ""
+    # Tasks.
+
+    def _submit_tasks(self, run: TaskRun, sessions: dict[str, _Session]) -> None:
+        while (task := run.next()) is not None:
+            candidates = run.candidates(task, self._servers)
+            try:
+                if not candidates:
+                    raise self._servers.unreachable()
+                session = sessions.get(candidates[0]) or self._take(candidates)
+            except ConnectionFailed as error:
+                run.unreachable(task, error)
+                continue
+            known = sessions.setdefault(session.server, session)
+            if known is not session:
+                self._give_back(session)
+            if not known.protocol.awaits_answer or not run.has_jobs_at(known.server):
+                known.heard_at = monotonic()
+            known.unsent += run.submit(task, known.server, known.protocol)
+            if len(known.unsent) > _BUFFER:
+                return  # what comes back is read meanwhile
+
+    def _tend_tasks(self, run: TaskRun, sessions: dict[str, _Session], deadline: float | None) -> None:
+        """Send and receive what can be, once for each server."""
+        wait = self._timeout
+        if deadline is not None:
+            wait = min(wait, max(deadline - monotonic(), 0.0))
+        with selectors.DefaultSelector() as selector:
+            for session in sessions.values():
+                if session.connection.has_decrypted:
+                    wait = 0.0
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if session.unsent else 0)
+                selector.register(session.connection, events, session)
+            selector.select(wait)
+        now = monotonic()
+        for session in list(sessions.values()):
+            try:
+                self._tend_session(run, session, now)
+            except (ConnectionLost, ProtocolError, ResponseTimeout) as error:
+                del sessions[session.server]
+                session.close()
+                if isinstance(error, ProtocolError):
+                    error = ConnectionLost(session.server, str(error))
+                if isinstance(error, ResponseTimeout):
+                    self._servers.failed(session.server, waited=True)
+                run.lost(session.server, error)
+
+    def _give_up(self, run: TaskRun, servers: Iterable[str], timeout: float) -> None:
+        rows = self._rows_of(servers)
+
+        def late(task: Task) -> ResponseTimeout:
+            error = ResponseTimeout(f"job {task.function}", timeout)
+            return nobody_came(rows.get(task.server, ()), task.server, task.function, error) or error
+
+        run.give_up(late)
+
+    def _rows_of(self, servers: Iterable[str]) -> dict[str, list[FunctionStatus]]:
+        """What servers say of their functions, to tell why nobody came."""
+        rows: dict[str, list[FunctionStatus]] = {}
+        for server in servers:
+            with suppress(GearmanError), self._admin(server, EXPLANATION_TIMEOUT) as admin:
+                rows[server] = admin.status()
+        return rows
+
+    def _tend_session(self, run: TaskRun, session: _Session, now: float) -> None:
+        connection = session.connection
+        if session.unsent:
+            # A copy: the buffer must not change while a view of it is out.
+            sent = connection.send_some(bytes(session.unsent[:_PIECE]))
+            del session.unsent[:sent]
+        if not connection.is_readable():
+            if session.protocol.awaits_answer and now - session.heard_at >= self._timeout:
+                raise ResponseTimeout("the answer of the job server", self._timeout)
+            return
+        session.heard_at = now
+        connection.fill_once()
+        while (packet := connection.take()) is not None:
+            run.told(session.server, session.protocol.receive(packet))
+
+    # Connections.
 
     @contextmanager
-    def _session(self, *, nudge: bool = False) -> Iterator[_Session]:
-        """This thread's session; closed when what is done with it leaves it in an unknown state."""
-        session: _Session | None = getattr(self._local, "session", None)
-        if session is not None and not session.is_usable:
-            self.close()
-            session = None
-        if session is None:
-            session = self._local.session = self._open(nudge=nudge)
-        try:
+    def _session(self, servers: list[str], *, nudge: bool = False) -> Iterator[_Session]:
+        session = self._take(servers, nudge=nudge)
+        with self._using(session):
             yield session
+
+    @contextmanager
+    def _using(self, session: _Session) -> Iterator[None]:
+        """Give a session back afterwards, or close it when it was left in an unknown state."""
+        try:
+            yield
         except ProtocolError as error:
-            self.close()
-            raise ConnectionLost(session.connection.server, str(error)) from error
+            session.close()
+            raise ConnectionLost(session.server, str(error)) from error
         except (ServerError, JobFailed):
+            self._give_back(session)
             raise
         except BaseException:
             # An answer may still come, and would be taken for that of the next question.
-            self.close()
+            session.close()
             raise
+        self._give_back(session)
 
-    def _open(self, *, nudge: bool) -> _Session:
-        now = monotonic()
-        avoid = self._avoid_until
-        servers = sorted(self._servers, key=lambda server: avoid.get(server, 0.0) > now)
+    def _give_back(self, session: _Session) -> None:
+        idle = self._idle[session.server]
+        if len(idle) < MAX_IDLE:
+            idle.append(session)
+        else:
+            session.close()
+
+    def _take_on(self, route: Route) -> _Session:
+        """A session with the next server of a route."""
+        try:
+            return self._take(route.candidates())
+        except ConnectionFailed as failure:
+            raise route.unreachable(failure) from None
+
+    def _take(self, servers: list[str], *, nudge: bool = False) -> _Session:
+        """A session with the first of the servers that answers."""
         failure: ConnectionFailed | None = None
-        for server in servers:
-            if nudge and avoid.get(server, 0.0) > now:
+        for number, server in enumerate(servers):
+            idle = self._idle[server]
+            while idle:
+                try:
+                    session = idle.pop()
+                except IndexError:
+                    break  # another thread was quicker
+                if session.is_usable and not self._servers.may_hang(server):
+                    return session
+                session.close()
+            if nudge and self._servers.is_shut(server):
                 continue
-            host, port = split_address(server)
             try:
-                connection = Connection(
-                    host,
-                    port,
-                    connect_timeout=min(self._connect_timeout, NUDGE_TIMEOUT)
-                    if nudge
-                    else self._connect_timeout,
-                    send_timeout=self._timeout,
-                    max_packet=self._max_packet,
-                    tls=self._tls,
-                )
+                return self._open(server, servers[number:], nudge=nudge)
             except ConnectionFailed as error:
-                avoid[server] = monotonic() + CIRCUIT
                 failure = failure or error
-                continue
-            avoid.pop(server, None)
-            session = _Session(connection, server)
-            self._ask_for_exceptions(session)
-            return session
-        raise failure or ConnectionFailed(", ".join(servers), "tried a moment ago")
+        raise failure or self._servers.unreachable()
 
-    def _ask_for_exceptions(self, session: _Session) -> None:
+    def _open(self, server: str, left: list[str], *, nudge: bool) -> _Session:
+        host, port = split_address(server)
+        timeout = allowance(left, self._connect_timeout)
+        self._servers.trying(server)
+        began = monotonic()
+        try:
+            connection = Connection(
+                host,
+                port,
+                connect_timeout=min(timeout, NUDGE_TIMEOUT) if nudge else timeout,
+                send_timeout=self._timeout,
+                max_packet=self._max_packet,
+                tls=self._tls,
+                prove=len(self._servers.names) > 1 or self._servers.may_hang(server),
+            )
+        except ConnectionFailed:
+            self._servers.failed(server, waited=monotonic() - began > QUICK)
+            raise
+        self._servers.answered(server)
+        session = _Session(connection, server)
         # Nobody waits for the answer: it is taken when it comes, before that of the next question.
         _, data = session.protocol.ask(PacketType.OPTION_REQ, b"exceptions", answers=PacketType.OPTION_RES)
-        session.connection.send(data)
+        connection.send(data)
+        return session
 
 
-def _argument(name: str, text: str) -> bytes:
-    """A text as an argument of a packet."""
-    if "\0" in text:
-        raise ValueError(f"{name} {text!r} has a NUL, which ends an argument on the wire")
-    return text.encode()
+_PIECE: Final = 256 * 1024
+_BUFFER: Final = 4 * 1024 * 1024
+"""Bytes that ``run_tasks`` prepares ahead of what a server takes."""

@@ -67,6 +67,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     _add_process(parser)
     _add_log(parser)
     _add_http(parser)
+    _add_metrics(parser)
     _add_tls(parser)
     _add_without_effect(parser)
 
@@ -299,6 +300,22 @@ def _add_http(parser: ArgumentParser) -> None:
         metavar="NAME",
         help="Name by which HTTP clients may call this server, beside localhost and IP addresses; "
         "may be given more than once.",
+    )
+
+
+def _add_metrics(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--metrics-port",
+        type=_port,
+        metavar="PORT",
+        help="Tell Prometheus how it goes, at /metrics of this port; 0 takes a free one (default: none).",
+    )
+    group.add_argument(
+        "--metrics-listen",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="Address of the port of the metrics (default: %(default)s).",
     )
 
 

@@ -40,6 +40,33 @@ The WORK_EXCEPTION of the job that follows is not its end: a background job with
 attempts left waits so long and is handed out again. Has no answer.
 """
 
+LOGS = b"logs"
+"""
+An option of our job server, when it keeps records: it takes what jobs log.
+
+Who was answered OPTION_RES ``logs`` may send the words of ``LOG``. No other
+server knows the option; all answer UNKNOWN_OPTION.
+"""
+
+LOG = b"log "
+"""
+OPTION_REQ ``log HANDLE TEXT``, from a worker that was answered ``logs``.
+
+TEXT is all that is to be kept of what the job's attempt has logged so far:
+lines of UTF-8, the last of them. Each takes the place of the one before. Has no answer.
+"""
+
+MAX_LOG = 16 * 1024
+"""Bytes of TEXT in ``log HANDLE TEXT``; of a longer one the end is kept."""
+
+LISTEN = b"listen "
+"""
+OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
+
+Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
+not: it ended, or is another server's. No other server knows the option.
+"""
+
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 

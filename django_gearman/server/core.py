@@ -34,6 +34,10 @@ from ..protocol.packets import (
     CLAIM,
     CLAIMED,
     HIGHEST_TYPE,
+    LISTEN,
+    LOG,
+    LOGS,
+    MAX_LOG,
     RETRY,
     PacketType,
     encode_response,
@@ -46,6 +50,7 @@ from .entries import (
     JobDue,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -58,6 +63,7 @@ from .entries import (
     Topic,
 )
 from .jobs import HIGHEST, Function, Job, JobState, UniqueKey
+from .metrics import SECONDS, Histogram
 
 HIGH: Final = 50
 NORMAL: Final = 0
@@ -82,6 +88,7 @@ STORE_AWAY: Final = 3.0
 """Seconds without a claim after which the store must be out of reach; there is one each second."""
 
 PENDING, DELAYED, READY, RUNNING, GONE = JobState
+SUCCESSFUL: Final = Outcome.SUCCESSFUL
 
 SECOND: Final = 1000
 """Milliseconds; gearmand takes no shorter time limit."""
@@ -135,6 +142,9 @@ class ServerOptions:
     record_foreground: bool = True
     """Whether foreground jobs leave entries too, without waiting for them."""
 
+    record_logs: bool = True
+    """Whether what jobs log leaves entries, where a journal writes them."""
+
     handle_prefix: str | None = None
     """What every handle begins with, of this run of this server alone; None for the name and the epoch."""
 
@@ -180,6 +190,9 @@ class ServerOptions:
     max_abilities: int = 10_000
     """Functions that one connection may offer."""
 
+    measure: bool = False
+    """Whether to count how long jobs wait and run, beside how many there are."""
+
     allow_shutdown: bool = False
     """Whether an operator may end the server by the ``shutdown`` command."""
 
@@ -201,6 +214,19 @@ class Answer:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.data: bytes | None = None
+
+
+class Log:
+    """The last lines that a running job has logged."""
+
+    __slots__ = ("recorded_at", "text", "unsaved")
+
+    def __init__(self) -> None:
+        self.text = b""
+        self.recorded_at = 0.0
+        """When they were last recorded."""
+        self.unsaved = False
+        """Whether there were more since."""
 
 
 class Peer:
@@ -313,6 +339,10 @@ class JobServer:
         """Heap of jobs by the time that they are due; some may have ended."""
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
+        self._logs: dict[Job, Log] = {}
+        """{running job: what it logged}, of those that did."""
+        self._unsaved: dict[Job, None] = {}
+        """Jobs whose progress or log is newer than what is recorded."""
         prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
         self._handle_prefix = prefix.encode()
         self._open: dict[int, tuple[Question, Callable[[Reply], None]]] = {}
@@ -331,6 +361,8 @@ class JobServer:
         self._served = 0
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
+        self._record_logs = self.options.durable and self.options.record_logs
+        self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
         self._handlers = self._make_handlers()
 
@@ -559,6 +591,9 @@ class JobServer:
             job.interruptions = stored.interruptions
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
+            if not stored.attempts and not stored.handle.startswith(self._handle_prefix):
+                # Others came here before, and were counted.
+                function.tally.submitted += 1
             key = self._unique_key(stored.unique, stored.workload)
             if key is not None and key not in function.uniques:
                 job.key = key
@@ -601,6 +636,8 @@ class JobServer:
                 if job.recorded:
                     self.entries.append(JobDue(job.handle))
                 self._make_ready(job)
+        for job in list(self._unsaved):
+            self._save_if_due(job)
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
             self._lose_worker(job, "The job's time was up")
         for function in self.ready:
@@ -755,6 +792,9 @@ class JobServer:
         job.worker = peer
         job.attempts += 1
         job.started_at = self.now
+        function.tally.started += 1
+        if self._measures:
+            self._measure_wait(job)
         peer.running[job.handle] = job
         if peer.timeouts is not None or job.timeout is not None:
             own = None if job.timeout is None else job.timeout + self.options.timeout_grace
@@ -828,8 +868,37 @@ class JobServer:
         job.denominator = denominator
         self._tell(job, PacketType.WORK_STATUS, arguments)
         job.progress_unsaved = True
-        if self.now - job.progress_at >= self.options.progress_interval:
+        self._unsaved[job] = None
+        self._save_if_due(job)
+
+    def _log(self, peer: Peer, handle: bytes, text: bytes) -> None:
+        """What is said of a job that is not kept, or not the worker's any more, is passed over."""
+        job = peer.running.get(handle)
+        if job is None or not job.recorded:
+            return
+        log = self._logs.get(job)
+        if log is None:
+            log = self._logs[job] = Log()
+        log.text = text[-MAX_LOG:]
+        log.unsaved = True
+        self._unsaved[job] = None
+        self._save_if_due(job)
+
+    def _save_if_due(self, job: Job) -> None:
+        """Record progress and log, each no more often than once in ``progress_interval``; the rest waits."""
+        interval = self.options.progress_interval
+        if job.progress_unsaved and self.now - job.progress_at >= interval:
             self._save_progress(job)
+        log = self._logs.get(job)
+        if log is not None and log.unsaved and self.now - log.recorded_at >= interval:
+            self._save_log(job, log)
+        if not job.progress_unsaved and (log is None or not log.unsaved):
+            self._unsaved.pop(job, None)
+
+    def _save_log(self, job: Job, log: Log) -> None:
+        log.recorded_at = self.now
+        log.unsaved = False
+        self.entries.append(JobLogged(job.handle, log.text))
 
     def _save_progress(self, job: Job) -> None:
         job.progress_at = self.now
@@ -964,6 +1033,7 @@ class JobServer:
             self.refuse(peer, b"QUEUE_ERROR", b"Job queue is full")
             return
         self._created += 1
+        function.tally.submitted += 1
         handle = self._handle_prefix + b"%d" % self._created
         recorded = self._durable if background else self._record_foreground
         job = Job(handle, function, unique, workload, priority, background=background, recorded=recorded)
@@ -1149,6 +1219,18 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
+        elif option.startswith(LOG) and self._record_logs:
+            handle, _, text = option[len(LOG) :].partition(b" ")
+            self._log(peer, handle, text)
+        elif option == LOGS and self._record_logs:
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif option.startswith(LISTEN):
+            job = self.jobs.get(option.removeprefix(LISTEN))
+            if job is None or job.state is PENDING:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
+                return
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            self._listen(peer, job)
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
@@ -1291,6 +1373,7 @@ class JobServer:
 
     def _make_ready(self, job: Job) -> None:
         job.state = READY
+        job.ready_at = self.now
         function = job.function
         function.put(job)
         self.ready[function] = None
@@ -1342,6 +1425,9 @@ class JobServer:
     def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
+        job.function.tally.retried += 1
+        log = self._logs.pop(job, None)
+        self._unsaved.pop(job, None)
         # Who waits for it must hear of it here.
         unclaimed = due > self.now and job.recorded and job.background and not job.listeners
         if job.recorded:
@@ -1355,6 +1441,7 @@ class JobServer:
                     reason,
                     data,
                     due,
+                    b"" if log is None else log.text,
                     unclaimed,
                 )
             )
@@ -1372,6 +1459,7 @@ class JobServer:
             self._admit(job)
             return
         job.state = READY
+        job.ready_at = self.now
         function = job.function
         if self._fair:
             function.put_back(job)
@@ -1394,6 +1482,12 @@ class JobServer:
 
     def _finish(self, job: Job, outcome: Outcome, data: bytes, reason: str = "") -> None:
         """The job has ended and its listeners were told: forget it, but for its record."""
+        if outcome is SUCCESSFUL:
+            job.function.tally.successful += 1
+        else:
+            job.function.tally.otherwise[outcome] += 1
+        if self._measures and job.worker is not None:
+            self._measure_run(job)
         self._release(job)
         if job.listeners is not None:
             for listener in job.listeners:
@@ -1404,6 +1498,12 @@ class JobServer:
             self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
         if job.progress_unsaved:
             self._save_progress(job)
+        if self._logs:
+            log = self._logs.pop(job, None)
+            if log is not None and log.unsaved:
+                self._save_log(job, log)
+        if self._unsaved:
+            self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             self.urgent = self.urgent or job.background
@@ -1439,6 +1539,19 @@ class JobServer:
         elif function.ended > function.waiting + ENDED_LIMIT:
             function.drop_ended()
         self._note_if_idle(function)
+
+    def _measure_wait(self, job: Job) -> None:
+        counts = job.function.tally
+        if counts.waited is None:
+            counts.waited = Histogram(SECONDS)
+        # The clock may have been set back.
+        counts.waited.note(max(self.now - job.ready_at, 0.0))
+
+    def _measure_run(self, job: Job) -> None:
+        counts = job.function.tally
+        if counts.ran is None:
+            counts.ran = Histogram(SECONDS)
+        counts.ran.note(max(self.now - job.started_at, 0.0))
 
     def _drop_if_abandoned(self, job: Job) -> None:
         if job.state in (READY, DELAYED) and not job.background and not job.listeners:

@@ -83,6 +83,13 @@ class JobProgress(NamedTuple):
     denominator: bytes
 
 
+class JobLogged(NamedTuple):
+    """The last lines that the job's attempt has logged so far: all that is kept of them."""
+
+    handle: bytes
+    log: bytes
+
+
 class JobRequeued(NamedTuple):
     """
     An attempt came to nothing, and the job waits again.
@@ -102,6 +109,9 @@ class JobRequeued(NamedTuple):
     data: bytes = b""
     run_after: float = 0.0
     """Wall time before which there is no other attempt; 0 for none."""
+
+    log: bytes = b""
+    """The last lines that the attempt logged."""
 
     unclaimed: bool = False
     """Whether it is laid at the store's door until then."""
@@ -133,7 +143,7 @@ class Joined(NamedTuple):
     handle: bytes
 
 
-Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobRequeued | JobFinished
+Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobLogged | JobRequeued | JobFinished
 
 
 class StoredJob(NamedTuple):

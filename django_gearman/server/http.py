@@ -15,7 +15,7 @@ and ends the connection.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from email.utils import formatdate
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -24,6 +24,7 @@ from urllib.parse import unquote_to_bytes
 
 from ..protocol.packets import PacketType
 from ..protocol.reader import MAX_BODY, Packet
+from .metrics import CONTENT_TYPE
 
 MAX_LINE: Final = 8 * 1024
 """Bytes of the request line, of a header, and of a chunk's head."""
@@ -108,6 +109,9 @@ class Conversation:
         "output",
         "refusal",
     )
+
+    _text_type = "text/plain; charset=utf-8"
+    _methods: tuple[bytes, ...] = METHODS
 
     def __init__(self, *, max_body: int = MAX_BODY, hosts: Collection[str] = ()) -> None:
         self._max_body = max_body
@@ -443,13 +447,13 @@ class Conversation:
         lines = [
             f"HTTP/1.1 {status.value} {status.phrase}",
             f"Date: {formatdate(self.now, usegmt=True)}",
-            f"Content-Type: {'text/plain; charset=utf-8' if text else 'application/octet-stream'}",
+            f"Content-Type: {self._text_type if text else 'application/octet-stream'}",
             f"Content-Length: {len(body)}",
             "Cache-Control: no-store",
             f"Connection: {'keep-alive' if self._keep_alive else 'close'}",
         ]
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            lines.append(f"Allow: {b', '.join(METHODS).decode()}")
+            lines.append(f"Allow: {b', '.join(self._methods).decode()}")
         if self._handle is not None:
             lines.append(f"X-Gearman-Job-Handle: {_visible(self._handle)}")
         if command is not None:
@@ -462,6 +466,53 @@ class Conversation:
         self._reset()
         if self.closed:
             self._buffer.clear()
+
+
+class MetricsConversation(Conversation):
+    """
+    One connection to the port of the metrics: ``GET /metrics``, and nothing else.
+
+    Browsers are served, under our own names: there is nothing to submit.
+
+    Args:
+        page: Makes the page as it is now.
+    """
+
+    __slots__ = ("_page",)
+
+    _text_type = CONTENT_TYPE
+    _methods = METHODS[:2]
+
+    def __init__(self, page: Callable[[], bytes], *, hosts: Collection[str] = ()) -> None:
+        super().__init__(max_body=0, hosts=hosts)
+        self._page = page
+
+    def take(self) -> Packet | None:
+        if not self.closed:
+            try:
+                if self._read() is not None:
+                    self._reply(HTTPStatus.OK, None, self._page(), text=True)
+            except _Refused as refused:
+                self._refuse(refused.status, refused.reason)
+        return None
+
+    def _end_headers(self) -> None:
+        assert self._line is not None, "headers follow a request line"
+        modern = self._line[4] != b"0"
+        hosts = self._headers.get(b"host", [])
+        if len(hosts) > 1 or (modern and not hosts):
+            raise _Refused(HTTPStatus.BAD_REQUEST, "A request has one Host")
+        if not all(self._is_ours(host) for host in hosts):
+            raise _Refused(HTTPStatus.FORBIDDEN, "Host is no name of this server; see --http-host")
+        if self._line[1] not in self._methods:
+            raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, "The metrics are there to GET")
+        if self._length_of_body(modern=modern) or b"transfer-encoding" in self._headers:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "GET and HEAD have no body")
+        if self._line[2].partition(b"?")[0] != b"/metrics":
+            raise _Refused(HTTPStatus.NOT_FOUND, "The metrics are at /metrics")
+        # Never kept alive: who asks again and again does not wait for what was asked before.
+        self._state = _BODY
+        self._missing = 0
 
 
 def _function_of(target: bytes) -> bytes:

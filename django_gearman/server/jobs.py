@@ -13,6 +13,8 @@ from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from .metrics import Counts
+
 if TYPE_CHECKING:
     from .core import Answer, Peer
     from .entries import Entry
@@ -59,6 +61,7 @@ class Job:
         "priority",
         "progress_at",
         "progress_unsaved",
+        "ready_at",
         "recorded",
         "reducer",
         "serial",
@@ -125,6 +128,8 @@ class Job:
         """When progress was last recorded."""
         self.progress_unsaved = False
         """Whether there was some since."""
+        self.ready_at = 0.0
+        """Wall time from which it could be run."""
 
     @property
     def weight(self) -> int:
@@ -151,6 +156,7 @@ class Function:
         "served",
         "sleepers",
         "spilling",
+        "tally",
         "uniques",
         "waiting",
         "weight",
@@ -189,6 +195,7 @@ class Function:
         self.limits: tuple[int, int, int] | None = None
         """How many jobs it may hold when one of high, normal or low priority comes; 0 for no limit."""
         self.uniques: dict[UniqueKey, Job] = {}
+        self.tally = Counts()
         self.workers: dict[Peer, None] = {}
         self.sleepers: dict[Peer, None] = {}
         """Workers to wake, the last to sleep at the end. Some may be awake by now."""

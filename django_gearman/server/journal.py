@@ -22,6 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from time import monotonic
 from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
@@ -31,6 +33,7 @@ from .entries import (
     Entry,
     JobFinished,
     JobKept,
+    JobLogged,
     JobProgress,
     JobQueued,
     JobRequeued,
@@ -44,6 +47,7 @@ from .entries import (
     Topic,
     Waiting,
 )
+from .metrics import StoreCounts
 
 logger = logging.getLogger(__name__)
 
@@ -305,6 +309,7 @@ class Batch:
     claimed: Claimed | None = None
     replies: dict[int, Reply] = field(default_factory=dict)
     written: bool = False
+    write_seconds: float = 0.0
     renewed: float = math.inf
     """When the store last proved that the jobs are this server's."""
     error: StoreError | None = None
@@ -315,7 +320,9 @@ class Batch:
         """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
         try:
             if self.entries:
+                began = monotonic()
                 self.refused = store.write(self.entries, again=self.again)
+                self.write_seconds = monotonic() - began
             self.written = True
             if self.questions:
                 self.replies = store.ask(self.questions)
@@ -376,6 +383,26 @@ class Journal:
         self._retry_at = 0.0
         self._pause = 0.0
         self.lease_lost: LeaseLost | None = None
+        self.counts = StoreCounts()
+
+    @property
+    def held(self) -> int:
+        """About how many bytes wait to be written."""
+        return self._held
+
+    def oldest_at(self) -> float | None:
+        """Wall time of the oldest change that is not written yet; None when all are, or nobody knows."""
+        for entries in (
+            self._in_flight.entries if self._in_flight else (),
+            self._failed.entries if self._failed else (),
+            self._gathering,
+        ):
+            for entry in islice(entries, 100):
+                # Not every kind has its time, but others come between.
+                at: float | None = getattr(entry, "at", None)
+                if at is not None:
+                    return at
+        return None
 
     @property
     def busy(self) -> bool:
@@ -487,6 +514,11 @@ class Journal:
         server.hand_out_until = batch.renewed + self._hold
         if batch.error is None:
             self._pause = 0.0
+        else:
+            self.counts.failures += 1
+        if batch.written and batch.entries:
+            self.counts.entries.note(len(batch.entries))
+            self.counts.commit_seconds.note(batch.write_seconds)
         if batch.tend:
             self.tend_at = now + batch.tend_after
         if batch.written:
@@ -601,12 +633,13 @@ class Journal:
         return kept
 
     def _compact(self) -> None:
-        """Of each job's progress only the last matters; a store that is away must not cost memory for it."""
-        last = {entry.handle: entry for entry in self._gathering if isinstance(entry, JobProgress)}
+        """Of each job's progress and log only the last matters: a store that is away must not cost memory."""
+        kinds = (JobProgress, JobLogged)
+        last = {(type(entry), entry.handle): entry for entry in self._gathering if isinstance(entry, kinds)}
         self._gathering = deque(
             entry
             for entry in self._gathering
-            if not isinstance(entry, JobProgress) or last[entry.handle] is entry
+            if not isinstance(entry, kinds) or last[type(entry), entry.handle] is entry
         )
         self._compact_at = max(COMPACT_AT, 2 * len(self._gathering))
         self._weigh_again()
@@ -643,6 +676,8 @@ def _weight(entry: Entry) -> int:
     kind = type(entry)
     if kind is JobQueued:
         return 400 + len(entry.workload)  # type: ignore[union-attr]  # it is a JobQueued
+    if kind is JobLogged:
+        return 200 + len(entry.log)  # type: ignore[union-attr]  # it is a JobLogged
     return 200 + len(entry.data) if kind is JobFinished else 200  # type: ignore[union-attr]  # a JobFinished
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote_plus
 
 from .. import __version__
 from .core import JobServer, Peer, Shutdown, atoi, is_printable
+from .entries import Outcome
 from .jobs import JobState
 
 MAX_WORDS: Final = 5
@@ -95,6 +96,45 @@ def _uniques(server: JobServer) -> bytes:
     uniques = (job.unique for job in server.jobs.values() if job.state is not JobState.PENDING)
     # A dot alone would end the listing.
     return _listing(b"?" if unique == b"." else _shown(unique) for unique in uniques)
+
+
+def _running(server: JobServer, words: list[bytes]) -> bytes:
+    """
+    Who runs what; in no other server.
+
+    For each job: handle, function, descriptor of the worker's connection, attempt, seconds
+    since it was handed out, and how far it is. Those handed out first come first.
+    """
+    jobs = [(job, peer) for peer in server.peers for job in peer.running.values()]
+    jobs.sort(key=lambda row: row[0].started_at)
+    return _listing(
+        b"%s\t%s\t%d\t%d\t%d\t%d\t%d"
+        % (
+            job.handle,
+            job.function.name,
+            peer.number,
+            job.attempts,
+            max(server.now - job.started_at, 0.0),
+            atoi(job.numerator),
+            atoi(job.denominator),
+        )
+        for job, peer in jobs
+    )
+
+
+def _counters(server: JobServer, words: list[bytes]) -> bytes:
+    """
+    What has become of each function's jobs since the server started; in no other server.
+
+    Submitted, handed out, tried again, and ended: successful, failed, dead, cancelled.
+    """
+    rows = []
+    for function in server.functions.values():
+        counts = function.tally
+        numbers = [counts.submitted, counts.started, counts.retried]
+        numbers += [counts.finished[outcome] for outcome in Outcome]
+        rows.append(b"\t".join([function.name, *(b"%d" % number for number in numbers)]))
+    return _listing(rows)
 
 
 def _process_id(server: JobServer, words: list[bytes]) -> bytes:
@@ -206,6 +246,8 @@ _QUESTIONS: Final[dict[bytes, Question]] = {
     b"getpid": _process_id,
     b"verbose": _verbosity,
     b"version": _version,
+    b"running": _running,
+    b"counters": _counters,
 }
 _CHANGES: Final[dict[bytes, Change]] = {
     b"cancel": _cancel,

@@ -26,8 +26,9 @@ from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
 from . import journal, text
 from .core import JobServer, Peer, Shutdown
 from .door import TLSDoor
-from .http import MAX_AHEAD, Conversation
+from .http import MAX_AHEAD, Conversation, MetricsConversation
 from .journal import SUBMIT_LIMIT, JobStore, Journal, JournalThread
+from .metrics import Page
 
 logger = logging.getLogger(__name__)
 
@@ -392,6 +393,16 @@ class HTTPConnection(Connection):
         self._transport.close()
 
 
+class MetricsConnection(HTTPConnection):
+    """One socket of the port of the metrics."""
+
+    __slots__ = ()
+
+    def __init__(self, server: GearmanServer) -> None:
+        super().__init__(server)
+        self._conversation = MetricsConversation(server.metrics.text, hosts=server.http_hosts)
+
+
 class GearmanServer:
     """
     A job server on an event loop.
@@ -424,6 +435,7 @@ class GearmanServer:
         self.http_hosts = http_hosts
         self.connections: set[Connection] = set()
         self.loop: asyncio.AbstractEventLoop
+        self.metrics: Page
         self._store = store
         self._tls = tls
         self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog, hold=hold)
@@ -440,6 +452,7 @@ class GearmanServer:
         stopped: asyncio.Event,
         *,
         http_sockets: Collection[socket.socket] = (),
+        metrics_sockets: Collection[socket.socket] = (),
         ready: Callable[[], None] | None = None,
     ) -> None:
         """
@@ -449,6 +462,7 @@ class GearmanServer:
 
         Args:
             http_sockets: Bound sockets that speak HTTP, without TLS.
+            metrics_sockets: Bound sockets where Prometheus asks, without TLS.
             ready: Called once connections are taken.
         Raises:
             StoreError: The store is gone for good; nothing more can be promised.
@@ -468,6 +482,13 @@ class GearmanServer:
             self._listening.append(
                 await self.loop.create_server(
                     lambda: HTTPConnection(self), sock=sock, backlog=self.limits.backlog
+                )
+            )
+        self.metrics = Page(self.core, None if self._store is None else self._journal, time.time())
+        for sock in metrics_sockets:
+            self._listening.append(
+                await self.loop.create_server(
+                    lambda: MetricsConnection(self), sock=sock, backlog=self.limits.backlog
                 )
             )
         if ready is not None:

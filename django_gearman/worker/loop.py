@@ -18,7 +18,7 @@ from typing import Final
 
 from ..client.connection import Connection
 from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
-from ..protocol.packets import ATTEMPTS, RETRY, PacketType, encode_request
+from ..protocol.packets import ATTEMPTS, LOG, LOGS, RETRY, PacketType, encode_request
 from ..protocol.reader import MAX_BODY, Packet
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 class AssignedJob:
     """A job as the function that runs it sees it."""
 
-    __slots__ = ("_link", "attempt", "function", "handle", "max_attempts", "unique", "workload")
+    __slots__ = ("_link", "attempt", "decision", "function", "handle", "max_attempts", "unique", "workload")
 
     def __init__(
         self,
@@ -67,11 +67,22 @@ class AssignedJob:
         """Which hand-out of the job this is, from 1; always 1 where the server does not tell."""
         self.max_attempts = max_attempts
         """How many it may have; None where the job has no number of its own."""
+        self.decision: tuple[float | None] | None = None
+        """What was decided of another attempt already, for the ``RetryPolicy``; None for nothing."""
 
     @property
     def may_return(self) -> bool:
         """Whether its server hands a job out again that raised."""
         return self._link.tells_attempts
+
+    @property
+    def takes_log(self) -> bool:
+        """Whether its server keeps what it logs."""
+        return self._link.takes_logs
+
+    def send_log(self, text: bytes) -> None:
+        """Say what is to be kept of all that it logged so far; only to a server that ``takes_log``."""
+        self._link.report(PacketType.OPTION_REQ, LOG + self.handle + b" " + text)
 
     def send_status(self, numerator: int, denominator: int) -> None:
         """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
@@ -107,6 +118,8 @@ class _Link:
         self.retry_at = 0.0
         self.tells_attempts = False
         """Whether the server is ours, and speaks of attempts."""
+        self.takes_logs = False
+        """Whether it keeps what jobs log."""
         self._pause = FIRST_PAUSE
 
     def __str__(self) -> str:
@@ -116,6 +129,7 @@ class _Link:
         self.connection = connection
         self.asleep_since = None
         self.tells_attempts = False
+        self.takes_logs = False
 
     def answered(self) -> None:
         """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
@@ -134,9 +148,11 @@ class _Link:
 
     def report(self, kind: PacketType, *arguments: bytes) -> None:
         """Tell the server something of the job in hand; a broken connection is noticed after the job."""
-        if self.connection is not None:
+        # Another thread may report, and lose it, at the same time.
+        connection = self.connection
+        if connection is not None:
             try:
-                self.connection.send(encode_request(kind, *arguments))
+                connection.send(encode_request(kind, *arguments))
             except ConnectionLost as error:
                 self.lost(error)
 
@@ -151,6 +167,7 @@ class Worker:
         client_id: What the servers' ``workers`` listing calls this worker.
         describe: An exception as the data of WORK_EXCEPTION.
         retry: What becomes of a job that raised, at servers that take it back; None when all have failed.
+        logs: Whether the functions send what they log, to servers that keep it.
         connect_timeout: Seconds to wait for a connection.
         max_packet: Bytes of the largest packet body taken.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
@@ -164,6 +181,7 @@ class Worker:
         client_id: str,
         describe: Callable[[BaseException], bytes],
         retry: RetryPolicy | None = None,
+        logs: bool = False,
         connect_timeout: float = 1.0,
         max_packet: int = MAX_BODY,
         tls: ssl.SSLContext | None = None,
@@ -173,6 +191,7 @@ class Worker:
         self._client_id = client_id.encode()
         self._describe = describe
         self._retry = retry
+        self._logs = logs
         self._connect_timeout = connect_timeout
         self._max_packet = max_packet
         self._tls = tls
@@ -235,6 +254,8 @@ class Worker:
         if self._retry is not None:
             # Answered before any job; other servers answer ERROR and go on.
             packets.append(encode_request(PacketType.OPTION_REQ, ATTEMPTS))
+        if self._logs:
+            packets.append(encode_request(PacketType.OPTION_REQ, LOGS))
         packets += [encode_request(PacketType.CAN_DO, name) for name in self._functions]
         return b"".join(packets)
 
@@ -279,6 +300,8 @@ class Worker:
             if kind == PacketType.OPTION_RES:
                 if arguments[0] == ATTEMPTS:
                     link.tells_attempts = True
+                elif arguments[0] == LOGS:
+                    link.takes_logs = True
                 else:
                     attempt, max_attempts = _attempt(arguments[0])
                 continue

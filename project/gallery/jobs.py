@@ -26,6 +26,7 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
         photo.original.path, photo.thumbnails_path, Photo.SIZES, report=context.set_progress
     )
     Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height)
+    context.logger.info("%d files of a photo of %d x %d", len(made.files), made.width, made.height)
     return {"width": made.width, "height": made.height, "files": made.files}
 
 

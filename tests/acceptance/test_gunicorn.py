@@ -30,16 +30,18 @@ REQUESTS = 300
 
 
 class Gunicorn(harness.ManagedProcess):
-    """gunicorn with the test's site: two processes of four threads."""
+    """gunicorn with the test's site: processes of four threads each."""
 
-    def __init__(self, server: harness.GearmanServerProcess, folder: Path, *, preload: bool) -> None:
+    def __init__(
+        self, *servers: harness.GearmanServerProcess, folder: Path, preload: bool, workers: int = 2
+    ) -> None:
         self.port = harness.free_port()
         self._configuration = folder / "gunicorn.conf.py"
         self._configuration.write_text(
             dedent(
                 f"""
                 bind = "127.0.0.1:{self.port}"
-                workers = 2
+                workers = {workers}
                 worker_class = "gthread"
                 threads = 4
                 preload_app = {preload}
@@ -58,7 +60,7 @@ class Gunicorn(harness.ManagedProcess):
         super().__init__(
             ["gunicorn", "--config", str(self._configuration)],
             started="ready",
-            env={**SITE, "GEARMAN_TEST_SERVER": server.address},
+            env={**SITE, "GEARMAN_TEST_SERVER": ",".join(each.address for each in servers)},
         )
 
     def _command(self) -> list[str]:
@@ -76,7 +78,7 @@ def gunicorn(
 ) -> Iterator[Gunicorn]:
     with (
         harness.worker(site_server, processes=2, env=SITE),
-        Gunicorn(site_server, tmp_path, preload=request.param) as process,
+        Gunicorn(site_server, folder=tmp_path, preload=request.param) as process,
     ):
         yield process
 

@@ -733,6 +733,7 @@ class TestCheckArgs:
             ["--ssl-key=/nothing"],
             ["--listen=0.0.0.0"],
             ["-rhttp", "--http-listen=0.0.0.0"],
+            ["--metrics-port=9730", "--metrics-listen=0.0.0.0"],
             ["more"],
         ],
     )

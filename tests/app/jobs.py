@@ -137,3 +137,15 @@ def append_once(path: str, line: str) -> None:
     """One for each path at a time; long enough for many to ask for it."""
     time.sleep(0.5)
     append_line.call(path, line)
+
+
+@job(takes_context=True, max_attempts=2, backoff=lambda error, result: 0.0)
+def chatter(context: JobContext, path: str) -> None:
+    """Say something, wait for somebody to make the file, and say more; fail the first time."""
+    context.logger.info("<script>alert('attempt %d')</script>", context.attempt)
+    context.set_progress(1, 3)
+    context.set_progress(2, 3)
+    wait_for_file.call(path)
+    logger.warning("%s is there", os.path.basename(path))
+    if context.attempt == 1:
+        raise ValueError("once more")

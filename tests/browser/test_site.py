@@ -425,6 +425,9 @@ class TestPageOfOneJob:
         without_worker.worker.start()
         expect(status_of(admin.locator("#content"))).to_have_text("Successful")
         expect(admin.get_by_role("region", name="JSON")).to_contain_text('"width": 640')
+        # A section that was not there when the page was loaded.
+        expect(admin.get_by_role("region", name="Log")).to_contain_text("6 files of a photo of 640 x ")
+        expect(admin.get_by_role("heading", name="Times")).to_have_count(1)
         expect(admin.get_by_role("button", name="Live")).to_be_hidden()
         assert len(operator.visits) == visits, "the page was loaded again"
 

@@ -13,7 +13,14 @@ import pytest
 import django_gearman
 from django_gearman import AdminClient, Client
 from django_gearman.client import admin_client
-from django_gearman.client.admin_client import FunctionStatus, HeldJob, PriorityStatus, WorkerStatus
+from django_gearman.client.admin_client import (
+    FunctionCounters,
+    FunctionStatus,
+    HeldJob,
+    PriorityStatus,
+    RunningJob,
+    WorkerStatus,
+)
 from django_gearman.exceptions import (
     CommandNotSupported,
     ConnectionFailed,
@@ -328,3 +335,26 @@ class TestWords:
     def test_address(self):
         with pytest.raises(ValueError, match="is not an address"):
             AdminClient("127.0.0.1:x")
+
+
+class TestInsight:
+    """What only our server tells."""
+
+    def test_running_and_counters(self):
+        def tell(peer: Peer) -> None:
+            assert peer.receive_line().strip() == b"running"
+            peer.socket.sendall(b"H:1\tf\t7\t2\t90\t-1\t10\nH:2\tg\tx\t2\t90\t-1\t10\nH:3\tg\n.\n")
+            assert peer.receive_line().strip() == b"counters"
+            peer.socket.sendall(b"a\tb\t1\t2\t3\t4\t5\t6\t7\nf\t1\n.\n")
+            peer.wait_for_end()
+
+        with fake_server(tell) as port, AdminClient(f"127.0.0.1:{port}", timeout=5) as admin:
+            assert admin.running() == [RunningJob("H:1", "f", 7, 2, 90, -1, 10)]
+            assert admin.counters() == [FunctionCounters("a\tb", 1, 2, 3, 4, 5, 6, 7)]
+
+    @pytest.mark.foreign
+    def test_gearmand_does_not_know_them(self, gearmand: str):
+        with AdminClient(gearmand, timeout=5) as admin:
+            for ask in (admin.running, admin.counters):
+                with pytest.raises(CommandNotSupported):
+                    ask()

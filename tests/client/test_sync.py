@@ -16,17 +16,20 @@ import pytest
 
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client, JobStatus, UniqueStatus
+from django_gearman.client.tasks import Data, Progress, Value, Warned
 from django_gearman.exceptions import (
     CommandNotSupported,
     ConnectionFailed,
     ConnectionLost,
     GearmanError,
     JobFailed,
+    NoWorker,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
-from django_gearman.worker.loop import AssignedJob, JobRefused
+from django_gearman.worker.loop import AssignedJob, JobRefused, WorkerFunction
 from tests import harness
 
 from .fake_server import Peer, fake_server, play
@@ -115,6 +118,45 @@ class TestForeground:
         told: list[bytes] = []
         client.do("tell", timeout=10, on_data=lambda data: told.append(client.echo(data)))
         assert told == [b"part"]
+
+
+@pytest.mark.usefixtures("worker")
+class TestStreams:
+    def test_parts_and_the_value(self, client: Client) -> None:
+        assert list(client.stream("tell", timeout=10)) == [
+            Data(b"part"),
+            Warned(b"careful"),
+            Progress(1, 3),
+            Value(b"end"),
+        ]
+
+    def test_as_they_come(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            job.send_data(b"first")
+            assert go_on.wait(20)
+            return b"end"
+
+        with harness.worker_thread({"wait for the reader": work}, server):
+            parts = client.stream("wait for the reader", timeout=20)
+            assert next(parts) == Data(b"first")
+            go_on.set()
+            assert list(parts) == [Value(b"end")]
+
+    def test_failure(self, client: Client) -> None:
+        with pytest.raises(JobFailed):
+            list(client.stream("fail", timeout=10))
+
+    def test_who_leaves_abandons_the_job(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        with pytest.raises(ResponseTimeout):
+            list(client.stream("nobody streams", timeout=0.05))
+        harness.wait_until(lambda: server.status()["nobody streams"] == (0, 0, 0))
+        assert client.echo(b"x") == b"x"
+
+    def test_wrong_arguments_are_told_at_the_call(self, client: Client) -> None:
+        with pytest.raises(TypeError, match="must be bytes"):
+            client.stream("f", "text")  # type: ignore[arg-type]
 
 
 class TestBackground:
@@ -339,10 +381,10 @@ class TestTimeouts:
 
     def test_a_silent_server(self) -> None:
         with fake_server(play(None), play(None)) as port:
-            client = Client([f"127.0.0.1:{port}"], timeout=0.1)
+            client = Client([f"127.0.0.1:{port}"], timeout=0.1, circuit=0.0)
             with pytest.raises(ResponseTimeout):
                 client.do_background("f")
-            with pytest.raises(ResponseTimeout):
+            with pytest.raises(ConnectionFailed, match="no answer in time"):
                 client.echo(b"x")
 
     def test_a_late_answer_is_not_taken_for_the_next(self) -> None:
@@ -354,13 +396,75 @@ class TestTimeouts:
             peer.send(P.ECHO_RES, b"late")
 
         with (
-            fake_server(too_late, play(P.ECHO_REQ, (P.ECHO_RES, b"in time"), None)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=0.1) as client,
+            fake_server(too_late, play(*[P.ECHO_REQ, (P.ECHO_RES, b"in time")] * 2, None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=0.1, circuit=0.0) as client,
         ):
             with pytest.raises(ResponseTimeout):
                 client.echo(b"x")
             late.set()
             assert client.echo(b"x") == b"in time"
+
+
+class TestNobodyComes:
+    def test_the_time_out_says_so(self, client: Client) -> None:
+        for _ in range(2):
+            client.do_background("misspelt")
+        with pytest.raises(
+            NoWorker, match=r"job misspelt took longer than 0.\d+ s: 3 jobs wait for"
+        ) as caught:
+            client.do("misspelt", timeout=0.05)
+        error = caught.value
+        assert (error.function, error.waiting) == ("misspelt", 3)
+        assert "no worker offers it at 127.0.0.1" in str(error)
+
+    def test_not_when_they_are_busy(self, server: harness.GearmanServerProcess, client: Client) -> None:
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            go_on.wait(20)
+            return b""
+
+        with harness.worker_thread({"busy": work}, server):
+            try:
+                harness.wait_until(lambda: server.status().get("busy"))
+                with pytest.raises(ResponseTimeout) as caught:
+                    client.do("busy", timeout=0.1)
+            finally:
+                go_on.set()
+        assert type(caught.value) is ResponseTimeout
+
+
+class TestWaiting:
+    """``wait_for``: our server's extension, ``packets.LISTEN``."""
+
+    @pytest.mark.parametrize("outcome", [reverse, fail])
+    def test_until_the_end(
+        self, server: harness.GearmanServerProcess, client: Client, outcome: WorkerFunction
+    ) -> None:
+        def work(job: AssignedJob) -> bytes:
+            with closing(Connection("127.0.0.1", server.port)) as asking:
+                harness.wait_until(lambda: count_waiting(asking, b"heard of") == 1)
+            return outcome(job)
+
+        with harness.worker_thread({"heard of": work}, server):
+            handle = client.do_background("heard of", unique="heard of")
+            assert client.wait_for(handle, timeout=10) is True
+        assert client.wait_for(handle, timeout=10) is False
+
+    def test_time_out(self, client: Client) -> None:
+        handle = client.do_background("nobody's")
+        with pytest.raises(ResponseTimeout, match="job H:"):
+            client.wait_for(handle, timeout=0.05)
+        assert client.job_status(handle).known, "the job goes on"
+
+    def test_a_server_of_others(self) -> None:
+        """gearmand's answer; it is not asked again."""
+        script = play(
+            P.OPTION_REQ, (P.OPTION_RES, b"exceptions"), P.OPTION_REQ, (P.ERROR, b"UNKNOWN_OPTION", b"")
+        )
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
+            assert client.wait_for("H:1", timeout=5) is False
+            assert client.wait_for("H:1", timeout=5) is False
 
 
 class TestFaults:
@@ -377,7 +481,10 @@ class TestFaults:
                 play(b"\0RES\0\0\0\xff\0\0\0\0", None), ConnectionLost, "speaks no Gearman", id="no type"
             ),
             pytest.param(
-                play(b"\0RES\0\0\0\x08\xff\xff\xff\xff", None), ConnectionLost, "no Gearman", id="4 GiB"
+                play(b"\0RES\0\0\0\x08\xff\xff\xff\xff", None),
+                ResultTooLarge,
+                "more bytes than max_packet=67108864; raise",
+                id="4 GiB",
             ),
             pytest.param(
                 play(b"\0REQ\0\0\0\x08\0\0\0\x03H:1", None), ConnectionLost, "no Gearman", id="a request"
@@ -512,13 +619,30 @@ class TestConnections:
             assert {result.result(20) for result in results} == {b"for all"}
         assert len(runs) == 1
 
-    def test_a_thread_that_ended_leaves_no_connection(self, server: harness.GearmanServerProcess) -> None:
-        client = Client([server.address], timeout=10)
-        before = count_clients(server)
-        thread = threading.Thread(target=client.echo, args=(b"x",))
-        thread.start()
-        thread.join()
+    def test_threads_leave_theirs_to_the_next(self, server: harness.GearmanServerProcess) -> None:
+        with Client([server.address], timeout=10) as client:
+            before = count_clients(server)
+            for _ in range(3):
+                thread = threading.Thread(target=client.echo, args=(b"x",))
+                thread.start()
+                thread.join()
+            assert count_clients(server) == before + 1
         harness.wait_until(lambda: count_clients(server) == before)
+
+    def test_so_many_are_kept_at_the_most(
+        self, server: harness.GearmanServerProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("django_gearman.client.sync.MAX_IDLE", 2)
+        together = threading.Barrier(4)
+        with Client([server.address], timeout=10) as client, ThreadPoolExecutor(4) as pool:
+            before = count_clients(server)
+
+            def call(number: int) -> None:
+                with client._session([server.address]):
+                    together.wait(10)
+
+            list(pool.map(call, range(4)))
+            harness.wait_until(lambda: count_clients(server) == before + 2)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
     def test_forked_children_have_their_own(self, client: Client) -> None:
@@ -541,6 +665,26 @@ class TestConnections:
         assert all(client.echo(b"parent %d" % call) == b"parent %d" % call for call in range(200))
         assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 4
         assert client.echo(b"parent") == b"parent"
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
+    def test_forked_children_keep_none_open(self, server: harness.GearmanServerProcess) -> None:
+        """A job that the parent abandons is dropped, though a child goes on."""
+        client = Client([server.address], timeout=10)
+        before = count_clients(server)
+        client.echo(b"x")
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        try:
+            client.close()
+            harness.wait_until(lambda: count_clients(server) == before)
+        finally:
+            os.close(write)
+            os.waitpid(pid, 0)
 
     def test_close_and_use_again(self, client: Client) -> None:
         client.echo(b"x")
@@ -586,7 +730,7 @@ class TestClaim:
             peer.send(P.ECHO_RES, b"x")
             peer.wait_for_end()
 
-        with fake_server(gearmand) as port, Client([f"127.0.0.1:{port}"]) as client:
+        with fake_server(gearmand) as port, Client([f"127.0.0.1:{port}"], timeout=1) as client:
             assert client.claim() is True
             assert client.echo(b"x") == b"x"
             assert [client.claim() for _ in range(10)] == [False] * 10
@@ -645,7 +789,7 @@ class TestClaim:
             client = Client([f"127.0.0.1:{port}"], timeout=30)
             try:
                 client.echo(b"x")
-                connection = client._local.session.connection
+                connection = client._idle[f"127.0.0.1:{port}"][0].connection
                 # Fill what the kernels take.
                 connection._socket.setblocking(False)
                 while select.select([], [connection], [], 0.3)[1]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from django_gearman import Client
+from django_gearman import Client, Data, Progress, Value, Warned
 from django_gearman.encoding import describe_exception
-from django_gearman.exceptions import ConnectionLost, JobFailed
+from django_gearman.exceptions import ConnectionLost, JobFailed, NoWorker
 from django_gearman.worker.loop import AssignedJob, Worker
 from tests import harness
 from tests.acceptance.conftest import call, program
 from tests.app.jobs import add, fail, shout
+from tests.client.awaited import AwaitedClient
 
 from .gearmand import Gearmand
 
@@ -94,6 +95,62 @@ class TestClient:
         gearmand.stop()
         thread.join(10.0)
         assert len(errors) == 1
+
+
+class TestBothClients:
+    """What is newer than gearmand, by threads and by asyncio."""
+
+    @pytest.fixture(params=["Client", "AsyncClient"])
+    def either(self, request: pytest.FixtureRequest, gearmand: Gearmand) -> Iterator[Any]:
+        kind = Client if request.param == "Client" else AwaitedClient
+        with kind([gearmand.address], timeout=10.0) as made:
+            yield made
+
+    def test_tasks(self, either: Any, gearmand: Gearmand):
+        def raise_error(job: AssignedJob) -> bytes:
+            raise ValueError("no")
+
+        functions = {"reverse": lambda job: job.workload[::-1], "raise": raise_error}
+        with harness.worker_thread(functions, gearmand.port):
+            tasks = [either.add_task("reverse", b"%d" % number) for number in range(200)]
+            raised = either.add_task("raise")
+            kept = either.add_task_low_background("later")
+            either.run_tasks(timeout=20)
+            asked = either.add_task_status(kept.handle)
+            either.run_tasks(timeout=20)
+        assert [task.result() for task in tasks] == [(b"%d" % number)[::-1] for number in range(200)]
+        with pytest.raises(JobFailed):
+            raised.result()
+        assert raised.data == b"ValueError('no')"
+        assert (asked.known, asked.running) == (True, False)
+
+    def test_stream(self, either: Any, gearmand: Gearmand):
+        def tell(job: AssignedJob) -> bytes:
+            job.send_data(b"part")
+            job.send_warning(b"careful")
+            job.send_status(1, 2)
+            return b"end"
+
+        with harness.worker_thread({"tell": tell}, gearmand.port):
+            parts = list(either.stream("tell", timeout=20))
+        assert parts == [Data(b"part"), Warned(b"careful"), Progress(1, 2), Value(b"end")]
+
+    def test_it_lets_nobody_listen(self, either: Any):
+        handle = either.do_background("later")
+        assert either.wait_for(handle, timeout=5) is False
+        assert either.job_status(handle).known
+
+    def test_nobody_comes(self, either: Any):
+        either.do_background("nobody offers it")
+        with pytest.raises(NoWorker, match="2 jobs wait for nobody offers it and no worker offers it"):
+            either.do("nobody offers it", timeout=0.2)
+
+    def test_the_next_one_helps(self, either: Any, gearmand: Gearmand):
+        with Gearmand() as other, type(either)([gearmand.address, other.address], timeout=10.0) as client:
+            assert client.echo(b"x") == b"x"
+            gearmand.stop()
+            assert client.do_background("moved").startswith("H:")
+            assert other.status()["moved"] == (1, 0, 0)
 
 
 def worker_for(gearmand: Gearmand, **functions: Any) -> Worker:

@@ -467,3 +467,44 @@ class TestWhoMayChangeThings:
 
     def test_shutdown_that_is_off_is_unknown_there_too(self):
         assert Wire().connect("10.0.0.1").line(b"shutdown") == unknown(b"shutdown")
+
+
+class TestInsight:
+    """``running`` and ``counters``, which no other server has."""
+
+    def test_nothing(self):
+        client = Wire().connect()
+        assert client.line(b"running") == client.line(b"counters") == b".\n"
+
+    def test_who_runs_what(self):
+        wire = Wire()
+        client = wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        first, second = wire.worker(b"f"), wire.worker(b"f")
+        first.grabs()
+        wire.core.now += 7.9
+        second.grabs()
+        first(P.WORK_STATUS, handle(1), b"-3\t.\n", b"10")
+        assert client.line(b"Running") == b"%s\tf\t2\t1\t7\t-3\t10\n%s\tf\t3\t1\t0\t0\t0\n.\n" % (
+            handle(1),
+            handle(2),
+        )
+
+    def test_what_became_of_jobs(self):
+        wire = Wire(job_retries=2)
+        client = wire.connect()
+        for _ in range(5):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        worker = wire.worker(b"f")
+        for kind in (P.WORK_COMPLETE, P.WORK_FAIL):
+            grabbed = worker.grabs()
+            worker(kind, grabbed, *([b""] if kind == P.WORK_COMPLETE else []))
+        worker.grabs()
+        worker.leaves()
+        other = wire.worker(b"f")
+        other.grabs()
+        other.leaves()
+        client.line(b"cancel job " + handle(4))
+        # Submitted, handed out, tried again; successful, failed, dead, cancelled.
+        assert client.line(b"counters") == b"f\t5\t4\t1\t1\t1\t1\t1\n.\n"

@@ -1,9 +1,24 @@
 """What type checkers are to make of ``@job``; read by mypy, never run."""
 
+from collections.abc import AsyncGenerator, Generator
 from datetime import timedelta
 from typing import assert_type
 
-from django_gearman import Job, JobContext, JobResult, cron, every, job
+from django_gearman import (
+    AsyncClient,
+    Client,
+    Data,
+    Job,
+    JobContext,
+    JobResult,
+    Progress,
+    Task,
+    Value,
+    Warned,
+    cron,
+    every,
+    job,
+)
 
 
 @job
@@ -88,6 +103,51 @@ def context_is_no_argument() -> None:
 def using_keeps_types() -> None:
     assert_type(add.using(priority=5).enqueue(1, 2).return_value, str)
     assert_type(report_later.using(run_after=timedelta(hours=1)).enqueue(3).return_value, list[str])
+
+
+async def twins_for_asyncio() -> None:
+    assert_type(await add.aenqueue(1), JobResult[str])
+    assert_type(await add.arun(1, right=2), str)
+    assert_type(await add_later.arun(1), str)
+    assert_type(await add_later.acall(1), str)
+    assert_type(await report.arun(3), list[str])
+    result = await add.aenqueue(1)
+    assert_type(await result.aget(timeout=5), str)
+    assert_type(await result.acancel(), bool)
+    assert_type(await result.aretry(), JobResult[str])
+    await result.arefresh()
+
+
+def many_at_once() -> None:
+    assert_type(add.enqueue_many([((1,), {"right": 2})]), list[JobResult[str]])
+
+
+def streams() -> None:
+    assert_type(add.stream(1), Generator[Data | Warned | Progress | Value[str], None, None])
+    assert_type(report.astream(3), AsyncGenerator[Data | Warned | Progress | Value[list[str]], None])
+    for part in add.stream(1):
+        match part:
+            case Value(value):
+                assert_type(value, str)
+            case Progress(numerator, denominator):
+                assert_type((numerator, denominator), tuple[int, int])
+            case Data(data) | Warned(data):
+                assert_type(data, bytes)
+
+
+def results() -> None:
+    result = add.enqueue(1)
+    assert_type(result.retry(), JobResult[str])
+    assert_type(result.cancel(), bool)
+    assert_type(result.progress, tuple[int, int] | None)
+
+
+async def clients(client: Client, other: AsyncClient) -> None:
+    assert_type(client.do("f", b"w", unique="u", timeout=5.0, on_data=print, resubmit=True), bytes)
+    assert_type(await other.do("f", b"w", unique="u", timeout=5.0, on_data=print), bytes)
+    assert_type(client.add_task("f", b"w", on_complete=lambda task: task.data), Task)
+    assert_type(client.run_tasks(timeout=5, on_fail=print), list[Task])
+    assert_type(await other.run_tasks(timeout=5, on_fail=print), list[Task])
 
 
 def a_job_can_be_passed_on(any_job: Job[[int], str]) -> None:

@@ -1,6 +1,6 @@
 """Calls that type checkers are to refuse: every line with the word ``error`` in its comment, and no other."""
 
-from django_gearman import JobContext, cron, every, job
+from django_gearman import Client, JobContext, cron, every, job
 
 
 @job
@@ -30,6 +30,23 @@ add.using(queue="x")  # error: call-arg
 add_later.enqueue("1")  # error: arg-type
 report.enqueue()  # error: call-arg
 report.enqueue("3")  # error: arg-type
+add.stream("1")  # error: arg-type
+add.astream()  # error: call-arg
+add.enqueue_many([1, 2])  # error: list-item
+add.using(run_timeout="1")  # error: arg-type
+
+
+async def twins() -> int:
+    await add.arun("1")  # error: arg-type
+    await add.aenqueue()  # error: call-arg
+    await add_later.acall(1, 2)  # error: call-arg
+    return await add.arun(1)  # error: return-value
+
+
+Client().do("f", "text")  # error: arg-type
+Client().do("f", uniqe="u")  # error: call-arg
+Client().add_task("f", on_end=print)  # error: call-arg
+Client().run_tasks(on_complete=1)  # error: arg-type
 value: int = add.enqueue(1).return_value  # error: assignment
 
 

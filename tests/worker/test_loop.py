@@ -388,3 +388,47 @@ class TestReconnect:
 
         with fake_server(hung, good) as port, harness.worker_thread({"f": reverse}, port):
             assert again.wait(10)
+
+
+class TestLogs:
+    """``packets.LOGS``: only servers that keep logs are sent any."""
+
+    def work(self, port: int) -> bool:
+        """Have a worker run one job that logs; whether it was told that its log is kept."""
+        seen: list[bool] = []
+
+        def log(job: AssignedJob) -> bytes:
+            seen.append(job.takes_log)
+            if job.takes_log:
+                job.send_log(b"one\ntwo")
+            return b""
+
+        with harness.worker_thread({"log": log}, port, logs=True):
+            harness.wait_until(lambda: seen)
+        return seen[0]
+
+    def test_server_that_keeps_them(self) -> None:
+        def keep(peer: Peer) -> None:
+            for kind in (P.SET_CLIENT_ID, P.CAN_DO, P.GRAB_JOB_UNIQ):
+                peer.expect(kind)
+            peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"log", b"", b"")
+            assert peer.expect(P.OPTION_REQ) == [b"log H:1 one\ntwo"]
+            peer.expect(P.WORK_COMPLETE)
+            have_nothing(peer)
+
+        with fake_server(keep) as port:
+            assert self.work(port)
+
+    def test_other_server(self) -> None:
+        def know_nothing(peer: Peer) -> None:
+            while (received := peer.receive())[0] != P.GRAB_JOB_UNIQ:
+                if received[0] == P.OPTION_REQ:
+                    assert received[1] == [b"logs"]
+                    peer.send(P.ERROR, b"UNKNOWN_OPTION", b"Server does not recognize given option")
+            peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"log", b"", b"")
+            # Nothing comes between.
+            assert peer.receive()[0] == P.WORK_COMPLETE
+            have_nothing(peer)
+
+        with fake_server(know_nothing) as port:
+            assert not self.work(port)

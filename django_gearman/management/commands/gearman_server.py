@@ -85,6 +85,7 @@ class Command(BaseCommand):
         settings = conf.settings_for()
         tls = _tls(options, settings)
         _check_reach(options, tls)
+        _check_reach_of_metrics(options)
         if options["user"]:
             check_user(options["user"])
         if options["check_args"]:
@@ -98,6 +99,10 @@ class Command(BaseCommand):
             http_port = server_options.http_port(options)
             sockets = _bind(options["listen"], options["port"], held)
             http_sockets = [] if http_port is None else _bind(options["http_listen"], http_port, held)
+            metrics_port: int | None = options["metrics_port"]
+            metrics_sockets = []
+            if metrics_port is not None:
+                metrics_sockets = _bind(options["metrics_listen"], metrics_port, held)
             pid_file = held.enter_context(PidFile(options["pid_file"])) if options["pid_file"] else None
             if options["user"]:
                 # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
@@ -135,6 +140,8 @@ class Command(BaseCommand):
             doors = _shown(sockets[0]) + (" (TLS)" if tls else "")
             if http_sockets:
                 doors += f", for HTTP on {_shown(http_sockets[0])}"
+            if metrics_sockets:
+                doors += f", for metrics on {_shown(metrics_sockets[0])}"
             kept = "in memory only"
             if store is not None:
                 kept = f"in the database {settings.database!r}"
@@ -153,7 +160,14 @@ class Command(BaseCommand):
             try:
                 with asyncio.Runner(loop_factory=_loop_factory()) as runner:
                     runner.run(
-                        _serve(server, sockets, http_sockets, greet, has_terminal=not self._logs_apart)
+                        _serve(
+                            server,
+                            sockets,
+                            http_sockets,
+                            metrics_sockets,
+                            greet,
+                            has_terminal=not self._logs_apart,
+                        )
                     )
             except StoreError as error:
                 if self._logs_apart:
@@ -239,6 +253,7 @@ def _core(
             handle_prefix=prefix,
             durable=store is not None,
             record_foreground=settings.record_foreground,
+            record_logs=settings.record_logs,
             job_retries=options["job_retries"],
             worker_wakeup=options["worker_wakeup"],
             function_order=FunctionOrder(options["function_order"]),
@@ -246,6 +261,7 @@ def _core(
             exceptions=options["exceptions"],
             timeout_in_seconds=options["timeout_in_seconds"],
             allow_shutdown=options["allow_shutdown"],
+            measure=options["metrics_port"] is not None,
         )
     )
     # What earlier runs have left goes before what comes now.
@@ -257,6 +273,7 @@ async def _serve(
     server: GearmanServer,
     sockets: list[socket.socket],
     http_sockets: list[socket.socket],
+    metrics_sockets: list[socket.socket],
     ready: Callable[[], None],
     *,
     has_terminal: bool,
@@ -273,7 +290,9 @@ async def _serve(
     elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # The terminal is gone; nohup would have had it ignored.
         loop.add_signal_handler(signal.SIGHUP, stopped.set)
-    await server.serve(sockets, stopped, http_sockets=http_sockets, ready=ready)
+    await server.serve(
+        sockets, stopped, http_sockets=http_sockets, metrics_sockets=metrics_sockets, ready=ready
+    )
 
 
 def _limits(options: dict[str, Any], settings: conf.GearmanSettings) -> TransportLimits:
@@ -315,6 +334,16 @@ def _check_reach(options: dict[str, Any], tls: ssl.SSLContext | None) -> None:
             f"Whoever reaches {strangers} could submit jobs over HTTP, which asks nobody who they "
             "are. Take --http-listen 127.0.0.1 with a proxy in front, or add --insecure if the "
             "network is yours alone."
+        )
+
+
+def _check_reach_of_metrics(options: dict[str, Any]) -> None:
+    port: int | None = options["metrics_port"]
+    strangers = None if port is None else _first_reachable(options["metrics_listen"], port)
+    if strangers and not options["insecure"]:
+        raise CommandError(
+            f"Whoever reaches {strangers} could read which functions there are, and how much they do. Take "
+            "--metrics-listen 127.0.0.1, or add --insecure if the network is yours alone."
         )
 
 

@@ -167,6 +167,7 @@ def _work(
         client_id=f"{socket.gethostname()}:{os.getpid()}",
         describe=describe_exception,
         retry=_pause_before_retry,
+        logs=True,
         connect_timeout=settings.connect_timeout,
         max_packet=settings.max_packet,
         tls=tls,

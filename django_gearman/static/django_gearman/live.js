@@ -144,6 +144,8 @@ function updateJob(fresh) {
             copy(now[i], section); // a result has become a traceback
         }
     });
+    // There is a section more: the job has logged something, or failed a first time.
+    then.at(-1)?.after(...now.slice(then.length).map((section) => document.adoptNode(section)));
 }
 
 if (button) {

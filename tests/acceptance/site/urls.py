@@ -5,5 +5,6 @@ from . import views
 urlpatterns = [
     path("enqueue/", views.enqueue),
     path("enqueue-and-raise/", views.enqueue_and_raise),
+    path("insist/", views.insist),
     path("run/", views.run),
 ]

@@ -8,6 +8,7 @@ from django.db import transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.http import require_safe
 
+from django_gearman.exceptions import GearmanError
 from tests.app.jobs import add, shout
 
 
@@ -23,6 +24,17 @@ def enqueue_and_raise(request: HttpRequest) -> HttpResponse:
     with transaction.atomic():
         add.enqueue(1)
         raise RuntimeError("the view changed its mind")
+
+
+@require_safe
+def insist(request: HttpRequest) -> JsonResponse:
+    """Run a job that may run twice, for as long as a user would wait."""
+    text = request.GET["text"].encode()
+    try:
+        answer = shout.using(run_timeout=10.0, resubmit=True).run(text)
+    except GearmanError as error:
+        return JsonResponse({"error": f"{type(error).__name__}: {error}"}, status=503)
+    return JsonResponse({"answer": answer.decode(), "pid": os.getpid()})
 
 
 @require_safe

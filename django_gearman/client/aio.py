@@ -1,0 +1,838 @@
+"""
+The client for asyncio: the same names as the blocking one, each with ``await``.
+
+One connection per server and event loop, over which any number of calls go side
+by side. What packets mean is in ``core``, what clients have in common in
+``tasks``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import monotonic
+from typing import Final, TypeVar, Unpack, cast
+from weakref import WeakKeyDictionary
+
+from .. import tls as tls_reasons
+from ..addresses import split_address
+from ..exceptions import (
+    CommandNotSupported,
+    ConnectionFailed,
+    ConnectionLost,
+    GearmanError,
+    NoWorker,
+    ProtocolError,
+    ResponseTimeout,
+    ServerError,
+)
+from ..protocol.packets import RESPONSE, PacketType
+from ..protocol.reader import MAX_BODY, PacketReader
+from .admin_client import FunctionStatus, function_status
+from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, unreadable
+from .core import ClientProtocol, JobRequest, Priority, Question
+from .servers import CIRCUIT, QUICK, Route, allowance
+from .tasks import (
+    DEFAULT_SERVERS,
+    EXPLANATION_TIMEOUT,
+    IN_FLIGHT,
+    DoOptions,
+    JobStatus,
+    Part,
+    Submitter,
+    Task,
+    TaskCallbacks,
+    UniqueStatus,
+    Value,
+    argument,
+    collect,
+    job_status,
+    nobody_came,
+    result_of,
+    server_error,
+    unique_status,
+)
+
+S = TypeVar("S", bound=JobStatus)
+
+MAX_RETIRED: Final = 8
+"""Connections to one server that are kept open only for jobs that run on them."""
+
+
+_NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
+"""What comes of asking a server in words, when it does not answer as it should."""
+
+
+class _Link(asyncio.Protocol):
+    """One connection, and who waits for what on it."""
+
+    def __init__(self, server: str, max_packet: int, home: _Links) -> None:
+        self.server = server
+        self.home = home
+        self.protocol = ClientProtocol()
+        self.lost: ConnectionLost | None = None
+        """Why it is of no use any more."""
+        self.users = 0
+        """Calls that are under way on it."""
+        self.is_spent = False
+        """Whether a job on it has nobody waiting: it is closed as soon as nobody else needs it."""
+        self.asking: asyncio.Task[list[FunctionStatus]] | None = None
+        """What the server says of its functions, for calls whose time is up."""
+        self._reader = PacketReader(RESPONSE, max_body=max_packet)
+        self._max_packet = max_packet
+        self._received = False
+        """Whether anything ever came."""
+        self._transport: asyncio.Transport | None = None
+        self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
+        self._writable: asyncio.Future[None] | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the server has not closed it; asyncio may not have had the time to say so."""
+        if self.lost is not None or not hasattr(select, "POLLRDHUP"):
+            return self.lost is None
+        assert self._transport is not None, "it is connected"
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return not poll.poll(0)
+
+    # What asyncio says.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's is none of asyncio's classes.
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self.lost is not None:
+            return
+        if not self._received and data.startswith(TLS_ALERT):
+            self._lose(ConnectionLost(self.server, SPEAKS_TLS))
+            return
+        self._received = True
+        self._reader.feed(data)
+        try:
+            while (packet := self._reader.take()) is not None:
+                told = self.protocol.receive(packet)
+                if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
+                    _wake(waiter)
+        except ProtocolError as error:
+            self._lose(unreadable(self.server, error, self._max_packet))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        reason = "the server closed it" if error is None else reason_of(error)
+        lost = ConnectionLost(self.server, reason)
+        lost.__cause__ = error
+        self._lose(lost)
+
+    def pause_writing(self) -> None:
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None:
+            _wake(self._writable)
+            self._writable = None
+
+    # What callers do.
+
+    async def greet(self, *, prove: bool) -> None:
+        """
+        What is said first.
+
+        Args:
+            prove: Wait for an answer: with TLS 1.3 only one says that our certificate was taken, and a
+                server that hangs is connected to all the same.
+        Raises:
+            ConnectionLost: It broke.
+        """
+        assert self._transport is not None, "it is connected"
+        sock = self._transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+        # Nobody waits for the answer to the option: it is taken when it comes.
+        _, data = self.protocol.ask(PacketType.OPTION_REQ, b"exceptions", answers=PacketType.OPTION_RES)
+        await self.send(data)
+        if prove:
+            question, data = self.protocol.ask(PacketType.ECHO_REQ, b"", answers=PacketType.ECHO_RES)
+            await self.send(data)
+            while question.answer is None:
+                await self.wait(question)
+
+    async def send(self, data: bytes) -> None:
+        """
+        Send a packet, once the server takes it.
+
+        Raises:
+            ConnectionLost: It broke.
+        """
+        if self.lost is not None:
+            raise self._as_told()
+        assert self._transport is not None, "it is connected"
+        self._transport.write(data)
+        if self._writable is not None:
+            # Shared by all that write.
+            await asyncio.shield(self._writable)
+            if self.lost is not None:
+                raise self._as_told()
+
+    async def wait(self, what: JobRequest | Question) -> None:
+        """
+        Wait until something is told of a request or a question, or the connection breaks.
+
+        Raises:
+            ConnectionLost: It broke before.
+        """
+        if self.lost is not None:
+            raise self._as_told()
+        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
+        try:
+            await waiter
+        finally:
+            self._waiting.pop(what, None)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._lose(ConnectionLost(self.server, "the client closed it"))
+
+    def _lose(self, error: ConnectionLost) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        waiting, self._waiting = self._waiting, {}
+        for waiter in waiting.values():
+            _wake(waiter)
+        self.resume_writing()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _as_told(self) -> ConnectionLost:
+        # A new one for each caller: they are raised in many places.
+        assert self.lost is not None, "asked for because it is"
+        error = self.lost
+        if type(error) is not ConnectionLost:
+            return error
+        told = ConnectionLost(error.server, error.reason)
+        told.__cause__ = error.__cause__
+        return told
+
+
+class _Links:
+    """The connections of one event loop."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.open: dict[str, _Link] = {}
+        self.opening: dict[str, asyncio.Task[_Link]] = {}
+        self.retired: set[_Link] = set()
+        self.keeper: AsyncGenerator[None, None] | None = None
+        self.tasks: WeakKeyDictionary[asyncio.Task[object], list[Task]] = WeakKeyDictionary()
+
+    def opened(self, server: str, opening: asyncio.Task[_Link]) -> None:
+        """An attempt to connect has ended."""
+        if self.opening.get(server) is opening:
+            del self.opening[server]
+        if not opening.cancelled():
+            opening.exception()  # nobody may be left to look at it
+
+    def retire(self, link: _Link) -> None:
+        """Keep it for the jobs that run on it, and not for others."""
+        retired = sum(each.server == link.server for each in self.retired)
+        if self.open.get(link.server) is link and retired < MAX_RETIRED:
+            del self.open[link.server]
+            self.retired.add(link)
+
+    def forget(self, link: _Link) -> None:
+        """It was closed."""
+        self.retired.discard(link)
+        if self.open.get(link.server) is link:
+            del self.open[link.server]
+
+    def close(self) -> None:
+        for link in [*self.open.values(), *self.retired]:
+            link.close()
+        self.open.clear()
+        self.retired.clear()
+        for opening in self.opening.values():
+            opening.cancel()
+        self.opening.clear()
+        # It refers to the loop, by which these are found.
+        self.keeper = None
+
+    async def keep(self) -> AsyncGenerator[None, None]:
+        """Closes them when the event loop ends, which ends its asynchronous generators."""
+        try:
+            yield
+        finally:
+            self.close()
+            # For the transports to hear of it.
+            await asyncio.sleep(0)
+
+
+class AsyncClient(Submitter):
+    """
+    ``Client`` for asyncio: the same names and arguments, each call to be awaited.
+
+    All calls of an event loop share one connection per server. One that is
+    cancelled or runs out of time leaves it usable for the others; its job is
+    dropped, unless a worker has it, when nobody else needs that connection.
+    Connections are closed by ``close()`` or when their event loop ends.
+
+    Call-backs are plain functions, called in the event loop.
+
+    Args:
+        servers: ``host:port`` of each job server, in order of preference.
+        spread: Choose the server by a hash of the unique, so that equal jobs meet; else the first
+            that answers gets all.
+        connect_timeout: Seconds to wait for a connection; half of it where other servers are left to try.
+        timeout: Seconds to wait for a server's answer; the end of a job is another matter.
+        max_packet: Bytes of the largest packet body sent or taken.
+        circuit: Seconds for which a server that did not answer is left alone; longer when it stays away.
+        tls: Speak TLS, and nothing else, with this context; None for plain text.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str] = DEFAULT_SERVERS,
+        *,
+        spread: bool = False,
+        connect_timeout: float = 1.0,
+        timeout: float = 30.0,
+        max_packet: int = MAX_BODY,
+        circuit: float = CIRCUIT,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(
+            servers,
+            spread=spread,
+            connect_timeout=connect_timeout,
+            timeout=timeout,
+            max_packet=max_packet,
+            circuit=circuit,
+            tls=tls,
+        )
+        self._links_of: WeakKeyDictionary[asyncio.AbstractEventLoop, _Links] = WeakKeyDictionary()
+
+    # Foreground jobs.
+
+    async def do(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
+        """Run a job and wait for its result. See ``Client.do``, which raises the same errors."""
+        return await self._do(self._waited_for(function, workload, "normal", options), options)
+
+    async def do_high(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
+        """As ``do``, before jobs of normal priority. PROTOCOL: SUBMIT_JOB_HIGH."""
+        return await self._do(self._waited_for(function, workload, "high", options), options)
+
+    async def do_low(self, function: str, workload: bytes = b"", **options: Unpack[DoOptions]) -> bytes:
+        """As ``do``, after jobs of normal priority. PROTOCOL: SUBMIT_JOB_LOW."""
+        return await self._do(self._waited_for(function, workload, "low", options), options)
+
+    def stream(
+        self,
+        function: str,
+        workload: bytes = b"",
+        *,
+        unique: str = "",
+        priority: Priority = "normal",
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Part | Value[bytes], None]:
+        """
+        As ``do``, yielding what the worker tells as it comes: parts, and last the ``Value``.
+
+        Who stops early abandons the job; close the generator then (``contextlib.aclosing``).
+        """
+        return self._stream(self._request(function, workload, unique, priority), timeout)
+
+    # Background jobs.
+
+    async def do_background(self, function: str, workload: bytes = b"", *, unique: str = "") -> str:
+        """Submit a job to be run later; its handle once a server keeps it. See ``Client.do_background``."""
+        return await self._submit(self._request(function, workload, unique, background=True))
+
+    async def do_high_background(self, function: str, workload: bytes = b"", *, unique: str = "") -> str:
+        """As ``do_background``, before jobs of normal priority. PROTOCOL: SUBMIT_JOB_HIGH_BG."""
+        return await self._submit(self._request(function, workload, unique, "high", background=True))
+
+    async def do_low_background(self, function: str, workload: bytes = b"", *, unique: str = "") -> str:
+        """As ``do_background``, after jobs of normal priority. PROTOCOL: SUBMIT_JOB_LOW_BG."""
+        return await self._submit(self._request(function, workload, unique, "low", background=True))
+
+    async def do_epoch(self, function: str, workload: bytes = b"", *, epoch: float, unique: str = "") -> str:
+        """As ``do_background``, not before a time in seconds since 1970. See ``Client.do_epoch``."""
+        return await self._submit(self._later(function, workload, unique, epoch))
+
+    # Reduce jobs.
+
+    async def do_reduce(
+        self, function: str, workload: bytes = b"", *, reducer: str, **options: Unpack[DoOptions]
+    ) -> bytes:
+        """As ``do``, with the name of a function to put the parts together. See ``Client.do_reduce``."""
+        request = self._waited_for(function, workload, "normal", options)
+        request.reducer = argument("reducer", reducer)
+        return await self._do(request, options)
+
+    async def do_reduce_background(
+        self, function: str, workload: bytes = b"", *, reducer: str, unique: str = ""
+    ) -> str:
+        """As ``do_background``, with a reducer. PROTOCOL: SUBMIT_REDUCE_JOB_BACKGROUND."""
+        request = self._request(function, workload, unique, background=True)
+        request.reducer = argument("reducer", reducer)
+        return await self._submit(request)
+
+    # Many at once.
+
+    async def run_tasks(
+        self,
+        *,
+        timeout: float | None = None,
+        limit: int = IN_FLIGHT,
+        resubmit: bool = False,
+        **callbacks: Unpack[TaskCallbacks],
+    ) -> list[Task]:
+        """Submit the tasks that this asyncio task has added, and wait for each. See ``Client.run_tasks``."""
+        tasks = self._take_added(callbacks)
+        deadline = None if timeout is None else monotonic() + timeout
+        free = asyncio.Semaphore(max(limit, 1))
+
+        async def run(task: Task) -> None:
+            try:
+                await self._run_task(task, timeout, deadline, resubmit=resubmit)
+            finally:
+                free.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for task in tasks:
+                    await free.acquire()
+                    group.create_task(run(task))
+        except ExceptionGroup as errors:
+            # Of a call-back: all else stands in the tasks.
+            raise errors.exceptions[0] from None
+        return tasks
+
+    # Questions.
+
+    async def job_status(self, handle: str) -> JobStatus:
+        """What the first server that knows the job says of it. PROTOCOL: GET_STATUS."""
+        name = argument("handle", handle)
+        return await self._first_known(PacketType.GET_STATUS, name, PacketType.STATUS_RES, b"", job_status)
+
+    async def job_status_unique(self, unique: str) -> UniqueStatus:
+        """What a server knows of the job of a unique. See ``Client.job_status_unique``."""
+        name = argument("unique", unique)
+        return await self._first_known(
+            PacketType.GET_STATUS_UNIQUE, name, PacketType.STATUS_RES_UNIQUE, name, unique_status
+        )
+
+    async def wait_for(self, handle: str, timeout: float | None = None) -> bool:
+        """Wait until a job that a server of ours holds has ended. See ``Client.wait_for``."""
+        deadline = None if timeout is None else monotonic() + timeout
+        for server in [name for name in self._servers.order() if name not in self._deaf]:
+            request = self._listening(handle)
+            try:
+                link = await self._take([server])
+                with self._using(link, request):
+                    await self._acknowledged(link, request, deadline)
+                    await self._ended(link, request, timeout, deadline, f"job {handle}")
+            except ConnectionFailed:
+                continue
+            except ServerError as error:
+                if error.code.upper() != "JOB_NOT_FOUND":
+                    self._deaf.add(server)
+                continue
+            return True
+        return False
+
+    async def echo(self, data: bytes) -> bytes:
+        """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
+        _, arguments = await self._ask(
+            self._servers.order(), PacketType.ECHO_REQ, data, answers=PacketType.ECHO_RES
+        )
+        return arguments[0]
+
+    async def server_version(self, server: str) -> str:
+        """What a server says that it is; empty when it does not."""
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                (line,) = await self._lines(server, b"version")
+        except _NO_LINE:
+            return ""
+        return line.removeprefix(b"OK ").decode(errors="backslashreplace")
+
+    async def close(self) -> None:
+        """Close the connections of this event loop. The client can be used again."""
+        links = self._links_of.pop(asyncio.get_running_loop(), None)
+        if links is None:
+            return
+        keeper = links.keeper
+        links.close()
+        if keeper is not None:
+            await keeper.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # How it is done.
+
+    def _added(self) -> list[Task]:
+        current = asyncio.current_task()
+        assert current is not None, "tasks are added in a coroutine"
+        return self._links().tasks.setdefault(current, [])
+
+    async def _do(self, request: JobRequest, options: DoOptions) -> bytes:
+        timeout = options.get("timeout")
+        deadline = None if timeout is None else monotonic() + timeout
+        route = Route(self._servers, request, resubmit=options.get("resubmit", False))
+        what = f"job {request.function.decode()}"
+        while True:
+            link = await self._take_on(route)
+            try:
+                with self._using(link, request):
+                    await self._acknowledged(link, request, deadline)
+                    await self._ended(link, request, timeout, deadline, what)
+                return result_of(request)
+            except ConnectionLost as error:
+                route.lost(link.server, error)
+
+    async def _submit(self, request: JobRequest) -> str:
+        route = Route(self._servers, request)
+        while True:
+            link = await self._take_on(route)
+            try:
+                with self._using(link, request):
+                    await self._acknowledged(link, request, None)
+                assert request.handle is not None, "it was acknowledged"
+                return request.handle.decode()
+            except ConnectionLost as error:
+                route.lost(link.server, error)
+
+    async def _stream(
+        self, request: JobRequest, timeout: float | None
+    ) -> AsyncGenerator[Part | Value[bytes], None]:
+        deadline = None if timeout is None else monotonic() + timeout
+        parts = collect(request)
+        what = f"job {request.function.decode()}"
+        link = await self._take(self._servers.order(request.key))
+        with self._using(link, request):
+            await self._acknowledged(link, request, deadline)
+            while request.outcome is None:
+                await self._ended(link, request, timeout, deadline, what, parts)
+                while parts:
+                    yield parts.popleft()
+        while parts:
+            yield parts.popleft()
+        yield Value(result_of(request))
+
+    async def _acknowledged(self, link: _Link, request: JobRequest, deadline: float | None) -> None:
+        began = monotonic()
+        answer_by = began + self._timeout
+        until = answer_by if deadline is None else min(deadline, answer_by)
+        try:
+            async with asyncio.timeout(until - began):
+                await link.send(link.protocol.submit(request))
+                while request.handle is None and request.error is None:
+                    await link.wait(request)
+        except TimeoutError:
+            self._note_silence(link, answer_by)
+            raise ResponseTimeout("the answer of the job server", monotonic() - began) from None
+        if request.error is not None:
+            raise await self._server_error(link.server, request.kind, *request.error)
+        if request.raised is not None:
+            raise request.raised
+
+    async def _ended(
+        self,
+        link: _Link,
+        request: JobRequest,
+        timeout: float | None,
+        deadline: float | None,
+        what: str,
+        parts: Collection[Part] = (),
+    ) -> None:
+        """Wait until the job has ended, or there is a part to yield."""
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - monotonic()):
+                while request.outcome is None and request.raised is None and not parts:
+                    await link.wait(request)
+        except TimeoutError:
+            late = ResponseTimeout(what, timeout or 0.0)
+            if not request.function:
+                raise late from None
+            # Before the connection may be closed, and the job dropped with it.
+            raise (await self._nobody_came(link, request, late) or late) from None
+        if request.raised is not None:
+            raise request.raised
+
+    def _note_silence(self, link: _Link, answer_by: float) -> None:
+        if monotonic() >= answer_by:
+            self._servers.failed(link.server, waited=True)
+            _spend(link)
+
+    async def _nobody_came(self, link: _Link, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
+        """Why nobody came; asked once for all whose time is up together."""
+        asking = link.asking
+        if asking is None:
+            asking = link.asking = asyncio.create_task(self._rows(link))
+        rows = await asyncio.shield(asking)
+        return nobody_came(rows, link.server, request.function.decode(), error)
+
+    async def _rows(self, link: _Link) -> list[FunctionStatus]:
+        try:
+            async with asyncio.timeout(EXPLANATION_TIMEOUT):
+                lines = await self._lines(link.server, b"status")
+            return [function_status(line) for line in lines]
+        except _NO_LINE:
+            return []  # the time-out itself is to be told
+        finally:
+            link.asking = None
+
+    async def _first_known(
+        self,
+        kind: PacketType,
+        name: bytes,
+        answers: PacketType,
+        key: bytes,
+        read: Callable[[Sequence[bytes]], S],
+    ) -> S:
+        status: S | None = None
+        failure: GearmanError | None = None
+        for server in self._servers.order(key):
+            try:
+                _, arguments = await self._ask([server], kind, name, answers=answers)
+            except (ConnectionFailed, ConnectionLost) as error:
+                failure = failure or error
+                continue
+            status = read(arguments)
+            if status.known:
+                return status
+        if status is None:
+            raise failure or self._servers.unreachable()
+        return status
+
+    async def _ask(
+        self, servers: list[str], kind: PacketType, *arguments: bytes, answers: PacketType
+    ) -> tuple[str, list[bytes]]:
+        """Who answered, and what."""
+        link = await self._take(servers)
+        with self._using(link):
+            answer_by = monotonic() + self._timeout
+            question, data = link.protocol.ask(kind, *arguments, answers=answers)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await link.send(data)
+                    while question.answer is None:
+                        await link.wait(question)
+            except TimeoutError:
+                self._note_silence(link, answer_by)
+                raise ResponseTimeout("the answer of the job server", self._timeout) from None
+        told, values = question.answer
+        if told == PacketType.ERROR:
+            raise await self._server_error(link.server, kind, *values[:2])
+        return link.server, values
+
+    async def _server_error(self, server: str, asked: PacketType, code: bytes, text: bytes) -> ServerError:
+        error = server_error(server, asked, code, text)
+        if isinstance(error, CommandNotSupported):
+            error.version = await self.server_version(server)
+        return error
+
+    async def _lines(self, server: str, command: bytes) -> list[bytes]:
+        """The answer to a text command; a connection of its own, as the reader of packets takes none."""
+        host, port = split_address(server)
+        name = None if self._tls is None else host
+        reader, writer = await asyncio.open_connection(host, port, ssl=self._tls, server_hostname=name)
+        try:
+            writer.write(command + b"\r\n")
+            lines = []
+            while (line := (await reader.readuntil()).rstrip(b"\r\n")) != b".":
+                lines.append(line)
+                if command != b"status" or line.startswith(b"ERR "):
+                    break
+            return lines
+        finally:
+            writer.transport.abort()
+
+    # Tasks.
+
+    async def _run_task(
+        self, task: Task, timeout: float | None, deadline: float | None, *, resubmit: bool
+    ) -> None:
+        try:
+            if task.request is None:
+                await self._ask_standing(task, timeout, deadline)
+                return
+            await self._run_submission(task, task.request, timeout, deadline, resubmit=resubmit)
+        except GearmanError as error:
+            if task.is_done:
+                raise  # of a call-back
+            task.fail(error)
+
+    async def _ask_standing(self, task: Task, timeout: float | None, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - monotonic()):
+                server, arguments = await self._ask(
+                    self._servers.order(),
+                    PacketType.GET_STATUS,
+                    task.handle.encode(),
+                    answers=PacketType.STATUS_RES,
+                )
+        except TimeoutError:
+            raise ResponseTimeout("the answer of the job server", timeout or 0.0) from None
+        task.server = server
+        task.told_standing(job_status(arguments))
+
+    async def _run_submission(
+        self,
+        task: Task,
+        request: JobRequest,
+        timeout: float | None,
+        deadline: float | None,
+        *,
+        resubmit: bool,
+    ) -> None:
+        route = Route(self._servers, request, resubmit=resubmit)
+        while True:
+            link = await self._take_on(route)
+            try:
+                with self._using(link, request):
+                    task.server = link.server
+                    await self._acknowledged(link, request, deadline)
+                    if not request.background:
+                        await self._ended(link, request, timeout, deadline, f"job {task.function}")
+                return
+            except ConnectionLost as error:
+                route.lost(link.server, error)
+                task.handle = ""
+
+    # Connections.
+
+    @contextmanager
+    def _using(self, link: _Link, request: JobRequest | None = None) -> Iterator[None]:
+        """Count as a user of a connection, and leave it to the others when that ends early."""
+        link.users += 1
+        try:
+            yield
+        except BaseException:
+            if request is not None and not request.is_settled and not request.background:
+                request.leave()
+                _spend(link)
+            raise
+        finally:
+            link.users -= 1
+            if link.is_spent and not link.users:
+                link.close()
+                link.home.forget(link)
+
+    async def _take_on(self, route: Route) -> _Link:
+        """A connection to the next server of a route."""
+        try:
+            return await self._take(route.candidates())
+        except ConnectionFailed as failure:
+            raise route.unreachable(failure) from None
+
+    async def _take(self, servers: list[str]) -> _Link:
+        """A connection to the first of the servers that answers."""
+        links = self._links()
+        if links.keeper is None:
+            links.keeper = links.keep()
+            await anext(links.keeper)
+        failure: ConnectionFailed | None = None
+        for number, server in enumerate(servers):
+            link = links.open.get(server)
+            if link is not None and link.is_usable and not self._servers.may_hang(server):
+                return link
+            try:
+                return await self._opened(links, server, servers[number:])
+            except ConnectionFailed as error:
+                failure = failure or error
+        raise failure or self._servers.unreachable()
+
+    def _links(self) -> _Links:
+        loop = asyncio.get_running_loop()
+        links = self._links_of.get(loop)
+        if links is None or links.pid != os.getpid():
+            links = self._links_of[loop] = _Links()
+        return links
+
+    async def _opened(self, links: _Links, server: str, left: list[str]) -> _Link:
+        """Open a connection, once for all that wait for it."""
+        opening = links.opening.get(server)
+        if opening is None:
+            opening = links.opening[server] = asyncio.create_task(self._open(links, server, left))
+            opening.add_done_callback(partial(links.opened, server))
+        try:
+            return await asyncio.shield(opening)
+        except ConnectionFailed as error:
+            # A new one for each that waited.
+            raise ConnectionFailed(error.server, error.reason, error.hint) from error.__cause__
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if opening.cancelled() and current is not None and not current.cancelling():
+                raise ConnectionFailed(server, "the client was closed meanwhile") from None
+            raise
+
+    async def _open(self, links: _Links, server: str, left: list[str]) -> _Link:
+        host, port = split_address(server)
+        timeout = allowance(left, self._connect_timeout)
+        several = len(self._servers.names) > 1
+        prove = self._tls is not None or several or self._servers.may_hang(server)
+        link = _Link(server, self._max_packet, links)
+        self._servers.trying(server)
+        began = monotonic()
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._connect(link, host, port, timeout)
+                    await link.greet(prove=prove)
+            except TimeoutError as error:
+                raise ConnectionFailed(server, "no answer in time") from error
+            except ConnectionLost as error:
+                raise not_proven(error, host, tls=self._tls is not None) from error
+        except BaseException as error:
+            link.close()
+            if isinstance(error, ConnectionFailed):
+                self._servers.failed(server, waited=monotonic() - began > QUICK)
+            raise
+        self._servers.answered(server)
+        links.open[server] = link
+        return link
+
+    async def _connect(self, link: _Link, host: str, port: int, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            if self._tls is None:
+                await loop.create_connection(lambda: link, host, port)
+                return
+            await loop.create_connection(
+                lambda: link,
+                host,
+                port,
+                ssl=self._tls,
+                server_hostname=host,
+                ssl_handshake_timeout=timeout,
+            )
+        except OSError as error:
+            in_handshake = isinstance(error, ssl.SSLError | ConnectionResetError | ConnectionAbortedError)
+            if self._tls is not None and in_handshake:
+                raise ConnectionFailed(link.server, *tls_reasons.explain(error, host)) from error
+            raise ConnectionFailed(link.server, reason_of(error)) from error
+
+
+def _spend(link: _Link) -> None:
+    """Close it as soon as nobody needs it; calls to come get a new one, unless there are too many."""
+    link.is_spent = True
+    link.home.retire(link)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,428 @@
+"""``AsyncClient``: all that is promised of ``Client``, and what only asyncio asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from django_gearman.client.aio import AsyncClient
+from django_gearman.client.tasks import Data, Task
+from django_gearman.exceptions import ConnectionLost, ResponseTimeout
+from django_gearman.protocol.packets import PacketType
+from django_gearman.worker.loop import AssignedJob
+from tests import harness
+
+from . import test_servers, test_sync, test_tasks
+from .awaited import AwaitedClient
+from .fake_server import Peer, fake_server, play
+from .test_servers import both, two
+from .test_sync import count_clients, server, worker
+
+__all__ = ["both", "server", "two", "worker"]
+
+P = PacketType
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tests of the blocking client get this one."""
+    for module in (test_sync, test_tasks, test_servers):
+        monkeypatch.setattr(module, "Client", AwaitedClient)
+    yield
+    while AwaitedClient.made:
+        AwaitedClient.made.pop().close()
+
+
+@pytest.fixture
+def client(server: harness.GearmanServerProcess) -> Iterator[AwaitedClient]:
+    with AwaitedClient([server.address], timeout=10) as made:
+        yield made
+
+
+class TestForeground(test_sync.TestForeground):
+    # Call-backs are no coroutines.
+    test_a_callback_may_use_the_client = None  # type: ignore[assignment]
+
+
+class TestStreams(test_sync.TestStreams):
+    pass
+
+
+class TestBackground(test_sync.TestBackground):
+    pass
+
+
+class TestLater(test_sync.TestLater):
+    pass
+
+
+class TestReduce(test_sync.TestReduce):
+    pass
+
+
+class TestUniqueStatus(test_sync.TestUniqueStatus):
+    # Whoever waits there does so in another thread.
+    test_running_with_clients = None  # type: ignore[assignment]
+
+
+class TestOtherServers(test_sync.TestOtherServers):
+    pass
+
+
+class TestQuestions(test_sync.TestQuestions):
+    pass
+
+
+class TestRefusals(test_sync.TestRefusals):
+    pass
+
+
+class TestTimeouts(test_sync.TestTimeouts):
+    pass
+
+
+class TestWaiting(test_sync.TestWaiting):
+    pass
+
+
+class TestFaults(test_sync.TestFaults):
+    pass
+
+
+class TestTasks(test_tasks.TestTasks):
+    pass
+
+
+class TestLostTasks(test_tasks.TestLostTasks):
+    pass
+
+
+class TestFailOver(test_servers.TestFailOver):
+    pass
+
+
+class TestResubmission(test_servers.TestResubmission):
+    pass
+
+
+@asynccontextmanager
+async def connected(*addresses: str, **options: Any) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(addresses, **{"timeout": 10, **options}) as made:
+        yield made
+
+
+async def until(condition: Any, limit: float = 10.0) -> None:
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+class Held:
+    """A function whose jobs run until they are let go."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.ran: list[bytes] = []
+
+    def __call__(self, job: AssignedJob) -> bytes:
+        self.ran.append(job.workload)
+        self.go_on.wait(20)
+        return b"held"
+
+
+@pytest.fixture
+def held(server: harness.GearmanServerProcess) -> Iterator[Held]:
+    made = Held()
+    with harness.worker_thread({"held": made}, server):
+        yield made
+        made.go_on.set()
+
+
+class TestSideBySide:
+    @pytest.mark.usefixtures("worker")
+    def test_calls_share_one_connection(self, server: harness.GearmanServerProcess) -> None:
+        async def main() -> None:
+            before = count_clients(server)
+            async with connected(server.address) as client:
+                calls = [client.do("reverse", b"%d" % number) for number in range(500)]
+                assert await asyncio.gather(*calls) == [(b"%d" % number)[::-1] for number in range(500)]
+                assert await asyncio.to_thread(count_clients, server) == before + 1
+
+        asyncio.run(main())
+
+    def test_the_loop_goes_on_meanwhile(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        async def main() -> None:
+            async with connected(server.address) as client:
+                waiting = asyncio.create_task(client.do("held", b"1"))
+                await until(lambda: held.ran)
+                assert await client.echo(b"x") == b"x"
+                held.go_on.set()
+                assert await waiting == b"held"
+
+        asyncio.run(main())
+
+    def test_large_ones_do_not_block(self, server: harness.GearmanServerProcess) -> None:
+        """More than the kernels take at once, both ways."""
+        data = os.urandom(4_000_000)
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                assert await asyncio.gather(*[client.echo(data) for _ in range(8)]) == [data] * 8
+
+        asyncio.run(main())
+
+    @pytest.mark.usefixtures("worker")
+    def test_tasks_of_two_coroutines(self, server: harness.GearmanServerProcess) -> None:
+        async def run(client: AsyncClient, text: bytes) -> list[bytes]:
+            for number in range(20):
+                client.add_task("reverse", b"%s%d" % (text, number))
+                await asyncio.sleep(0)
+            return [task.workload for task in await client.run_tasks(timeout=10)]
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                found = await asyncio.gather(run(client, b"a"), run(client, b"b"))
+            assert found == [[b"%s%d" % (text, number) for number in range(20)] for text in (b"a", b"b")]
+
+        asyncio.run(main())
+
+
+class TestCancellation:
+    def test_the_connection_goes_on(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        async def main() -> None:
+            async with connected(server.address) as client:
+                other = asyncio.create_task(client.do("held", b"other"))
+                await until(lambda: held.ran)
+                cancelled = asyncio.create_task(client.do("held", b"cancelled"))
+                await until(lambda: server.status()["held"][0] == 2)
+                cancelled.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await cancelled
+                assert await client.echo(b"x") == b"x"
+                held.go_on.set()
+                assert await other == b"held"
+                # Nobody needs the old connection any more: what nobody waits for is dropped, or has run.
+                await until(lambda: server.status()["held"][0] == 0)
+                assert await client.echo(b"y") == b"y"
+
+        asyncio.run(main())
+
+    def test_its_job_is_dropped(self, server: harness.GearmanServerProcess) -> None:
+        async def main() -> None:
+            async with connected(server.address) as client:
+                cancelled = asyncio.create_task(client.do("dropped", b"x"))
+                await until(lambda: server.status().get("dropped", (0,))[0] == 1)
+                cancelled.cancel()
+                await until(lambda: server.status()["dropped"][0] == 0)
+                assert await client.echo(b"x") == b"x"
+
+        asyncio.run(main())
+
+    def test_many_leave_few_connections(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        async def main() -> None:
+            async with connected(server.address) as client:
+                before = count_clients(server)
+                waiting = []
+                for number in range(40):
+                    waiting.append(asyncio.create_task(client.do("held", b"%d" % number, timeout=30)))
+                    with pytest.raises(ResponseTimeout):
+                        await client.do("held", timeout=0.01)
+                assert await asyncio.to_thread(count_clients, server) <= before + 10
+                held.go_on.set()
+                assert await asyncio.gather(*waiting) == [b"held"] * 40
+
+        asyncio.run(main())
+
+    @pytest.mark.usefixtures("worker")
+    @pytest.mark.parametrize("seed", range(3))
+    def test_answers_go_to_who_asked(self, server: harness.GearmanServerProcess, seed: int) -> None:
+        """Hundreds of calls, of which many are cancelled or run out of time at random."""
+        chance = random.Random(seed)
+
+        async def call(client: AsyncClient, number: int) -> None:
+            text = b"%d" % number
+            kind = chance.randrange(4)
+            if kind == 0:
+                assert await client.echo(text) == text
+            elif kind == 1:
+                assert (await client.do_background("nobody serves this", text)).startswith("H:")
+            else:
+                timeout = chance.choice([None, 0.001, 0.005])
+                assert await client.do("reverse", text, timeout=timeout) == text[::-1]
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                calls = [asyncio.create_task(call(client, number)) for number in range(400)]
+                for each in calls:
+                    if chance.random() < 0.3:
+                        await asyncio.sleep(chance.random() * 0.004)
+                        each.cancel()
+                found = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(each) for each in found} <= {type(None), asyncio.CancelledError, ResponseTimeout}
+                assert sum(each is None for each in found) > 50
+                # All is as before.
+                calls = [asyncio.create_task(client.do("reverse", b"%d" % each)) for each in range(100)]
+                assert await asyncio.gather(*calls) == [(b"%d" % each)[::-1] for each in range(100)]
+                links = client._links()
+                await until(lambda: not links.retired)
+                assert not any(link._waiting for link in links.open.values())
+
+        asyncio.run(main())
+
+    def test_who_waits_for_a_connection(self) -> None:
+        """One that is cancelled while it is opened does not take it from the others."""
+        with fake_server(play(P.ECHO_REQ, (P.ECHO_RES, b"x"), None)) as port:
+
+            async def main() -> None:
+                async with connected(f"127.0.0.1:{port}") as client:
+                    first, second = (asyncio.create_task(client.echo(b"x")) for _ in range(2))
+                    await asyncio.sleep(0)
+                    first.cancel()
+                    assert await second == b"x"
+
+            asyncio.run(main())
+
+    def test_a_stream_that_is_left(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        def tell(job: AssignedJob) -> bytes:
+            job.send_data(b"part")
+            held.go_on.wait(20)
+            return b""
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                async with aclosing(client.stream("tell and wait", timeout=20)) as parts:
+                    async for part in parts:
+                        assert part == Data(b"part")
+                        break
+                assert await client.echo(b"x") == b"x"
+
+        with harness.worker_thread({"tell and wait": tell}, server):
+            asyncio.run(main())
+            held.go_on.set()
+
+
+class TestLoops:
+    """Connections belong to an event loop, and end with it."""
+
+    def test_nothing_stays_open(self, server: harness.GearmanServerProcess) -> None:
+        before = count_clients(server)
+        client = AsyncClient([server.address])
+        for _ in range(3):
+            assert asyncio.run(client.echo(b"x")) == b"x"
+        harness.wait_until(lambda: count_clients(server) == before)
+        gc.collect()
+        assert not client._links_of
+
+    def test_loops_of_two_threads(self, server: harness.GearmanServerProcess) -> None:
+        client = AsyncClient([server.address])
+        together = threading.Barrier(2)
+        failures: list[BaseException] = []
+
+        async def main(name: bytes) -> None:
+            for number in range(200):
+                assert await client.echo(b"%s%d" % (name, number)) == b"%s%d" % (name, number)
+
+        def run(name: bytes) -> None:
+            together.wait(10)
+            try:
+                asyncio.run(main(name))
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=run, args=(name,)) for name in (b"a", b"b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not failures
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants fork")
+    def test_forked_children_have_their_own(self, server: harness.GearmanServerProcess) -> None:
+        client = AsyncClient([server.address])
+        runner = asyncio.Runner()
+        assert runner.run(client.echo(b"parent")) == b"parent"
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                if asyncio.run(client.echo(b"child")) == b"child":
+                    status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert runner.run(client.echo(b"parent")) == b"parent"
+        runner.run(client.close())
+        runner.close()
+
+    def test_a_server_that_goes_away(self) -> None:
+        def leave(peer: Peer) -> None:
+            peer.expect(P.SUBMIT_JOB)
+            peer.expect(P.SUBMIT_JOB)
+
+        async def main(port: int) -> None:
+            async with connected(f"127.0.0.1:{port}") as client:
+                calls = [client.do("f", b"%d" % number) for number in range(2)]
+                found = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(each) for each in found] == [ConnectionLost] * 2
+            assert found[0] is not found[1]
+
+        with fake_server(leave) as port:
+            asyncio.run(main(port))
+
+
+class TestCallbacks:
+    @pytest.mark.usefixtures("worker")
+    def test_one_that_fails_is_its_caller_s_alone(
+        self, server: harness.GearmanServerProcess, held: Held
+    ) -> None:
+        async def main() -> None:
+            async with connected(server.address) as client:
+                other = asyncio.create_task(client.do("held"))
+                await until(lambda: held.ran)
+                with pytest.raises(ZeroDivisionError):
+                    await client.do("tell", on_data=lambda data: 1 / 0)  # type: ignore[arg-type,return-value]
+                held.go_on.set()
+                assert await other == b"held"
+
+        asyncio.run(main())
+
+    @pytest.mark.usefixtures("worker")
+    def test_they_are_called_in_the_loop(self, server: harness.GearmanServerProcess) -> None:
+        called: list[str] = []
+
+        def note(task: Task) -> None:
+            asyncio.get_running_loop()
+            called.append(task.function)
+
+        async def main() -> None:
+            async with connected(server.address) as client:
+                client.add_task("tell", on_data=note, on_complete=note)
+                await client.run_tasks(timeout=10)
+
+        asyncio.run(main())
+        assert called == ["tell", "tell"]
+
+
+def test_time_is_not_spent_in_threads(server: harness.GearmanServerProcess) -> None:
+    """Real asyncio: a hundred calls that wait need no thread."""
+
+    async def main() -> None:
+        async with connected(server.address) as client:
+            began = time.monotonic()
+            calls = [client.do("nobody's", timeout=0.3) for _ in range(100)]
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(each, ResponseTimeout) for each in found)
+            assert time.monotonic() - began < 5
+            assert threading.active_count() == before
+
+    before = threading.active_count()
+    asyncio.run(main())

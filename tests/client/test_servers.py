@@ -1,0 +1,308 @@
+"""Several servers: which one is tried, and what becomes of a job when one of them dies."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from django_gearman.client.servers import Servers
+from django_gearman.client.sync import Client
+from django_gearman.exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
+from django_gearman.protocol.packets import PacketType
+from django_gearman.worker.loop import AssignedJob
+from tests import harness
+
+from .fake_server import Peer, fake_server, play
+
+P = PacketType
+NAMES = ["a:1", "b:2", "c:3", "d:4"]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestPreference:
+    """The first that answers."""
+
+    def test_in_their_order(self) -> None:
+        assert Servers(NAMES).order() == NAMES
+        assert Servers(NAMES).order(b"key") == NAMES
+
+    def test_a_refusal_puts_last(self) -> None:
+        """Trying costs nothing: should all be away, one may have come back."""
+        clock = Clock()
+        servers = Servers(NAMES, clock=clock)
+        servers.failed("a:1", waited=False)
+        assert servers.order() == ["b:2", "c:3", "d:4", "a:1"]
+        clock.now += 5.1
+        assert servers.order() == NAMES
+
+    def test_a_server_that_is_waited_for_is_left_alone(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:2], clock=clock)
+        servers.failed("a:1", waited=True)
+        assert servers.order() == ["b:2"]
+        servers.failed("b:2", waited=True)
+        assert servers.order() == []
+        assert "it did not answer a moment ago and is tried again in 5.0 s" in str(servers.unreachable())
+
+    def test_half_open_for_one_caller(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:2], clock=clock)
+        servers.failed("a:1", waited=True)
+        clock.now += 5.1
+        assert servers.order() == ["a:1", "b:2"]
+        servers.trying("a:1")
+        assert servers.order() == ["b:2"], "the others do not wait for it meanwhile"
+        servers.answered("a:1")
+        assert servers.order() == ["a:1", "b:2"]
+
+    def test_longer_each_time_up_to_a_minute(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:1], clock=clock)
+        pauses = []
+        for _ in range(6):
+            servers.failed("a:1", waited=True)
+            began = clock.now
+            while not servers.order():
+                clock.now += 0.5
+            pauses.append(round(clock.now - began))
+        assert pauses == [5, 10, 20, 40, 60, 60]
+
+    @pytest.mark.parametrize("names", ["127.0.0.1:4730", [], ["host:port"]])
+    def test_names(self, names: Any) -> None:
+        with pytest.raises(ValueError, match=r"servers must be a sequence|not an address"):
+            Servers(names)
+
+
+class TestSpread:
+    """By a hash of the unique: consistent hashing."""
+
+    keys = [b"unique %d" % number for number in range(20_000)]
+
+    def test_equal_jobs_meet(self) -> None:
+        one, other = Servers(NAMES, spread=True), Servers(NAMES[::-1], spread=True)
+        assert all(one.order(key) == other.order(key) for key in self.keys[:500])
+
+    def test_shares_are_fair(self) -> None:
+        servers = Servers(NAMES, spread=True)
+        shares = Counter(servers.order(key)[0] for key in self.keys)
+        assert all(0.7 < shares[name] / (len(self.keys) / 4) < 1.3 for name in NAMES), shares
+
+    def test_losing_one_moves_its_share_alone(self) -> None:
+        servers = Servers(NAMES, spread=True)
+        before = {key: servers.order(key)[0] for key in self.keys}
+        servers.failed("b:2", waited=True)
+        after = {key: servers.order(key)[0] for key in self.keys}
+        moved = [key for key in self.keys if before[key] != after[key]]
+        assert {before[key] for key in moved} == {"b:2"}
+        assert len(moved) == Counter(before.values())["b:2"]
+        # To all the others, not to one neighbour.
+        assert len({after[key] for key in moved}) == 3
+
+    def test_jobs_without_a_unique_go_anywhere(self) -> None:
+        servers = Servers(NAMES, spread=True)
+        shares = Counter(servers.order()[0] for _ in range(2000))
+        assert min(shares[name] for name in NAMES) > 300
+
+    def test_each_server_once(self) -> None:
+        servers = Servers([*NAMES, "a:1"], spread=True)
+        assert sorted(servers.order(b"x")) == NAMES
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[list[harness.GearmanServerProcess]]:
+    with harness.server(store="memory") as one, harness.server(store="memory") as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def two(both: list[harness.GearmanServerProcess]) -> list[harness.GearmanServerProcess]:
+    """Two running servers, whatever the test before has done to them."""
+    for each in both:
+        if not each.is_running:
+            each.start()
+    return both
+
+
+def reverse(job: AssignedJob) -> bytes:
+    return job.workload[::-1]
+
+
+class TestFailOver:
+    def test_to_the_next(self, two: list[harness.GearmanServerProcess]) -> None:
+        one, other = two
+        with (
+            harness.worker_thread({"reverse": reverse}, one, other),
+            Client([one.address, other.address], timeout=10) as client,
+        ):
+            assert client.do("reverse", b"ab", timeout=10) == b"ba"
+            one.kill()
+            began = time.monotonic()
+            assert client.do("reverse", b"cd", timeout=10) == b"dc"
+            assert client.do_background("f").startswith("H:")
+            assert time.monotonic() - began < 1
+
+    def test_back_to_the_first(self, two: list[harness.GearmanServerProcess]) -> None:
+        one, other = two
+        with Client([one.address, other.address], timeout=10, circuit=0.2) as client:
+            one.kill()
+            client.do_background("moved")
+            assert other.status()["moved"][0] == 1
+            one.start()
+
+            def is_back() -> bool:
+                client.do_background("g")
+                return "g" in one.status()
+
+            harness.wait_until(is_back)
+
+    def test_a_machine_that_is_away(self, two: list[harness.GearmanServerProcess]) -> None:
+        """Its packets get no answer: the first call waits for half a second, no other one does."""
+        with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for sock in (first, second):
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            away = f"127.0.0.1:{listener.getsockname()[1]}"
+            with Client([away, two[0].address], timeout=10) as client:
+                took = []
+                for _ in range(5):
+                    began = time.monotonic()
+                    assert client.echo(b"x") == b"x"
+                    took.append(time.monotonic() - began)
+            assert 0.4 < took[0] < 0.95
+            assert max(took[1:]) < 0.2
+            with Client([away]) as client:
+                with pytest.raises(ConnectionFailed):
+                    client.echo(b"x")
+                began = time.monotonic()
+                with pytest.raises(ConnectionFailed, match="did not answer a moment ago and is tried again"):
+                    client.echo(b"x")
+                assert time.monotonic() - began < 0.2
+
+    def test_a_server_that_hangs(self, two: list[harness.GearmanServerProcess]) -> None:
+        """The kernel takes connections for it; only an answer proves that it is there."""
+        one, other = two
+        one.signal(signal.SIGSTOP)
+        try:
+            with Client([one.address, other.address], timeout=10) as client:
+                took = []
+                for _ in range(3):
+                    began = time.monotonic()
+                    assert client.echo(b"x") == b"x"
+                    took.append(time.monotonic() - began)
+            assert took[0] < 0.95
+            assert max(took[1:]) < 0.2
+        finally:
+            one.signal(signal.SIGCONT)
+
+    def test_one_that_begins_to_hang(self, two: list[harness.GearmanServerProcess]) -> None:
+        """Who waits for its answer when that happens has his time-out; nobody waits a second time."""
+        one, other = two
+        with Client([one.address, other.address], timeout=0.5) as client:
+            client.echo(b"x")
+            one.signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(ResponseTimeout):
+                    client.echo(b"x")
+                began = time.monotonic()
+                assert client.echo(b"x") == b"x"
+                assert time.monotonic() - began < 0.2
+            finally:
+                one.signal(signal.SIGCONT)
+
+    def test_equal_jobs_meet(self, two: list[harness.GearmanServerProcess]) -> None:
+        addresses = [each.address for each in two]
+        with Client(addresses, spread=True) as one, Client(addresses[::-1], spread=True) as other:
+            for number in range(30):
+                handle = one.do_background("spread", unique=f"u{number}")
+                assert other.do_background("spread", unique=f"u{number}") == handle
+                assert other.job_status(handle).known
+                assert other.job_status_unique(f"u{number}").known
+        totals = [each.status()["spread"][0] for each in two]
+        assert sum(totals) == 30
+        assert min(totals) > 0
+
+
+class TestResubmission:
+    """What was in flight when a connection broke."""
+
+    taken = (P.JOB_CREATED, b"H:2")
+    proof = (P.ECHO_REQ, (P.ECHO_RES, b""))
+
+    def both(self, first: Any, second: Any) -> Any:
+        return fake_server(play(*self.proof, *first)), fake_server(play(*self.proof, *second, None))
+
+    def test_background_that_was_not_acknowledged(self) -> None:
+        one, other = self.both([P.SUBMIT_JOB_BG], [P.SUBMIT_JOB_BG, self.taken])
+        with one as first, other as second, Client(addresses(first, second), timeout=5) as client:
+            assert client.do_background("f", b"w") == "H:2"
+
+    @pytest.mark.parametrize("acknowledged", [False, True])
+    def test_foreground(self, acknowledged: bool) -> None:
+        one, other = self.both([P.SUBMIT_JOB, *([(P.JOB_CREATED, b"H:1")] if acknowledged else [])], [])
+        with (
+            one as first,
+            other as second,
+            Client(addresses(first, second), timeout=5) as client,
+            pytest.raises(ConnectionLost),
+        ):
+            client.do("f", b"w", unique="u", timeout=5)
+
+    @pytest.mark.parametrize("acknowledged", [False, True])
+    def test_foreground_when_it_is_told_to(self, acknowledged: bool) -> None:
+        one, other = self.both(
+            [P.SUBMIT_JOB, *([(P.JOB_CREATED, b"H:1")] if acknowledged else [])],
+            [P.SUBMIT_JOB, self.taken, (P.WORK_COMPLETE, b"H:2", b"r")],
+        )
+        with one as first, other as second, Client(addresses(first, second), timeout=5) as client:
+            assert client.do("f", b"w", timeout=5, resubmit=True) == b"r"
+
+    def test_not_for_ever(self) -> None:
+        """Each server gets it once."""
+        submitted: list[bytes] = []
+
+        def script(peer: Peer) -> None:
+            play(*self.proof)(peer)
+            submitted.append(peer.expect(P.SUBMIT_JOB_BG)[2])
+
+        with (
+            fake_server(script, script) as first,
+            fake_server(script, script) as second,
+            Client(addresses(first, second), timeout=5) as client,
+            pytest.raises(ConnectionLost),
+        ):
+            client.do_background("f", b"w")
+        assert submitted == [b"w", b"w"]
+
+    def test_tasks(self) -> None:
+        one, other = self.both(
+            [P.SUBMIT_JOB_BG, (P.JOB_CREATED, b"H:1"), P.SUBMIT_JOB_BG, P.SUBMIT_JOB],
+            [P.SUBMIT_JOB_BG, self.taken],
+        )
+        with one as first, other as second, Client(addresses(first, second), timeout=5) as client:
+            kept = client.add_task_background("f", b"1")
+            moved = client.add_task_background("f", b"2")
+            lost = client.add_task("f", b"3")
+            client.run_tasks(timeout=5)
+        assert (kept.handle, kept.server.endswith(str(first))) == ("H:1", True)
+        assert (moved.handle, moved.server.endswith(str(second))) == ("H:2", True)
+        with pytest.raises(ConnectionLost):
+            lost.result()
+
+
+def addresses(*ports: int) -> list[str]:
+    return [f"127.0.0.1:{port}" for port in ports]

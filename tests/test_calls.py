@@ -1,0 +1,326 @@
+"""``@job``'s ways to call, with a real server and real workers: streams, asyncio, many at once, waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import connection, transaction
+
+from django_gearman import Data, JobResult, Progress, Value, Warned, conf
+from django_gearman import jobs as machinery
+from django_gearman.exceptions import (
+    GearmanError,
+    JobFailed,
+    JobNotFinished,
+    JobResultDoesNotExist,
+    NotJSON,
+    NoWorker,
+    ResponseTimeout,
+    TooLarge,
+)
+from django_gearman.models import JobRecord
+from tests import harness
+
+from .app import jobs
+
+Status = JobRecord.Status
+
+
+def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine's value; Django's connections of its threads are closed too."""
+
+    async def main() -> Any:
+        return await coroutine
+
+    return async_to_sync(main)()
+
+
+@pytest.fixture
+def served(database_server: harness.GearmanServerProcess) -> Iterator[harness.GearmanServerProcess]:
+    with harness.worker(database_server, processes=2):
+        yield database_server
+
+
+class TestForeground:
+    """One server and its workers for all of them, since they take a second to start."""
+
+    def test_every_way(self, served: harness.GearmanServerProcess) -> None:
+        self.streams()
+        self.failures()
+        awaited(self.twins())
+        self.waits(served)
+
+    def streams(self) -> None:
+        first, *rest = jobs.report.stream(3)
+        assert first == Progress(1, 3)
+        assert rest[-2] == Warned(b"almost done")
+        assert isinstance(rest[-1], Value)
+        assert rest[-1].value[0].startswith("H:")
+        assert [part for part in rest if isinstance(part, Data)] == [
+            Data(b"step 1"),
+            Data(b"step 2"),
+            Data(b"step 3"),
+        ]
+        assert list(jobs.shout.stream(b"a")) == [Value(b"A")]
+        assert list(jobs.add.using(priority=5).stream(1)) == [Value(2)]
+
+    def failures(self) -> None:
+        with pytest.raises(JobFailed, match=r"failed with builtins\.ValueError: no") as caught:
+            jobs.fail.run("no")
+        told = caught.value
+        assert "raise ValueError(message)" in told.traceback
+        assert told.__notes__ == [f"At the worker:\n{told.traceback.rstrip()}"]
+        with pytest.raises(JobFailed, match="ValueError: no"):
+            list(jobs.fail.stream("no"))
+        with pytest.raises(NotJSON) as refused:
+            jobs.add.run({1})  # type: ignore[arg-type]
+        assert (refused.value.what, refused.value.remedy) == (
+            "argument 'left' of tests.app.jobs.add",
+            "pass a list of it",
+        )
+
+    async def twins(self) -> None:
+        assert await jobs.add.arun(1, right=5) == 6
+        assert await jobs.shout.arun(b"a") == b"A"
+        assert await asyncio.gather(*[jobs.add.arun(number) for number in range(200)]) == list(range(1, 201))
+        parts = [part async for part in jobs.report.astream(2)]
+        assert parts[0] == Progress(1, 2)
+        assert isinstance(parts[-1], Value)
+        async with aclosing(jobs.report.astream(1000)) as stream:
+            async for part in stream:
+                assert part == Progress(1, 1000)
+                break
+        with pytest.raises(JobFailed, match=r"builtins\.ValueError: no"):
+            await jobs.fail.arun("no")
+        with pytest.raises(JobFailed, match=r"builtins\.ValueError: no"):
+            [part async for part in jobs.fail.astream("no")]
+        with pytest.raises(TypeError, match="missing a required argument"):
+            await jobs.add.arun()  # type: ignore[call-arg]
+        result = await jobs.add.aenqueue(3, right=4)
+        assert await result.aget(timeout=20) == 7
+        many = await jobs.add.aenqueue_many([((number,), {}) for number in range(20)])
+        assert await asyncio.gather(*[each.aget(timeout=20) for each in many]) == list(range(1, 21))
+
+    def waits(self, server: harness.GearmanServerProcess) -> None:
+        """Who waits for long is told by the server, and does not look again and again."""
+        self.waits_by_the_wire(server, lambda result: result.get(timeout=30))
+        self.waits_by_the_wire(server, lambda result: awaited(result.aget(timeout=30)))
+
+    def waits_by_the_wire(
+        self, server: harness.GearmanServerProcess, wait: Callable[[JobResult[int]], int]
+    ) -> None:
+        path = server._folder / uuid4().hex
+        result = jobs.wait_for_file.enqueue(str(path))
+        harness.wait_until(lambda: is_running(result))
+        looks: list[float] = []
+
+        def note(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            looks.append(time.monotonic() - began)
+            return execute(sql, params, many, context)
+
+        thread = threading.Timer(1.0, path.touch)
+        thread.start()
+        with connection.execute_wrapper(note):
+            began = time.monotonic()
+            assert wait(result) > 1
+            took = time.monotonic() - began
+        thread.join()
+        assert took < 1.5
+        assert not [look for look in looks if 0.5 < look < 0.95], "it looks at the wire alone by then"
+
+
+def workloads(results: list[JobResult[Any]]) -> list[bytes]:
+    return [bytes(JobRecord.objects.get(pk=each.id).workload) for each in results]
+
+
+def is_running(result: JobResult[Any]) -> bool:
+    result.refresh()
+    return result.status == Status.RUNNING
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.usefixtures("nudges")
+class TestMany:
+    """``enqueue_many``."""
+
+    def test_in_order(self) -> None:
+        results = jobs.add.enqueue_many([((number,), {"right": 2}) for number in range(12_000)])
+        assert [int(each.id) for each in results] == sorted(int(each.id) for each in results)
+        for number in (0, 1, 4_999, 5_000, 11_999):
+            record = JobRecord.objects.get(pk=results[number].id)
+            assert bytes(record.workload) == b'{"args":[%d],"kwargs":{"right":2}}' % number
+            assert bytes(results[number]._record.workload) == bytes(record.workload)
+        assert JobRecord.objects.count() == 12_000
+        assert (results[7].status, results[7].function, results[7].attempts) == ("READY", jobs.add.name, 0)
+
+    def test_rows_are_those_of_enqueue(self) -> None:
+        later = jobs.add.using(priority=7, run_after=timedelta(hours=1))
+        one = later.enqueue(1)._record
+        (many,) = later.enqueue_many([((1,), {})])
+        many.refresh()
+        own = {"id", "enqueued_at", "run_after"}
+        names = [field.attname for field in JobRecord._meta.concrete_fields if field.name not in own]
+        found = JobRecord.objects.get(pk=many.id)
+        expected = JobRecord.objects.get(pk=one.pk)
+        assert [getattr(found, name) for name in names] == [getattr(expected, name) for name in names]
+        assert found.status == Status.SCHEDULED
+        assert (found.run_after - expected.run_after).total_seconds() < 5
+
+    def test_one_nudge(self, nudges: list[None]) -> None:
+        jobs.add.enqueue_many([((number,), {}) for number in range(100)])
+        assert len(nudges) == 1
+
+    def test_few_statements(self, django_assert_max_num_queries: Any) -> None:
+        with django_assert_max_num_queries(6):
+            jobs.add.enqueue_many([((number,), {}) for number in range(4_000)])
+
+    def test_none(self) -> None:
+        assert jobs.add.enqueue_many([]) == []
+
+    def test_a_wrong_one_leaves_none(self) -> None:
+        with pytest.raises(NotJSON, match=r"argument 'left' of .*add is a set"):
+            jobs.add.enqueue_many([((1,), {}), (({1},), {})])
+        with pytest.raises(TypeError, match="missing a required argument: 'left'"):
+            jobs.add.enqueue_many([((1,), {}), ((), {})])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'middle'"):
+            jobs.add.enqueue_many([((1,), {}), ((1,), {"middle": 2})])
+        assert not JobRecord.objects.exists()
+
+    def test_a_rollback_takes_all(self) -> None:
+        with transaction.atomic():
+            jobs.add.enqueue_many([((1,), {})] * 10)
+            transaction.set_rollback(True)
+        assert not JobRecord.objects.exists()
+
+    def test_raw(self) -> None:
+        results = jobs.shout.enqueue_many([((b"\0%d" % number,), {}) for number in range(3)])
+        assert workloads(results) == [b"\x000", b"\x001", b"\x002"]
+
+    def test_uniques(self) -> None:
+        """Equal ones are one."""
+        results = jobs.append_once.enqueue_many([((path, "line"), {}) for path in "abab"])
+        assert [results[0].id, results[1].id] == [results[2].id, results[3].id]
+        assert JobRecord.objects.count() == 2
+
+    def test_large_ones(self) -> None:
+        """More than a statement takes."""
+        results = jobs.shout.enqueue_many([(((b"%d" % number) * 3_000_000,), {}) for number in range(4)])
+        assert [workload[:1] for workload in workloads(results)] == [b"0", b"1", b"2", b"3"]
+
+    def test_over_the_wire(self, memory_server: harness.GearmanServerProcess, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"SERVERS": [memory_server.address], "ENQUEUE": "wire"}}
+        with transaction.atomic():
+            results = jobs.add.enqueue_many([((number,), {}) for number in range(50)])
+            high = jobs.add.using(priority=5).enqueue_many([((1,), {})])
+            assert jobs.add.name not in memory_server.status()
+        assert memory_server.status()[jobs.add.name][0] == 51
+        assert len({each.handle for each in [*results, *high]}) == 51
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.usefixtures("nudges")
+class TestCancelAndRetry:
+    def test_cancel_what_waits_in_the_database(self) -> None:
+        result = jobs.append_once.enqueue("path", "line")
+        assert result.cancel() is True
+        assert result.status == Status.CANCELLED
+        assert result.finished_at is not None
+        assert result.cancel() is False
+        # Its unique is free again.
+        assert jobs.append_once.enqueue("path", "line").id != result.id
+
+    def test_cancel_what_is_for_later(self) -> None:
+        result = jobs.add.using(run_after=timedelta(hours=1)).enqueue(1)
+        assert awaited(result.acancel()) is True
+        assert result.status == Status.CANCELLED
+
+    def test_cancel_what_is_gone(self) -> None:
+        result = jobs.add.enqueue(1)
+        JobRecord.objects.all().delete()
+        with pytest.raises(JobResultDoesNotExist):
+            result.cancel()
+
+    def test_retry(self) -> None:
+        result = jobs.add.using(priority=3).enqueue(1, right=2)
+        with pytest.raises(JobNotFinished):
+            result.retry()
+        result.cancel()
+        again = result.retry()
+        assert again.id != result.id
+        assert (again.status, again._record.priority) == (Status.READY, 3)
+        assert bytes(again._record.workload) == bytes(result._record.workload)
+        assert awaited(result.aretry()).id not in (result.id, again.id)
+
+    def test_a_running_job(self, database_server: harness.GearmanServerProcess) -> None:
+        with harness.worker(database_server, processes=1):
+            path = str(database_server._folder / "never")
+            result = jobs.wait_for_file.enqueue(path)
+            machinery.client_for().claim()
+            harness.wait_until(lambda: is_running(result))
+            assert result.cancel() is True
+            assert result.status == Status.CANCELLED
+            open(path, "w").close()
+            with pytest.raises(JobFailed, match="cancelled"):
+                result.get(timeout=5)
+            assert result.retry().get(timeout=20) > 1
+
+
+@pytest.mark.django_db(transaction=True)
+class TestWords:
+    """Failures in the user's words."""
+
+    def test_nobody_offers_it(self, database_server: harness.GearmanServerProcess) -> None:
+        results = [jobs.add.enqueue(number) for number in range(3)]
+        with pytest.raises(NoWorker, match=r"3 jobs wait for tests\.app\.jobs\.add and no worker offers it"):
+            results[0].get(timeout=0.3)
+        with pytest.raises(NoWorker, match=r"jobs? waits? for shout and no worker offers it"):
+            jobs.shout.using(run_timeout=0.1).run(b"a")
+        with pytest.raises(NoWorker, match="shout and no worker offers it"):
+            awaited(jobs.shout.using(run_timeout=0.1).arun(b"a"))
+        with pytest.raises(NoWorker):
+            awaited(results[1].aget(timeout=0.1))
+
+    def test_no_server(self) -> None:
+        result = jobs.add.enqueue(1)
+        with pytest.raises(ResponseTimeout) as caught:
+            result.get(timeout=0.05)
+        assert (
+            "No job server answers at 127.0.0.1:9; is `manage.py gearman_server`" in caught.value.__notes__[0]
+        )
+        with pytest.raises(GearmanError, match=r"no job server answers at 127\.0\.0\.1:9"):
+            awaited(jobs.add.arun(1))
+
+    def test_too_large(self, settings: Any) -> None:
+        settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}
+        with pytest.raises(TooLarge, match="the workload of shout has 1001 bytes, more than MAX_PACKET=1000"):
+            jobs.shout.enqueue(bytes(1001))
+        with pytest.raises(TooLarge):
+            jobs.shout.enqueue_many([((bytes(1001),), {})])
+
+
+class TestCall:
+    def test_in_this_loop(self) -> None:
+        assert asyncio.run(jobs.add_later.acall(1, 2)) == 3
+
+    def test_a_plain_function(self) -> None:
+        assert awaited(jobs.add.acall(1)) == 2
+
+    def test_with_a_context(self) -> None:
+        assert awaited(jobs.report.acall(2)) == [""]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_spread_is_a_setting(settings: Any, spread: bool) -> None:
+    settings.GEARMAN = {"default": {"SERVERS": ["a:1", "b:2"], "SPREAD": spread}}
+    assert conf.settings_for().spread is spread
+    for client in (machinery.client_for(), machinery.async_client_for()):
+        assert bool(client._servers._ring) is spread
