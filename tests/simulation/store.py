@@ -625,5 +625,3 @@ def _without_data(entry: JobFinished) -> JobFinished:
     """A job that ended must not run again because its result cannot be kept."""
     outcome = Outcome.FAILED if entry.outcome is Outcome.SUCCESSFUL else entry.outcome
     return entry._replace(outcome=outcome, data=b"", reason="What the worker sent could not be stored")
-
-

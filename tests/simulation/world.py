@@ -18,7 +18,16 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import core, journal
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
-from django_gearman.server.entries import Entry, JobFinished, JobKept, JobQueued, JobStarted, Joined, Outcome, StoredJob
+from django_gearman.server.entries import (
+    Entry,
+    JobFinished,
+    JobKept,
+    JobQueued,
+    JobStarted,
+    Joined,
+    Outcome,
+    StoredJob,
+)
 from django_gearman.server.journal import Batch
 
 from .model import SUBMISSIONS, Broken, ModelJob, ModelPeer, Server, promise
@@ -283,7 +292,9 @@ class World:
         row.door = True
         self.database.insert(row)
         if self.trace is not None:
-            self.note(f"a view inserts row {row.id} of {function!r}, unique {unique!r}, priority {row.priority}")
+            self.note(
+                f"a view inserts row {row.id} of {function!r}, unique {unique!r}, priority {row.priority}"
+            )
         awake = self.awake
         if awake and self.random() < 0.5:
             awake[int(self.random() * len(awake))].core.claim_wanted = True
@@ -453,15 +464,20 @@ class World:
                 entry = batch.entries[index]
                 assert isinstance(entry, JobQueued)
                 row = self.database.by_handle[other.handle]
-                promise(row.id in self.database.live, f"{entry.handle!r} joins {other.handle!r}, which has ended")
-                promise(row.wanted == key_of(entry.function, entry.unique, entry.workload), "joined another unique")
+                promise(
+                    row.id in self.database.live, f"{entry.handle!r} joins {other.handle!r}, which has ended"
+                )
+                promise(
+                    row.wanted == key_of(entry.function, entry.unique, entry.workload),
+                    "joined another unique",
+                )
         promise(not self.database.rewritten, f"the outcomes of {self.database.rewritten} were written over")
 
     def committed(self, server: Server, entry: Entry) -> None:
         kind = type(entry)
         if kind is JobQueued:
             promise(entry.handle in self.database.by_handle, f"{entry.handle!r} is not in the store")
-        elif kind is JobStarted:
+        elif kind is JobStarted and entry.handle in self.database.by_handle:
             self.started[entry.handle] = entry.attempts
 
     def acknowledged(self, server: Server, handle: bytes) -> None:
@@ -579,9 +595,7 @@ class World:
         worker = b"w%d" % job.worker.number if job.worker is not None else b""
         if job.worker is None:
             self.out_of_line(job.handle)
-        self.decisions.setdefault(job.handle, []).append(
-            (server, outcome.value, data, job.attempts, worker)
-        )
+        self.decisions.setdefault(job.handle, []).append((server, outcome.value, data, job.attempts, worker))
 
     def came_to_nothing(self, server: Server, job: ModelJob) -> None:
         if job.recorded:
@@ -646,7 +660,8 @@ class World:
         if self.database.live:
             return False
         return all(
-            not (server.jobs or server.open) and (server.store is None or (server.journal.idle and not server.core.entries))
+            not (server.jobs or server.open)
+            and (server.store is None or (server.journal.idle and not server.core.entries))
             for server in self.servers
         )
 
@@ -722,7 +737,9 @@ class World:
             assert late.store is not None
             if late in self.servers and handle in late.refused and handle not in self.escaped:
                 # Unless another server was quicker to claim it at the door.
-                promise(row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}")
+                promise(
+                    row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}"
+                )
             return
         if not row.background and row.reason.startswith("The job server ended"):
             return
@@ -741,9 +758,7 @@ class World:
         for number, server in self.fruitless.get(handle, {}).items():
             if server in self.servers:
                 promise(number in row.kept_attempts, f"attempt {number} of {handle!r} was forgotten")
-        promise(
-            len(set(row.kept_attempts)) == len(row.kept_attempts), f"{handle!r} has an attempt twice"
-        )
+        promise(len(set(row.kept_attempts)) == len(row.kept_attempts), f"{handle!r} has an attempt twice")
 
     # What is told when it fails.
 
@@ -751,7 +766,9 @@ class World:
         if self.trace is not None:
             self.trace.append(f"{self.clock - 1000:9.2f}  {line}")
 
-    def note_said(self, server: Server, peer: ModelPeer, kind: PacketType, arguments: tuple[bytes, ...]) -> None:
+    def note_said(
+        self, server: Server, peer: ModelPeer, kind: PacketType, arguments: tuple[bytes, ...]
+    ) -> None:
         told = " ".join(argument.decode() or "''" for argument in arguments)
         self.note(f"{server.label} peer {peer.number} < {kind.name} {told}")
 
