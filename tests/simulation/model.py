@@ -453,6 +453,7 @@ class Server:
         """It was laid at the door, and somebody waits for it here."""
         if job.state != "pending":
             return
+        self.world.out_of_line(job.handle)
         if not isinstance(reply, StoredJob):
             # Another server has it: for those who wait here it runs here, and is not kept.
             job.background = job.recorded = False
