@@ -35,6 +35,7 @@ from ..protocol.packets import (
     encode_response,
 )
 from ..protocol.reader import Packet
+from .crews import Crews
 from .cron import next_match
 from .entries import (
     Entry,
@@ -186,6 +187,7 @@ class Peer:
         "attempts",
         "cancelled",
         "client_id",
+        "crew",
         "enlisted",
         "exceptions",
         "excused",
@@ -216,6 +218,8 @@ class Peer:
         self.listens: set[Job] = set()
         self.attempts = False
         """Whether it speaks of attempts: the extension that ``packets.ATTEMPTS`` tells of."""
+        self.crew = b""
+        """The token that it shares with those that it works with; empty when it named none."""
         self.retry: tuple[bytes, float] | None = None
         """Handle of the job whose exception comes next and is not its end; seconds until another attempt."""
         self.excused: bytes | None = None
@@ -292,6 +296,7 @@ class JobServer:
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        self._crews = Crews(self)
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -318,9 +323,9 @@ class JobServer:
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
             self._drop_if_abandoned(job)
-        # Put back in reverse, each before the last: the order of hand-out is restored.
-        for job in reversed(list(peer.running.values())):
-            self._lose_worker(job)
+        if not self._crews.waits_for_word(peer):
+            self.lose_jobs_of(peer)
+        self._crews.peer_left(peer)
         self._pass_on_wake(peer, None)
 
     def receive(self, peer: Peer, packet: Packet) -> None:
@@ -456,8 +461,9 @@ class JobServer:
                 if job.recorded:
                     self.entries.append(JobDue(job.handle))
                 self._make_ready(job)
+        self._crews.tick()
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
-            self._lose_worker(job, "The job's time was up")
+            self.lose_worker(job, "The job's time was up")
         for function in self.ready:
             if function.sleepers:
                 self._wake(function)
@@ -512,7 +518,7 @@ class JobServer:
             self._forget_ability(peer, function)
         for job in reversed(list(peer.running.values())):
             if job.function in functions:
-                self._lose_worker(job)
+                self.lose_worker(job)
         if peer.woken_for in functions:
             self._pass_on_wake(peer, None)
 
@@ -594,18 +600,22 @@ class JobServer:
         job.attempts += 1
         job.started_at = self.now
         peer.running[job.handle] = job
-        if peer.timeouts is not None or job.timeout is not None:
-            own = None if job.timeout is None else job.timeout + self.options.timeout_grace
-            limits = [own, (peer.timeouts or {}).get(function.name)]
-            given = [limit for limit in limits if limit is not None]
-            if given:
-                self._limited[job] = self.clock + min(given)
+        self._limit(job, peer)
         if peer.attempts and (job.attempts > 1 or job.max_attempts is not None):
             told = b"attempt %d %d" % (job.attempts, job.max_attempts or 0)
             self._send(peer, encode_response(PacketType.OPTION_RES, told))
         if job.recorded:
             self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
         return job
+
+    def _limit(self, job: Job, peer: Peer) -> None:
+        """Note when the time of a job is up that the peer has been given."""
+        if peer.timeouts is not None or job.timeout is not None:
+            own = None if job.timeout is None else job.timeout + self.options.timeout_grace
+            limits = [own, (peer.timeouts or {}).get(job.function.name)]
+            given = [limit for limit in limits if limit is not None]
+            if given:
+                self._limited[job] = self.clock + min(given)
 
     def _best_function(self, peer: Peer) -> Function | None:
         """
@@ -889,6 +899,8 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
+        elif peer.attempts and self._crews.hear(peer, option):
+            pass
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
@@ -904,8 +916,8 @@ class JobServer:
         """
         End a job whatever its state; False when there is none.
 
-        Its clients are told WORK_FAIL, once and last. A worker that runs it goes
-        on without being told, and what it says of the job is passed over.
+        Its clients are told WORK_FAIL, once and last. A worker of ours that runs
+        it is told to end it; others go on. What they say of it is passed over.
         gearmand only marks the job, and lets the worker's packets follow.
         """
         job = self.jobs.get(handle)
@@ -916,6 +928,7 @@ class JobServer:
             cancelled[handle] = None
             if len(cancelled) > CANCELLED_LIMIT:
                 del cancelled[next(iter(cancelled))]
+            self._crews.tell_cancelled(job.worker, handle)
         self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
         return True
 
@@ -1005,7 +1018,41 @@ class JobServer:
         if function is not None and function is not taken and function.waiting:
             self._wake(function)
 
-    def _lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
+    def lose_jobs_of(self, peer: Peer) -> None:
+        """A worker is gone, and nobody says why."""
+        # Put back in reverse, each before the last: the order of hand-out is restored.
+        for job in reversed(list(peer.running.values())):
+            self.lose_worker(job)
+
+    def give_back(self, job: Job) -> None:
+        """A job that runs was put back on purpose: it waits again as if it had not been handed out."""
+        if not job.background and not job.listeners:
+            self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
+        else:
+            self._requeue(job, "", counts=False)
+
+    def resume(self, job: Job, peer: Peer) -> None:
+        """A worker that had lost its connection has the job still; nothing happens if it may not have it."""
+        function = job.function
+        if function.name not in peer.abilities or self.clock >= self.hand_out_until:
+            return
+        if job.state is READY:
+            function.withdraw(job)
+            if not function.waiting:
+                del self.ready[function]
+        elif job.state is RUNNING:
+            self._release(job)
+        else:
+            return
+        function.running += 1
+        job.state = RUNNING
+        job.worker = peer
+        peer.running[job.handle] = job
+        self._limit(job, peer)
+        if job.recorded:
+            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
+
+    def lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
         """The worker left, gave the job back or took too long: no outcome, so it waits again."""
         limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
@@ -1019,15 +1066,18 @@ class JobServer:
         """Whether its worker may ask for another attempt: a client that waits wants the exception."""
         return job.background and (job.max_attempts is None or job.attempts < job.max_attempts)
 
-    def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
+    def _requeue(
+        self, job: Job, reason: str, data: bytes = b"", due: float = 0.0, *, counts: bool = True
+    ) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
         if job.recorded:
-            self.entries.append(
-                JobRequeued(
-                    job.handle, job.worker.identity, job.attempts, job.started_at, self.now, reason, data, due
-                )
+            entry = JobRequeued(
+                job.handle, job.worker.identity, job.attempts, job.started_at, self.now, reason, data, due
             )
+            self.entries.append(entry if counts else entry._replace(counts=False))
+        if not counts:
+            job.attempts -= 1
         self._release(job)
         job.numerator = job.denominator = b"0"
         job.progress_unsaved = False

@@ -94,6 +94,9 @@ class JobRequeued(NamedTuple):
     run_after: float = 0.0
     """Wall time before which there is no other attempt; 0 for none."""
 
+    counts: bool = True
+    """Whether it is one of the job's attempts: not when it was given back on purpose."""
+
 
 class JobFinished(NamedTuple):
     """

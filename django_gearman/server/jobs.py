@@ -221,6 +221,11 @@ class Function:
         self.waiting -= 1
         return level.popleft()
 
+    def withdraw(self, job: Job) -> None:
+        """Take out one that waits, wherever it stands."""
+        self.levels[job.priority].remove(job)
+        self.waiting -= 1
+
     def has_foreground(self) -> bool:
         """Whether a job waits that is not kept. Looks through all of them."""
         return self._first_foreground() is not None

@@ -165,6 +165,8 @@ class MemoryStore:
                     if handle in jobs:
                         jobs[handle] = jobs[handle]._replace(attempts=entry.attempts)
             elif isinstance(entry, JobRequeued):
+                if handle in self.jobs and not entry.counts:
+                    self.jobs[handle] = self.jobs[handle]._replace(attempts=entry.attempt - 1)
                 if handle in self.jobs and entry.run_after:
                     self.jobs[handle] = self.jobs[handle]._replace(run_after=entry.run_after)
             elif isinstance(entry, JobFinished):
