@@ -19,6 +19,7 @@ import math
 import os
 import random
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from typing import (
     overload,
 )
 
+from asgiref.sync import sync_to_async
 from django.core.signals import setting_changed
 from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
 from django.dispatch import receiver
@@ -52,10 +54,12 @@ from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
     Discard,
     InvalidJob,
+    JobCancelled,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
+    JobTimedOut,
     ResponseTimeout,
     ResultNotKept,
     Retry,
@@ -81,6 +85,8 @@ class Reports(Protocol):
     def send_status(self, numerator: int, denominator: int) -> None: ...
     def send_data(self, data: bytes) -> None: ...
     def send_warning(self, data: bytes) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
 
 
 class JobContext:
@@ -92,6 +98,8 @@ class JobContext:
         unique: The submitter's key, empty when it gave none.
         attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
         max_attempts: How many there are; None when the job has no number of its own.
+
+    A job that an orderly stop puts back before its end begins the same attempt again.
     """
 
     def __init__(
@@ -109,6 +117,16 @@ class JobContext:
         self._reports = reports
         self._reported_at = -math.inf
         self._unreported: tuple[int, int] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """
+        Whether somebody cancelled the job, who waits for its end no more.
+
+        A function that asks now and then has two seconds to end by itself when
+        the answer is True; in others ``JobCancelled`` is raised at once.
+        """
+        return self._reports is not None and self._reports.cancelled
 
     def set_progress(self, numerator: int, denominator: int) -> None:
         """
@@ -362,6 +380,8 @@ Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelt
 Unique: TypeAlias = str | Sequence[str] | Callable[..., str]
 """Which jobs of a function are one: a name of an argument, several, or a function of the arguments."""
 
+RunCoroutine: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
+
 MAX_UNIQUE: Final = 200
 """Bytes of a unique that is sent as it is; longer ones are hashed."""
 
@@ -537,7 +557,7 @@ class Job(Generic[P, R]):
             client=_identity(os.getpid()),
             run_after=run_after,
             max_attempts=self.max_attempts,
-            timeout=self.timeout,
+            timeout=self.timeout or options.job_timeout,
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
         )
@@ -593,32 +613,54 @@ class Job(Generic[P, R]):
             raise JobResultMismatch(str(id), record.function, self.name)
         return JobResult(record)
 
-    def perform(self, workload: bytes, context: JobContext) -> bytes:
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is an ``async def``."""
+        return inspect.iscoroutinefunction(self.function)
+
+    def perform(self, workload: bytes, context: JobContext, *, run: RunCoroutine = asyncio.run) -> bytes:
         """
         Run the function for a workload from the wire; what a worker does.
 
         Raises whatever the function raises, and ``TypeError`` for a workload or
         a return value that is not what it should be.
-        """
-        if self.raw:
-            result = self._invoke(context, (workload,), {})
-            if not isinstance(result, bytes):
-                raise TypeError(f"raw job {self.name} must return bytes, not {type(result).__name__}")
-        else:
-            args, kwargs = self._decode(workload)
-            value = self._invoke(context, args, kwargs)
-            refuse_unless_json(value, f"the return value of {self.name}")
-            result = dumps(value)
-        context.flush()
-        return result
 
-    def _invoke(self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        Args:
+            run: Runs the coroutine of an ``async def``.
+        """
+        args, kwargs = self._decode_workload(workload)
+        return self._encode_result(self._invoke(context, args, kwargs, run), context)
+
+    async def aperform(self, workload: bytes, context: JobContext) -> bytes:
+        """``perform`` of an ``async def``, on the event loop that runs."""
+        args, kwargs = self._decode_workload(workload)
+        if self.takes_context:
+            args = (context, *args)
+        return self._encode_result(await self.function(*args, **kwargs), context)
+
+    def _decode_workload(self, workload: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((workload,), {}) if self.raw else self._decode(workload)
+
+    def _encode_result(self, value: Any, context: JobContext) -> bytes:
+        if not self.raw:
+            refuse_unless_json(value, f"the return value of {self.name}")
+            value = dumps(value)
+        elif not isinstance(value, bytes):
+            raise TypeError(f"raw job {self.name} must return bytes, not {type(value).__name__}")
+        context.flush()
+        return cast(bytes, value)
+
+    def _invoke(
+        self,
+        context: JobContext,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        run: RunCoroutine = asyncio.run,
+    ) -> Any:
         if self.takes_context:
             args = (context, *args)
         value = self.function(*args, **kwargs)
-        if inspect.iscoroutine(value):
-            return asyncio.run(value)
-        return value
+        return run(value) if inspect.iscoroutine(value) else value
 
     def _encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> bytes:
         if self.raw:
@@ -810,8 +852,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
         unique: While a job with the same is to do, a submission is that one: a name of an argument,
             several, or a function of the arguments that returns a str.
-        timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and soon
-            after its process is ended.
+        timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and its
+            process is killed soon after if it goes on. The setting ``JOB_TIMEOUT`` by default.
     Raises:
         InvalidJob: The function cannot be that, or the name is taken.
     """
@@ -913,16 +955,59 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     reset_queries()
     close_old_connections()
     try:
-        context = JobContext(
-            assigned.handle.decode(errors="replace"),
-            assigned.unique.decode(errors="replace"),
-            assigned,
-            assigned.attempt,
-            assigned.max_attempts or job.max_attempts,
-        )
-        return job.perform(assigned.workload, context)
+        return job.perform(assigned.workload, _context(job, assigned), run=_run_on_kept_loop)
+    except (JobTimedOut, JobCancelled):
+        # It may have been in the middle of a query.
+        connections.close_all()
+        raise
     finally:
         close_old_connections()
+
+
+async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned ``async def``, with the connections tended that its ``sync_to_async`` uses."""
+    await sync_to_async(_tend_connections)()
+    try:
+        return await job.aperform(assigned.workload, _context(job, assigned))
+    finally:
+        await sync_to_async(_tend_connections)()
+
+
+def _tend_connections() -> None:
+    reset_queries()
+    for connection in connections.all(initialized_only=True):
+        # Of the jobs that share this thread, one may be in the middle of a transaction.
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
+
+
+def _context(job: Job[Any, Any], assigned: Assigned) -> JobContext:
+    return JobContext(
+        assigned.handle.decode(errors="replace"),
+        assigned.unique.decode(errors="replace"),
+        assigned,
+        assigned.attempt,
+        assigned.max_attempts or job.max_attempts,
+    )
+
+
+_kept = threading.local()
+
+
+def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run an ``async def`` on the event loop of the thread, so that jobs can share what they open there."""
+    loop: asyncio.AbstractEventLoop | None = getattr(_kept, "loop", None)
+    if loop is None:
+        loop = _kept.loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        if not task.done():
+            # The loop was interrupted: the function is to hear of it, too.
+            task.cancel()
+            loop.run_until_complete(asyncio.wait([task]))
+        raise
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:

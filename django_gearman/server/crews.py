@@ -96,7 +96,7 @@ class Crews:
             self._forget_idle()
 
     def _give_back(self, peer: Peer, handle: bytes) -> None:
-        """A job is put back that was not run to its end on purpose: no attempt was lost. All, without handle."""
+        """A job is put back on purpose: no attempt was lost. Without a handle, all that the peer has."""
         if handle:
             job = self._job_of_crew(peer, handle)
             jobs = [] if job is None else [job]
