@@ -122,7 +122,9 @@ class TestRecycling:
 
 
 def test_process_that_cannot_begin_ends_the_command(site_server: Server, tmp_path: Path):
-    (tmp_path / "setproctitle.py").write_text("def setproctitle(text):\n    'supervisor' in text or no_such\n")
+    (tmp_path / "setproctitle.py").write_text(
+        "def setproctitle(text):\n    'supervisor' in text or no_such\n"
+    )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     worker = harness.WorkerProcess(site_server, processes=2, env=SITE | {"PYTHONPATH": path})
     with worker:

@@ -359,7 +359,8 @@ class _Plan:
         if self.group.concurrency > 1:
             each.append(f"{self.group.concurrency} tasks")
         return (
-            f"gearman_worker: {number} {'process serves' if high == 1 else 'processes serve'} "
+            f"gearman_worker: {f'{self.group.name}: ' if self.group.name else ''}"
+            f"{number} {'process serves' if high == 1 else 'processes serve'} "
             f"{', '.join(sorted(job.name for job in self.jobs))} "
             f"for {', '.join(f'{host}:{port}' for host, port in self.servers)}"
             f"{', each with ' + ' and '.join(each) if each else ''}."
