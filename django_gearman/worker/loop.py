@@ -383,6 +383,10 @@ class Worker:
         self._stop_by = math.inf
         self._control: int | None = None
         self._thread = threading.get_ident()
+        self._sending = threading.RLock()
+        """Held by who uses a connection while a job runs in the worker's own thread."""
+        self._runs_here = False
+        """Whether one does."""
         self._events: deque[Callable[[], None]] = deque()
         """What other threads want done in this one."""
         self._wake: tuple[socket.socket, socket.socket] | None = None
@@ -426,15 +430,22 @@ class Worker:
     def say(self, link: _Link, data: bytes) -> None:
         """Send packets of a job, from any thread."""
         if threading.get_ident() == self._thread:
-            link.send(data)
-        else:
-            self._events.append(lambda: link.send(data))
-            self.wake()
+            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
+                link.send(data)
+            return
+        with self._sending:
+            if self._runs_here:
+                # This thread's owner is in the job, and leaves the connection alone meanwhile.
+                link.send(data)
+                return
+        self._events.append(lambda: link.send(data))
+        self.wake()
 
     def listen(self, link: _Link) -> None:
         """Hear what a server says while a job of it runs in this thread."""
         if threading.get_ident() == self._thread:
-            self._receive(link)
+            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
+                self._receive(link)
 
     # The turn of the loop.
 
@@ -514,6 +525,8 @@ class Worker:
             link.lost(error)
         else:
             logger.info("Connected to the job server at %s", link)
+            if self._stopping and link.unconfirmed:
+                link.echo()
 
     def _introduction(self, lane: _Lane) -> bytes:
         """What a server must know of a worker, again after each reconnect."""
@@ -730,6 +743,7 @@ class Worker:
     def _run_here(self, lane: _Lane, job: AssignedJob) -> None:
         result = None
         failure: BaseException | None = None
+        self._runs_here = True
         try:
             with nullcontext() if self._alarm is None else self._alarm.begin(job):
                 result = self._function(lane, job)(job)
@@ -740,6 +754,8 @@ class Worker:
             raise
         except BaseException as error:  # whatever a job raises ends the job, not the worker
             failure = error
+        with self._sending:
+            self._runs_here = False
         self._finish(job, result, failure)
 
     def _done(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:

@@ -15,7 +15,8 @@ import ctypes
 import math
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -57,14 +58,27 @@ class Alarm:
         self._job: Running | None = None
         self._until = math.inf
         self._rang = False
+        self._is_held = False
+        self._is_due = False
         signal.signal(signal.SIGALRM, self._ring)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing is raised in the block: it is not to be left halfway. After it, what was due is."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._is_due:
+            self._ring()
 
     def __enter__(self) -> None:
         """Between ``begin`` and the end of the block, the exception may be raised."""
 
     def begin(self, job: Running) -> Alarm:
         """Watch over a job from now on; to be used as a context at once."""
-        self._rang = False
+        self._rang = self._is_due = False
         self._until = math.inf
         self._job = job
         if job.limit is not None:
@@ -84,6 +98,9 @@ class Alarm:
     def _ring(self, *args: object) -> None:
         job = self._job
         if job is None:
+            return
+        self._is_due = self._is_held
+        if self._is_held:
             return
         if job.is_cancelled:
             if job.has_looked and not self._rang:

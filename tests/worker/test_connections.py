@@ -152,6 +152,7 @@ class TestSilence:
 
     def test_while_all_places_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is to be asked for, so it asks whether anybody is there."""
+        monkeypatch.setattr(loop, "DELIVERY_LIMIT", 0.1)
         monkeypatch.setattr(loop, "RECHECK", 0.1)
         monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.3)
         resumed: list[bytes] = []
