@@ -268,6 +268,8 @@ class JobServer:
         self.clock = 0.0
         self.hand_out_until = math.inf
         """The clock's time from which jobs that are kept may be another server's: none is handed out."""
+        self.hands_out = True
+        """Whether any job is handed out; not when the server is about to end."""
         self.peers: dict[Peer, None] = {}
         self.functions: dict[bytes, Function] = {}
         self.jobs: dict[bytes, Job] = {}
@@ -296,7 +298,7 @@ class JobServer:
         self._durable = self.options.durable
         self._record_foreground = self.options.durable and self.options.record_foreground
         self._fair = self.options.function_order is FunctionOrder.FAIR
-        self._crews = Crews(self)
+        self.crews = Crews(self)
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -323,9 +325,9 @@ class JobServer:
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
             self._drop_if_abandoned(job)
-        if not self._crews.waits_for_word(peer):
+        if not self.crews.waits_for_word(peer):
             self.lose_jobs_of(peer)
-        self._crews.peer_left(peer)
+        self.crews.peer_left(peer)
         self._pass_on_wake(peer, None)
 
     def receive(self, peer: Peer, packet: Packet) -> None:
@@ -461,7 +463,7 @@ class JobServer:
                 if job.recorded:
                     self.entries.append(JobDue(job.handle))
                 self._make_ready(job)
-        self._crews.tick()
+        self.crews.tick()
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
             self.lose_worker(job, "The job's time was up")
         for function in self.ready:
@@ -626,7 +628,7 @@ class JobServer:
         """
         abilities = peer.abilities
         ready = self.ready
-        if not ready:
+        if not ready or not self.hands_out:
             return None
         if self.clock >= self.hand_out_until:
             return next((each for each in abilities.values() if each.has_foreground()), None)
@@ -899,7 +901,7 @@ class JobServer:
         elif peer.attempts and option.startswith(RETRY):
             delay, _, handle = option.removeprefix(RETRY).partition(b" ")
             peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
-        elif peer.attempts and self._crews.hear(peer, option):
+        elif peer.attempts and self.crews.hear(peer, option):
             pass
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
@@ -928,7 +930,7 @@ class JobServer:
             cancelled[handle] = None
             if len(cancelled) > CANCELLED_LIMIT:
                 del cancelled[next(iter(cancelled))]
-            self._crews.tell_cancelled(job.worker, handle)
+            self.crews.tell_cancelled(job.worker, handle)
         self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
         return True
 
@@ -1031,7 +1033,7 @@ class JobServer:
         else:
             self._requeue(job, "", counts=False)
 
-    def resume(self, job: Job, peer: Peer) -> None:
+    def resume(self, job: Job, peer: Peer, attempt: int) -> None:
         """A worker that had lost its connection has the job still; nothing happens if it may not have it."""
         function = job.function
         if function.name not in peer.abilities or self.clock >= self.hand_out_until:
@@ -1047,6 +1049,7 @@ class JobServer:
         function.running += 1
         job.state = RUNNING
         job.worker = peer
+        job.attempts = attempt
         peer.running[job.handle] = job
         self._limit(job, peer)
         if job.recorded:

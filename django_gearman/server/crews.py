@@ -13,7 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ..protocol.packets import CANCEL, CREW, LEAD, LOST, RESUME, RETURN, PacketType, encode_response
+from ..protocol.packets import (
+    CANCEL,
+    CREW,
+    LEAD,
+    LEAVING,
+    LOST,
+    RESUME,
+    RETURN,
+    PacketType,
+    encode_response,
+)
 
 if TYPE_CHECKING:
     from .core import JobServer, Peer
@@ -35,10 +45,13 @@ class Crews:
         self._leads: dict[bytes, Peer] = {}
         self._lost: dict[Peer, float] = {}
         """{worker that is gone: the clock's time until which its jobs wait}; they count as running."""
+        self._leaving: set[bytes] = set()
+        """Tokens of crews that finish what they have."""
         self._words: tuple[tuple[bytes, Callable[[Peer, bytes], None]], ...] = (
             (CREW, self._join),
             (LEAD, self._lead),
             (LOST, self._worker_was_lost),
+            (LEAVING, self._leave),
             (RETURN, self._give_back),
             (RESUME, self._resume),
         )
@@ -62,7 +75,12 @@ class Crews:
         """A lead that is gone says nothing more."""
         if self._leads.get(peer.crew) is peer:
             del self._leads[peer.crew]
+            self._leaving.discard(peer.crew)
             self._give_up([worker for worker in self._lost if worker.crew == peer.crew])
+
+    def are_finishing(self) -> bool:
+        """Whether workers that are about to leave have jobs in hand."""
+        return any(peer.running and peer.crew in self._leaving for peer in (*self._server.peers, *self._lost))
 
     def tick(self) -> None:
         """Time passed."""
@@ -86,6 +104,10 @@ class Crews:
         peer.crew = token[:MAX_TOKEN]
         self._leads[peer.crew] = peer
         self._server.say(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))
+
+    def _leave(self, peer: Peer, nothing: bytes) -> None:
+        if self._leads.get(peer.crew) is peer:
+            self._leaving.add(peer.crew)
 
     def _worker_was_lost(self, peer: Peer, text: bytes) -> None:
         handle, _, reason = text.partition(b" ")
@@ -114,10 +136,11 @@ class Crews:
         """
         number, _, handle = text.partition(b" ")
         job = self._server.jobs.get(handle)
-        if job is None or not number.isdigit() or job.attempts != int(number[:6]):
+        # After a crash the store may not know of the last hand-out.
+        if job is None or not number.isdigit() or int(number[:6]) - job.attempts not in (0, 1):
             return
         if job.worker is None or job.worker in self._lost:
-            self._server.resume(job, peer)
+            self._server.resume(job, peer, int(number[:6]))
             self._forget_idle()
 
     def _job_of_crew(self, peer: Peer, handle: bytes) -> Job | None:

@@ -19,7 +19,7 @@ from typing import Final
 
 from ..client.connection import Connection
 from ..exceptions import ConnectionFailed, ConnectionLost
-from ..protocol.packets import ATTEMPTS, CANCEL, LEAD, LOST, RETURN, PacketType, encode_request
+from ..protocol.packets import ATTEMPTS, CANCEL, LEAD, LEAVING, LOST, RETURN, PacketType, encode_request
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,10 @@ class Foreman:
     def give_back(self, handle: bytes) -> None:
         """Put a job back whose process was stopped on purpose: that attempt does not count."""
         self._say(RETURN + handle)
+
+    def leave(self) -> None:
+        """Say that the workers finish what they have, and go: a server that ends waits for them."""
+        self._say(LEAVING)
 
     def close(self) -> None:
         for line in self._lines:

@@ -73,6 +73,7 @@ class Spokesman(Protocol):
     def turn(self) -> list[bytes]: ...
     def lost(self, handle: bytes, reason: str) -> None: ...
     def give_back(self, handle: bytes) -> None: ...
+    def leave(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -302,6 +303,8 @@ class Supervisor:
         self._kill_at = monotonic() + self._grace
         self._notifier.stopping()
         self._end_trial()
+        if self._spokesman is not None:
+            self._spokesman.leave()
         for child in self._children.values():
             child.finish()
 

@@ -170,7 +170,15 @@ class TestResume:
         assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
         assert wire.core.jobs == {}
 
-    @pytest.mark.parametrize("word", [b"resume 2 ", b"resume x ", b"resume 0 "])
+    def test_attempt_that_a_crash_has_forgotten(self, wire: Wire) -> None:
+        worker = member(wire)
+        worker(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
+        started = wire.entries()[0]
+        assert isinstance(started, JobStarted)
+        assert started.attempts == 1
+
+    @pytest.mark.parametrize("word", [b"resume 3 ", b"resume x ", b"resume 0 "])
     def test_another_attempt_is_another_s(self, wire: Wire, word: bytes) -> None:
         worker = member(wire)
         grab(worker)
@@ -194,6 +202,25 @@ class TestResume:
         second(P.OPTION_REQ, b"resume 1 " + HANDLE)
         assert second(P.WORK_COMPLETE, HANDLE, b"late")[0][:2] == (P.ERROR, b"JOB_NOT_FOUND")
         assert first(P.WORK_COMPLETE, HANDLE, b"") == []
+
+
+class TestEnd:
+    """A server that is stopped together with its workers."""
+
+    def test_crew_that_is_about_to_leave(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        grab(worker)
+        assert not wire.core.crews.are_finishing()
+        assert worker(P.OPTION_REQ, b"leaving") == []
+        assert not wire.core.crews.are_finishing()
+        assert foreman(P.OPTION_REQ, b"leaving") == []
+        assert wire.core.crews.are_finishing()
+        worker(P.WORK_COMPLETE, HANDLE, b"")
+        assert not wire.core.crews.are_finishing()
+
+    def test_nothing_is_handed_out(self, wire: Wire) -> None:
+        wire.core.hands_out = False
+        assert member(wire)(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
 
 
 class TestCancel:
