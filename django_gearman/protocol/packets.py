@@ -72,7 +72,7 @@ It has the job again, if nobody was handed it since. Otherwise nothing happens.
 """
 
 LEAVING = b"leaving"
-"""OPTION_REQ ``leaving``, from a lead: its workers finish what they have. A server that ends waits for them."""
+"""OPTION_REQ ``leaving``, from a lead: its workers finish what they have. A server that ends waits."""
 
 CANCEL = b"cancel "
 """OPTION_RES ``cancel HANDLE``, to a lead, or to a worker without one: a job that is run is no more."""

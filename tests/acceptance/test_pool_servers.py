@@ -54,7 +54,7 @@ def test_workers_survive_every_bounce_of_their_server(site_server: Server, trace
             sent += itertools.islice(names, 20)
             for name in sent[-20:]:
                 leave_trace.enqueue(trace.path, name)
-            harness.wait_until(lambda wanted=len(sent) - 15: len(set(trace.names())) >= wanted, 30.0)
+            harness.wait_until(lambda sent=tuple(sent): len(set(trace.names())) >= len(sent) - 15, 30.0)
             (site_server.kill if bounce % 2 else site_server.stop)()
             site_server.start()
         harness.wait_until(lambda: set(trace.names()) == set(sent), 30.0, "all jobs")
