@@ -28,6 +28,72 @@ from .tls import TLSFilesError, client_context
 DEFAULT_ALIAS = "default"
 ENQUEUE_DOORS = ("database", "wire")
 MAX_DAYS = 100_000
+MAX_PROCESSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup:
+    """A group of worker processes: an entry of ``WORKERS``, or what the command line says."""
+
+    name: str = ""
+    processes: tuple[int, int] = (1, 1)
+    """How many at a time, and how many while all have work."""
+
+    threads: int = 1
+    """Jobs of plain functions that each has at a time."""
+
+    concurrency: int = 1
+    """Jobs of ``async def`` functions that each has at a time."""
+
+    functions: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+    """Which functions it serves; with neither, all that no other group names."""
+
+    exclude: tuple[str, ...] = ()
+    """Functions that it does not serve."""
+
+    max_jobs: int | None = None
+    """Jobs after which a process is replaced; None for any number."""
+
+    max_memory: tuple[int | None, int | None] = (None, None)
+    """MiB that a process may have, and that it may grow, before it is replaced."""
+
+
+def process_range(value: object) -> tuple[int, int]:
+    """
+    ``4`` or ``"2..8"`` as a pair.
+
+    Raises:
+        ValueError: It is neither; the sentence is to be shown.
+    """
+    low, dots, high = str(value).partition("..")
+    numbers = (low, high) if dots else (low, low)
+    if not isinstance(value, bool) and all(part.isascii() and part.isdecimal() for part in numbers):
+        pair = int(numbers[0][:9]), int(numbers[1][:9])
+        if 1 <= pair[0] <= pair[1] <= MAX_PROCESSES:
+            return pair
+    raise ValueError(
+        f"{value!r} is not a number of processes: use 1 to {MAX_PROCESSES}, or a range such as 2..8"
+    )
+
+
+def memory_limits(value: object) -> tuple[int | None, int | None]:
+    """
+    ``500``, ``"+200"`` or ``"500,+200"``: MiB that a process may have, and that it may grow.
+
+    Raises:
+        ValueError: It is none of these; the sentence is to be shown.
+    """
+    limits: list[int | None] = [None, None]
+    for part in str(value).split(","):
+        number = part.strip().removeprefix("+")
+        if isinstance(value, bool) or not (number.isascii() and number.isdecimal() and int(number[:9]) > 0):
+            raise ValueError(
+                f"{value!r} is no limit of memory: use MiB in all, such as 500, of growth, such as +200, "
+                "or both: 500,+200"
+            )
+        limits[part.strip().startswith("+")] = int(number[:9])
+    return limits[0], limits[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +126,12 @@ class GearmanSettings:
 
     job_retries: int = 3
     """How often a job is handed out that has no ``max_attempts`` and loses its workers; 0 for no limit."""
+
+    job_timeout: int | None = None
+    """Seconds that an attempt of a job without a ``timeout`` of its own may take; None for no limit."""
+
+    workers: Mapping[str, WorkerGroup] = dataclass_field(default_factory=dict)
+    """{name: group} of the processes that ``gearman_worker`` runs when its command line names none."""
 
     lease: float = 15.0
     """Seconds after which the jobs of a job server that was not heard of are taken over by another."""
@@ -129,6 +201,15 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif field.name == "job_retries":
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ImproperlyConfigured(f"{where} must be a whole number from 0, not {value!r}")
+        elif field.name == "job_timeout":
+            if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+                raise ImproperlyConfigured(
+                    f"{where} must be a whole number of seconds from 1, or None, not {value!r}"
+                )
+        elif field.name == "workers":
+            if not isinstance(value, Mapping):
+                raise ImproperlyConfigured(f"{where} must be a dict of names and groups, not {value!r}")
+            value = {name: _group(f"{where}[{name!r}]", name, group) for name, group in value.items()}
         elif field.name == "keep_function_days":
             if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
                 raise ImproperlyConfigured(f"{where} must be a dict of functions and days, not {value!r}")
@@ -152,6 +233,36 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
     checked = GearmanSettings(**values)
     _check_tls(f"GEARMAN[{alias!r}]", checked)
     return checked
+
+
+def _group(where: str, name: object, options: object) -> WorkerGroup:
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        raise ImproperlyConfigured(f"{where} must have a name that is a string")
+    if not isinstance(options, Mapping):
+        raise ImproperlyConfigured(f"{where} must be a dict, not {options!r}")
+    known = [field.name.upper() for field in fields(WorkerGroup) if field.name != "name"]
+    values: dict[str, Any] = {"name": name}
+    for key, value in options.items():
+        here = f"{where}[{key!r}]"
+        if key not in known:
+            raise ImproperlyConfigured(f"{here} is not a setting; known are {', '.join(known)}")
+        try:
+            if key == "PROCESSES":
+                value = process_range(value)
+            elif key == "MAX_MEMORY":
+                value = (None, None) if value is None else memory_limits(value)
+            elif key in ("FUNCTIONS", "QUEUES", "EXCLUDE"):
+                if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+                    raise ValueError(f"it must be a list of names, not {value!r}")
+                value = tuple(value)
+            elif not (key == "MAX_JOBS" and value is None) and (
+                type(value) is not int or not 1 <= value <= 1_000_000
+            ):
+                raise ValueError(f"it must be a whole number from 1, not {value!r}")
+        except (TypeError, ValueError) as error:
+            raise ImproperlyConfigured(f"{here}: {error}") from error
+        values[key.lower()] = value
+    return WorkerGroup(**values)
 
 
 def _check_tls(where: str, options: GearmanSettings) -> None:

@@ -22,12 +22,14 @@ Every error of django_gearman, as one tree.
     ├── Retry                      raised by a job that wants another attempt
     ├── Discard                    raised by a job that wants none
     ├── InvalidJob                 a @job that cannot be what it was declared to be
+    ├── WorkerCannotStart          a worker's process ended before it could take a job
     ├── InvalidSchedule            a schedule that names no times
     │   └── MissingCronsim         ... or that this installation cannot read
     └── StoreError                 the durable store cannot do its work
         └── LeaseLost              another server took this server's place
 
     JobTimedOut                    raised inside a job that takes too long; a BaseException
+    JobCancelled                   raised inside a job that was cancelled; so too
 
 Imports nothing of ours. Each error carries its data as attributes and says in its
 sentence what can be done.
@@ -327,12 +329,33 @@ class JobTimedOut(BaseException):
     No ``Exception``, so that a function that passes over all of those ends too.
     """
 
-    def __init__(self, timeout: int) -> None:
+    def __init__(self, timeout: float = 0) -> None:
         super().__init__(timeout)
         self.timeout = timeout
 
     def __str__(self) -> str:
-        return f"the job took longer than {self.timeout} s"
+        return f"the job took longer than {self.timeout:g} s"
+
+
+class JobCancelled(BaseException):
+    """
+    The job was cancelled while it ran; raised inside its function.
+
+    No ``Exception``, as ``JobTimedOut``. What the function returns or raises then is passed over.
+    """
+
+    def __str__(self) -> str:
+        return "the job was cancelled"
+
+
+class WorkerCannotStart(GearmanError):
+    """A process of a worker ended before it could take a job: another one would too. ``reason`` is why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"a worker process cannot start: {self.reason}"
 
 
 class InvalidJob(GearmanError, TypeError):

@@ -72,10 +72,12 @@ from .exceptions import (
     Discard,
     GearmanError,
     InvalidJob,
+    JobCancelled,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
+    JobTimedOut,
     NoWorker,
     ResponseTimeout,
     ResultNotKept,
@@ -119,6 +121,8 @@ class Reports(Protocol):
     def send_status(self, numerator: int, denominator: int) -> None: ...
     def send_data(self, data: bytes) -> None: ...
     def send_warning(self, data: bytes) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
 
 
 class JobContext:
@@ -134,6 +138,8 @@ class JobContext:
         max_attempts: How many there are; None when the job has no number of its own.
         function: The job's name on the wire.
         tail: The last lines that it logged; None where nobody keeps them.
+
+    A job that an orderly stop puts back before its end begins the same attempt again.
     """
 
     def __init__(
@@ -170,6 +176,16 @@ class JobContext:
     def logger(self) -> logs.JobLogger:
         """A logger of the function's name, whose lines are kept with the record, from INFO on."""
         return logs.JobLogger(logging.getLogger(self.function or __name__), self)
+
+    @property
+    def cancelled(self) -> bool:
+        """
+        Whether somebody cancelled the job, who waits for its end no more.
+
+        A function that asks now and then has two seconds to end by itself when
+        the answer is True; in others ``JobCancelled`` is raised at once.
+        """
+        return self._reports is not None and self._reports.cancelled
 
     def set_progress(self, numerator: int, denominator: int) -> None:
         """
@@ -635,6 +651,8 @@ Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelt
 Unique: TypeAlias = str | Sequence[str] | Callable[..., str]
 """Which jobs of a function are one: a name of an argument, several, or a function of the arguments."""
 
+RunCoroutine: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
+
 MAX_UNIQUE: Final = 200
 """Bytes of a unique that is sent as it is; longer ones are hashed."""
 
@@ -904,7 +922,7 @@ class Job(Generic[P, R]):
             client=_identity(os.getpid()),
             run_after=run_after,
             max_attempts=self.max_attempts,
-            timeout=self.timeout,
+            timeout=self.timeout or options.job_timeout,
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
         )
@@ -1026,32 +1044,54 @@ class Job(Generic[P, R]):
             raise JobResultMismatch(str(id), record.function, self.name)
         return JobResult(record)
 
-    def perform(self, workload: bytes, context: JobContext) -> bytes:
+    @property
+    def is_async(self) -> bool:
+        """Whether the function is an ``async def``."""
+        return inspect.iscoroutinefunction(self.function)
+
+    def perform(self, workload: bytes, context: JobContext, *, run: RunCoroutine = asyncio.run) -> bytes:
         """
         Run the function for a workload from the wire; what a worker does.
 
         Raises whatever the function raises, and ``TypeError`` for a workload or
         a return value that is not what it should be.
-        """
-        if self.raw:
-            result = self._invoke(context, (workload,), {})
-            if not isinstance(result, bytes):
-                raise TypeError(f"raw job {self.name} must return bytes, not {type(result).__name__}")
-        else:
-            args, kwargs = self._decode(workload)
-            value = self._invoke(context, args, kwargs)
-            refuse_unless_json(value, f"the return value of {self.name}")
-            result = dumps(value)
-        context.flush()
-        return result
 
-    def _invoke(self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        Args:
+            run: Runs the coroutine of an ``async def``.
+        """
+        args, kwargs = self._decode_workload(workload)
+        return self._encode_result(self._invoke(context, args, kwargs, run), context)
+
+    async def aperform(self, workload: bytes, context: JobContext) -> bytes:
+        """``perform`` of an ``async def``, on the event loop that runs."""
+        args, kwargs = self._decode_workload(workload)
+        if self.takes_context:
+            args = (context, *args)
+        return self._encode_result(await self.function(*args, **kwargs), context)
+
+    def _decode_workload(self, workload: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((workload,), {}) if self.raw else self._decode(workload)
+
+    def _encode_result(self, value: Any, context: JobContext) -> bytes:
+        if not self.raw:
+            refuse_unless_json(value, f"the return value of {self.name}")
+            value = dumps(value)
+        elif not isinstance(value, bytes):
+            raise TypeError(f"raw job {self.name} must return bytes, not {type(value).__name__}")
+        context.flush()
+        return cast(bytes, value)
+
+    def _invoke(
+        self,
+        context: JobContext,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        run: RunCoroutine = asyncio.run,
+    ) -> Any:
         if self.takes_context:
             args = (context, *args)
         value = self.function(*args, **kwargs)
-        if inspect.iscoroutine(value):
-            return asyncio.run(value)
-        return value
+        return run(value) if inspect.iscoroutine(value) else value
 
     def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
         """The workload of a submission, and its unique."""
@@ -1273,8 +1313,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
         unique: While a job with the same is to do, a submission is that one: a name of an argument,
             several, or a function of the arguments that returns a str.
-        timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and soon
-            after its process is ended.
+        timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and its
+            process is killed soon after if it goes on. The setting ``JOB_TIMEOUT`` by default.
     Raises:
         InvalidJob: The function cannot be that, or the name is taken.
     """
@@ -1371,6 +1411,7 @@ class Assigned(Reports, Protocol):
     def max_attempts(self) -> int | None: ...
     @property
     def may_return(self) -> bool: ...
+    def as_told(self, error: BaseException) -> BaseException: ...
 
     decision: tuple[float | None] | None
     """What ``pause_before_retry`` has said of it; None before."""
@@ -1385,7 +1426,7 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
         with attempt.in_hand():
             attempt.tell_start()
             try:
-                result = job.perform(assigned.workload, attempt.context)
+                result = job.perform(assigned.workload, attempt.context, run=_run_on_kept_loop)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
@@ -1393,6 +1434,10 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
                 raise
             attempt.tell_success()
             return result
+    except (JobTimedOut, JobCancelled):
+        # It may have been in the middle of a query.
+        connections.close_all()
+        raise
     finally:
         close_old_connections()
 
@@ -1436,8 +1481,9 @@ class _Attempt:
 
     def tell_failure(self, error: BaseException) -> None:
         """Decide on another attempt, once and for all, and tell; inside of ``except``."""
+        error = self._assigned.as_told(error)
         pause = None
-        if self._assigned.may_return:
+        if self._assigned.may_return and not isinstance(error, JobCancelled):
             pause = pause_before_retry(self._job, self._assigned, error)
         self._assigned.decision = (pause,)
         if pause is None:
@@ -1448,6 +1494,55 @@ class _Attempt:
     def _tell(self, signal: Signal, **arguments: Any) -> None:
         seconds = time.monotonic() - self._began
         signal.send_robust(self._sender, context=self.context, seconds=seconds, **arguments)
+
+
+async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """
+    Run an assigned ``async def``, with the connections tended that its ``sync_to_async`` uses.
+
+    Receivers of signals, and what decides on another attempt, may query: they run beside the event loop.
+    """
+    attempt = _Attempt(job, assigned)
+    await sync_to_async(_tend_connections)()
+    try:
+        with attempt.in_hand():
+            await sync_to_async(attempt.tell_start)()
+            try:
+                result = await job.aperform(assigned.workload, attempt.context)
+            except BaseException as error:
+                await sync_to_async(attempt.tell_failure)(error)
+                raise
+            await sync_to_async(attempt.tell_success)()
+            return result
+    finally:
+        await sync_to_async(_tend_connections)()
+
+
+def _tend_connections() -> None:
+    reset_queries()
+    for connection in connections.all(initialized_only=True):
+        # Of the jobs that share this thread, one may be in the middle of a transaction.
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
+
+
+_kept = threading.local()
+
+
+def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run an ``async def`` on the event loop of the thread, so that jobs can share what they open there."""
+    loop: asyncio.AbstractEventLoop | None = getattr(_kept, "loop", None)
+    if loop is None:
+        loop = _kept.loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        if not task.done():
+            # The loop was interrupted: the function is to hear of it, too.
+            task.cancel()
+            loop.run_until_complete(asyncio.wait([task]))
+        raise
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:

@@ -1230,7 +1230,7 @@ class _Folded:
                 if row is None:
                     row = self.changed.setdefault(entry.handle, {})
                 _change(row, entry)
-            if type(entry) is JobRequeued:
+            if type(entry) is JobRequeued and entry.counts:
                 self.attempts.append(entry)
 
     def is_there(self, handle: bytes) -> None:
@@ -1291,6 +1291,8 @@ def _change(row: Row, entry: Entry) -> None:
         case JobRequeued():
             # What it logged stays with the attempt.
             row.update(status=_READY, numerator=None, denominator=None, log="")
+            if not entry.counts:
+                row["attempts"] = entry.attempt - 1
             if entry.run_after > entry.at:
                 row.update(status=_RETRYING, run_after=_moment(entry.run_after))
             if entry.unclaimed:

@@ -1,5 +1,6 @@
 """Settings of the test suite; ``DATABASE_URL`` chooses another database than SQLite."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -78,6 +79,8 @@ GEARMAN: dict[str, dict[str, Any]] = {
     "default": {"SERVERS": os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9").split(",")}
 }
 
+# A test that starts a server or worker has settings of its own for it.
+GEARMAN["default"] |= json.loads(os.environ.get("GEARMAN_TEST_SETTINGS", "{}"))
 if "GEARMAN_TEST_LEASE" in os.environ:
     GEARMAN["default"]["LEASE"] = float(os.environ["GEARMAN_TEST_LEASE"])
 if "GEARMAN_TEST_TLS" in os.environ:

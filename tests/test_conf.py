@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from django_gearman.conf import GearmanSettings, settings_for
+from django_gearman.conf import GearmanSettings, WorkerGroup, settings_for
 
 
 class TestDefaults:
@@ -68,6 +68,20 @@ class TestValues:
             tls_key="a.key",
         )
 
+    def test_groups_of_workers(self, settings: Any) -> None:
+        settings.GEARMAN = {
+            "default": {
+                "WORKERS": {
+                    "video": {"PROCESSES": "2..8", "QUEUES": ["video"], "MAX_MEMORY": "500,+200"},
+                    "rest": {"PROCESSES": 6, "MAX_MEMORY": 300, "MAX_JOBS": None},
+                }
+            }
+        }
+        assert settings_for().workers == {
+            "video": WorkerGroup(name="video", processes=(2, 8), queues=("video",), max_memory=(500, 200)),
+            "rest": WorkerGroup(name="rest", processes=(6, 6), max_memory=(300, None)),
+        }
+
     @pytest.mark.parametrize(
         ("value", "message"),
         [
@@ -98,6 +112,18 @@ class TestValues:
             ({"default": {"KEEP_FUNCTION_DAYS": 7}}, "must be a dict of functions and days, not 7"),
             ({"default": {"KEEP_FUNCTION_DAYS": {"f": "7"}}}, r"\['f'\] must be a number of days"),
             ({"default": {"DATABASE": None}}, "must be a string, not None"),
+            ({"default": {"JOB_TIMEOUT": 1.5}}, "must be a whole number of seconds from 1, or None, not 1.5"),
+            ({"default": {"WORKERS": ["video"]}}, "must be a dict of names and groups"),
+            ({"default": {"WORKERS": {"video": 2}}}, r"\['WORKERS'\]\['video'\] must be a dict, not 2"),
+            (
+                {"default": {"WORKERS": {"a": {"PROCESS": 2}}}},
+                r"\['a'\]\['PROCESS'\] is not a setting; known",
+            ),
+            ({"default": {"WORKERS": {"a": {"PROCESSES": "8..2"}}}}, "'8..2' is not a number of processes"),
+            ({"default": {"WORKERS": {"a": {"PROCESSES": True}}}}, "True is not a number of processes"),
+            ({"default": {"WORKERS": {"a": {"THREADS": 0}}}}, "it must be a whole number from 1, not 0"),
+            ({"default": {"WORKERS": {"a": {"QUEUES": "video"}}}}, "it must be a list of names, not 'video'"),
+            ({"default": {"WORKERS": {"a": {"MAX_MEMORY": "-5"}}}}, "'-5' is no limit of memory"),
         ],
     )
     def test_mistakes_are_named(self, settings: Any, value: Any, message: str) -> None:

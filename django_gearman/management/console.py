@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from logging.handlers import SYSLOG_UDP_PORT, SysLogHandler, WatchedFileHandler
-from typing import Final
+from typing import Final, TextIO
 
 from django.core.management.base import CommandError
 from django.db import DatabaseError, connections
@@ -34,6 +34,16 @@ VERBOSE: Final = {
 }
 """Levels of gearmand's ``--verbose``."""
 
+_GREEN: Final = "\x1b[32m"
+_PLAIN: Final = "\x1b[0m"
+_COLOURS: Final = {
+    logging.ERROR: "\x1b[31m",
+    logging.WARNING: "\x1b[33m",
+    logging.INFO: "",
+    logging.NOTSET: "\x1b[2m",
+}
+"""{level: how its lines are shown}, the gravest first."""
+
 _LINE: Final = "%(asctime)s %(levelname)s [%(process)d] %(message)s"
 
 
@@ -55,7 +65,25 @@ def set_level(level: int) -> None:
 
 
 def log_to_stderr() -> None:
-    _add(logging.StreamHandler(sys.stderr), logging.Formatter(_LINE, "%H:%M:%S"))
+    formatter = ColouredFormatter if is_coloured(sys.stderr) else logging.Formatter
+    _add(logging.StreamHandler(sys.stderr), formatter(_LINE, "%H:%M:%S"))
+
+
+def is_coloured(stream: TextIO) -> bool:
+    """Whether a terminal shows it that has colours, and nobody said no. See https://no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class ColouredFormatter(logging.Formatter):
+    """Lines whose colour says how grave they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno == logging.INFO and " succeeded in " in text:
+            return f"{_GREEN}{text}{_PLAIN}"
+        colours = (colour for level, colour in _COLOURS.items() if record.levelno >= level)
+        colour = next(colours, "")
+        return f"{colour}{text}{_PLAIN}" if colour else text
 
 
 def log_to_file(path: str) -> None:

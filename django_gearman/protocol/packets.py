@@ -67,6 +67,43 @@ Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND
 not: it ended, or is another server's. No other server knows the option.
 """
 
+CREW = b"crew "
+"""
+OPTION_REQ ``crew TOKEN``, from a worker that speaks of attempts: it is one of a crew.
+
+The words that follow are said by such peers alone; ``lead`` alone is answered.
+"""
+
+LEAD = b"lead "
+"""
+OPTION_REQ ``lead TOKEN``, answered with OPTION_RES ``lead``: the peer speaks for the crew of that token.
+
+When one of the crew's connections is lost, its jobs wait a moment for the lead's word.
+"""
+
+LOST = b"lost "
+"""OPTION_REQ ``lost HANDLE REASON``, from a lead: the process that ran the job is gone, and why."""
+
+RETURN = b"return "
+"""
+OPTION_REQ ``return HANDLE``, from a lead or the job's own worker: it goes back to the queue.
+
+That attempt does not count. From a worker, without a handle: all that it was handed.
+"""
+
+RESUME = b"resume "
+"""
+OPTION_REQ ``resume ATTEMPT HANDLE``, from a worker whose connection broke while it had the job.
+
+It has the job again, if nobody was handed it since. Otherwise nothing happens.
+"""
+
+LEAVING = b"leaving"
+"""OPTION_REQ ``leaving``, from a lead: its workers finish what they have. A server that ends waits."""
+
+CANCEL = b"cancel "
+"""OPTION_RES ``cancel HANDLE``, to a lead, or to a worker without one: a job that is run is no more."""
+
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 

@@ -43,6 +43,7 @@ from ..protocol.packets import (
     encode_response,
 )
 from ..protocol.reader import Packet
+from .crews import Crews
 from .cron import next_match
 from .entries import (
     Claimed,
@@ -239,6 +240,7 @@ class Peer:
         "attempts",
         "cancelled",
         "client_id",
+        "crew",
         "enlisted",
         "exceptions",
         "excused",
@@ -269,6 +271,8 @@ class Peer:
         self.listens: set[Job] = set()
         self.attempts = False
         """Whether it speaks of attempts: the extension that ``packets.ATTEMPTS`` tells of."""
+        self.crew = b""
+        """The token that it shares with those that it works with; empty when it named none."""
         self.retry: tuple[bytes, float] | None = None
         """Handle of the job whose exception comes next and is not its end; seconds until another attempt."""
         self.excused: bytes | None = None
@@ -317,6 +321,8 @@ class JobServer:
         self.clock = 0.0
         self.hand_out_until = math.inf
         """The clock's time from which jobs that are kept may be another server's: none is handed out."""
+        self.hands_out = True
+        """Whether any job is handed out; not when the server is about to end."""
         self.peers: dict[Peer, None] = {}
         self.functions: dict[bytes, Function] = {}
         self.jobs: dict[bytes, Job] = {}
@@ -364,6 +370,7 @@ class JobServer:
         self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        self.crews = Crews(self)
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -390,9 +397,9 @@ class JobServer:
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
             self._drop_if_abandoned(job)
-        # Put back in reverse, each before the last: the order of hand-out is restored.
-        for job in reversed(list(peer.running.values())):
-            self._lose_worker(job)
+        if not self.crews.waits_for_word(peer):
+            self.lose_jobs_of(peer)
+        self.crews.peer_left(peer)
         self._pass_on_wake(peer, None)
 
     def receive(self, peer: Peer, packet: Packet) -> None:
@@ -638,8 +645,9 @@ class JobServer:
                 self._make_ready(job)
         for job in list(self._unsaved):
             self._save_if_due(job)
+        self.crews.tick()
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
-            self._lose_worker(job, "The job's time was up")
+            self.lose_worker(job, "The job's time was up")
         for function in self.ready:
             if function.sleepers:
                 self._wake(function)
@@ -708,7 +716,7 @@ class JobServer:
             self._forget_ability(peer, function)
         for job in reversed(list(peer.running.values())):
             if job.function in functions:
-                self._lose_worker(job)
+                self.lose_worker(job)
         if peer.woken_for in functions:
             self._pass_on_wake(peer, None)
 
@@ -796,18 +804,22 @@ class JobServer:
         if self._measures:
             self._measure_wait(job)
         peer.running[job.handle] = job
-        if peer.timeouts is not None or job.timeout is not None:
-            own = None if job.timeout is None else job.timeout + self.options.timeout_grace
-            limits = [own, (peer.timeouts or {}).get(function.name)]
-            given = [limit for limit in limits if limit is not None]
-            if given:
-                self._limited[job] = self.clock + min(given)
+        self._limit(job, peer)
         if peer.attempts and (job.attempts > 1 or job.max_attempts is not None):
             told = b"attempt %d %d" % (job.attempts, job.max_attempts or 0)
             self._send(peer, encode_response(PacketType.OPTION_RES, told))
         if job.recorded:
             self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
         return job
+
+    def _limit(self, job: Job, peer: Peer) -> None:
+        """Note when the time of a job is up that the peer has been given."""
+        if peer.timeouts is not None or job.timeout is not None:
+            own = None if job.timeout is None else job.timeout + self.options.timeout_grace
+            limits = [own, (peer.timeouts or {}).get(job.function.name)]
+            given = [limit for limit in limits if limit is not None]
+            if given:
+                self._limited[job] = self.clock + min(given)
 
     def _best_function(self, peer: Peer) -> Function | None:
         """
@@ -818,7 +830,7 @@ class JobServer:
         """
         abilities = peer.abilities
         ready = self.ready
-        if not ready:
+        if not ready or not self.hands_out:
             return None
         if self.clock >= self.hand_out_until:
             return next((each for each in abilities.values() if each.has_foreground()), None)
@@ -1231,6 +1243,8 @@ class JobServer:
                 return
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
             self._listen(peer, job)
+        elif peer.attempts and self.crews.hear(peer, option):
+            pass
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))
@@ -1246,8 +1260,8 @@ class JobServer:
         """
         End a job whatever its state; False when there is none.
 
-        Its clients are told WORK_FAIL, once and last. A worker that runs it goes
-        on without being told, and what it says of the job is passed over.
+        Its clients are told WORK_FAIL, once and last. A worker of ours that runs
+        it is told to end it; others go on. What they say of it is passed over.
         gearmand only marks the job, and lets the worker's packets follow.
         """
         job = self.jobs.get(handle)
@@ -1258,6 +1272,7 @@ class JobServer:
             cancelled[handle] = None
             if len(cancelled) > CANCELLED_LIMIT:
                 del cancelled[next(iter(cancelled))]
+            self.crews.tell_cancelled(job.worker, handle)
         self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
         return True
 
@@ -1406,7 +1421,42 @@ class JobServer:
         if function is not None and function is not taken and function.waiting:
             self._wake(function)
 
-    def _lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
+    def lose_jobs_of(self, peer: Peer) -> None:
+        """A worker is gone, and nobody says why."""
+        # Put back in reverse, each before the last: the order of hand-out is restored.
+        for job in reversed(list(peer.running.values())):
+            self.lose_worker(job)
+
+    def give_back(self, job: Job) -> None:
+        """A job that runs was put back on purpose: it waits again as if it had not been handed out."""
+        if not job.background and not job.listeners:
+            self._finish(job, Outcome.CANCELLED, b"", "The client left, and then the worker")
+        else:
+            self._requeue(job, "", counts=False)
+
+    def resume(self, job: Job, peer: Peer, attempt: int) -> None:
+        """A worker that had lost its connection has the job still; nothing happens if it may not have it."""
+        function = job.function
+        if function.name not in peer.abilities or self.clock >= self.hand_out_until:
+            return
+        if job.state is READY:
+            function.withdraw(job)
+            if not function.waiting:
+                del self.ready[function]
+        elif job.state is RUNNING:
+            self._release(job)
+        else:
+            return
+        function.running += 1
+        job.state = RUNNING
+        job.worker = peer
+        job.attempts = attempt
+        peer.running[job.handle] = job
+        self._limit(job, peer)
+        if job.recorded:
+            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
+
+    def lose_worker(self, job: Job, cause: str = "The worker was lost") -> None:
         """The worker left, gave the job back or took too long: no outcome, so it waits again."""
         limit = self.options.job_retries if job.max_attempts is None else job.max_attempts
         if not job.background and not job.listeners:
@@ -1422,29 +1472,33 @@ class JobServer:
             return False
         return job.max_attempts is None or job.attempts - job.interruptions < job.max_attempts
 
-    def _requeue(self, job: Job, reason: str, data: bytes = b"", due: float = 0.0) -> None:
+    def _requeue(
+        self, job: Job, reason: str, data: bytes = b"", due: float = 0.0, *, counts: bool = True
+    ) -> None:
         """An attempt came to nothing: the job waits again, before all others or for its time."""
         assert job.worker is not None, "only a job that runs comes back"
-        job.function.tally.retried += 1
+        if counts:
+            job.function.tally.retried += 1
         log = self._logs.pop(job, None)
         self._unsaved.pop(job, None)
         # Who waits for it must hear of it here.
         unclaimed = due > self.now and job.recorded and job.background and not job.listeners
         if job.recorded:
-            self.entries.append(
-                JobRequeued(
-                    job.handle,
-                    job.worker.identity,
-                    job.attempts,
-                    job.started_at,
-                    self.now,
-                    reason,
-                    data,
-                    due,
-                    b"" if log is None else log.text,
-                    unclaimed,
-                )
+            entry = JobRequeued(
+                job.handle,
+                job.worker.identity,
+                job.attempts,
+                job.started_at,
+                self.now,
+                reason,
+                data,
+                due,
+                b"" if log is None else log.text,
+                unclaimed,
             )
+            self.entries.append(entry if counts else entry._replace(counts=False))
+        if not counts:
+            job.attempts -= 1
         self._release(job)
         if unclaimed:
             job.function.later += 1

@@ -116,6 +116,9 @@ class JobRequeued(NamedTuple):
     unclaimed: bool = False
     """Whether it is laid at the store's door until then."""
 
+    counts: bool = True
+    """Whether it is one of the job's attempts: not when it was given back on purpose."""
+
 
 class JobFinished(NamedTuple):
     """

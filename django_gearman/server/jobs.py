@@ -292,6 +292,11 @@ class Function:
         self.counts[priority] -= 1
         return self.levels[priority].popleft()
 
+    def withdraw(self, job: Job) -> None:
+        """Take out one that waits, wherever it stands."""
+        self.levels[job.priority].remove(job)
+        self.waiting -= 1
+
     def has_foreground(self) -> bool:
         """Whether a job waits that is not kept. Looks through all of them."""
         return self._first_foreground() is not None

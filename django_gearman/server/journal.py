@@ -183,6 +183,8 @@ class MemoryStore:
                 self._running[handle] = Standing(True, entry.numerator, entry.denominator)
             elif isinstance(entry, JobRequeued):
                 self._running.pop(handle, None)
+                if handle in self.jobs and not entry.counts:
+                    self.jobs[handle] = self.jobs[handle]._replace(attempts=entry.attempt - 1)
                 if handle in self.jobs and entry.run_after:
                     self.jobs[handle] = self.jobs[handle]._replace(run_after=entry.run_after)
                 if handle in self.jobs and entry.unclaimed:

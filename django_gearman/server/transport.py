@@ -32,6 +32,12 @@ from .metrics import Page
 
 logger = logging.getLogger(__name__)
 
+HEAR_LIMIT: Final = 0.5
+"""Seconds in which workers that are stopped with the server say so."""
+
+FINISH_LIMIT: Final = 25.0
+"""Seconds that the server waits for their last results; service managers give it 30 or more."""
+
 TICK: Final = 1.0
 """Seconds between two looks at what no packet announces."""
 
@@ -498,6 +504,8 @@ class GearmanServer:
         try:
             waited: list[asyncio.Future[Any]] = [self._ended, waiter, ticker]
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if waiter.done() and self.core.shutdown_wanted is None:
+                await self._let_workers_finish()
         finally:
             ticker.cancel()
             waiter.cancel()
@@ -549,6 +557,23 @@ class GearmanServer:
         if how is Shutdown.GRACEFUL and (self.core.jobs or self._journal.busy):
             return
         self._stopped.set()
+
+    async def _let_workers_finish(self) -> None:
+        """
+        Take the results of workers that are told to stop as we are, and hand out nothing more.
+
+        A service manager stops all at once; without this, the jobs that they
+        finish meanwhile would run again.
+        """
+        core = self.core
+        core.hands_out = False
+        self._journal.claim_no_more()
+        begun = self.loop.time()
+        while any(peer.running for peer in core.peers):
+            waited = self.loop.time() - begun
+            if waited >= FINISH_LIMIT or (waited >= HEAR_LIMIT and not core.crews.are_finishing()):
+                return
+            await asyncio.sleep(0.02)
 
     async def _stop_journal(self) -> None:
         self._turn()

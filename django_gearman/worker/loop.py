@@ -1,25 +1,45 @@
 """
-Grab, run, report: one worker, one job at a time.
+Grab, run, report: one worker, with places for so many jobs at a time.
 
-Speaks to every job server it was given and asks them in turn; it sleeps when
-all of them have nothing. What a function does, and how its workload is
-encoded, is the caller's affair.
+Speaks to every job server that it was given, on a connection of its own for
+each kind of function: plain ones and coroutine functions have their own places,
+and a server is asked for a job only while one is free. Nothing here waits for
+one server alone. What a function does, and how its workload is encoded, is the
+caller's affair; how it is run, and interrupted, is ``pool``'s.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import select
+import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from ..client.connection import Connection
 from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
-from ..protocol.packets import ATTEMPTS, LOG, LOGS, RETRY, PacketType, encode_request
+from ..protocol.packets import (
+    ATTEMPTS,
+    CANCEL,
+    CREW,
+    LOG,
+    LOGS,
+    RESUME,
+    RETRY,
+    RETURN,
+    PacketType,
+    encode_request,
+)
 from ..protocol.reader import MAX_BODY, Packet
+from .board import Place, Row
+from .pool import Alarm, Interruptible, Tasks, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +50,17 @@ LONGEST_PAUSE: Final = 10.0
 ANSWER_LIMIT: Final = 10.0
 """Seconds in which a server answers GRAB_JOB, or is given up as hung."""
 
+PATIENCE: Final = 1.0
+"""Seconds in which it answers while another server could be asked instead."""
+
 RECHECK: Final = 30.0
 """Seconds after which a sleeping worker asks for a job all the same, in case a NOOP was lost."""
+
+DELIVERY_LIMIT: Final = 5.0
+"""Seconds after the last job in which a worker that is to stop makes sure that its results arrived."""
+
+KILL_AFTER: Final = 5.0
+"""Seconds after its time limit in which a job may clean up; then its process is killed."""
 
 _HEADROOM: Final = 1024
 """Bytes that a server may put beside the largest workload: its handle, the function and the unique."""
@@ -41,12 +70,30 @@ _LONGEST: Final = 1000
 
 _GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
+_ECHO: Final = encode_request(PacketType.ECHO_REQ, b"")
+_RETURN_ALL: Final = encode_request(PacketType.OPTION_REQ, RETURN)
 
 
 class AssignedJob:
     """A job as the function that runs it sees it."""
 
-    __slots__ = ("_link", "attempt", "decision", "function", "handle", "max_attempts", "unique", "workload")
+    __slots__ = (
+        "_is_cancelled",
+        "_link",
+        "_place",
+        "attempt",
+        "decision",
+        "function",
+        "handle",
+        "has_looked",
+        "limit",
+        "max_attempts",
+        "report",
+        "running",
+        "started",
+        "unique",
+        "workload",
+    )
 
     def __init__(
         self,
@@ -57,8 +104,11 @@ class AssignedJob:
         workload: bytes,
         attempt: int = 1,
         max_attempts: int | None = None,
+        place: Place | None = None,
+        limit: float | None = None,
     ) -> None:
         self._link = link
+        self._place = place
         self.handle = handle
         self.function = function
         self.unique = unique
@@ -69,6 +119,16 @@ class AssignedJob:
         """How many it may have; None where the job has no number of its own."""
         self.decision: tuple[float | None] | None = None
         """What was decided of another attempt already, for the ``RetryPolicy``; None for nothing."""
+        self.limit = limit
+        """Seconds that it may take; None for no limit."""
+        self.started = 0.0
+        self.running: Interruptible | None = None
+        """Its run, where that is beside the worker's own thread."""
+        self.report = b""
+        """The packets that say how it ended, once it has."""
+        self.has_looked = False
+        """Whether its function has asked whether it was cancelled."""
+        self._is_cancelled = False
 
     @property
     def may_return(self) -> bool:
@@ -83,6 +143,26 @@ class AssignedJob:
     def send_log(self, text: bytes) -> None:
         """Say what is to be kept of all that it logged so far; only to a server that ``takes_log``."""
         self._link.report(PacketType.OPTION_REQ, LOG + self.handle + b" " + text)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """What is known of it, without asking anybody."""
+        return self._is_cancelled or (self._place is not None and self._place.cancelled)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cancelled, for its function, which thereby says that it ends by itself then."""
+        self.has_looked = True
+        if not self.is_cancelled:
+            self._link.listen()
+        return self.is_cancelled
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+
+    def as_told(self, error: BaseException) -> BaseException:
+        """What ended its function, as it is to be told: why it was interrupted, and not how."""
+        return error if self.running is None else self.running.told(error)
 
     def send_status(self, numerator: int, denominator: int) -> None:
         """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
@@ -102,34 +182,80 @@ class JobRefused(Exception):
 
 
 WorkerFunction = Callable[[AssignedJob], bytes]
+TaskFunction = Callable[[AssignedJob], Awaitable[bytes]]
 RetryPolicy = Callable[[AssignedJob, BaseException], float | None]
 """Seconds until a job that raised is tried again; None when it has failed."""
 
 
 class _Link:
-    """One job server: the connection while there is one, and when to try again while there is none."""
+    """One job server for one lane: the connection while there is one, and when to try again while not."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, worker: Worker, lane: _Lane, host: str, port: int) -> None:
+        self.worker = worker
+        self.lane = lane
         self.host = host
         self.port = port
         self.connection: Connection | None = None
+        self.connecting: threading.Thread | None = None
+        self.asked_at: float | None = None
+        """When it was asked for a job and has not answered yet."""
         self.asleep_since: float | None = None
         """When it last had no job for us; None when it is worth asking."""
+        self.heard_at = 0.0
+        self.echo_at: float | None = None
+        """When it was sent ECHO_REQ and has not answered yet."""
         self.retry_at = 0.0
         self.tells_attempts = False
         """Whether the server is ours, and speaks of attempts."""
         self.takes_logs = False
         """Whether it keeps what jobs log."""
+        self.was_ours = False
+        """Whether it ever was; a server that is out of reach cannot tell."""
+        self.attempt = (1, 0)
+        """What it said of the job that it hands out next."""
+        self.unconfirmed: list[AssignedJob] = []
+        """Jobs whose reports were sent, and may not have arrived."""
+        self._marks: deque[int] = deque()
+        """For each question that has not been answered: how many reports were sent before it."""
+        self._confirmed = 0
         self._pause = FIRST_PAUSE
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
-    def connected(self, connection: Connection) -> None:
+    @property
+    def is_worth_asking(self) -> bool:
+        return self.connection is not None and self.asked_at is None and self.asleep_since is None
+
+    def connected(self, connection: Connection, introduction: bytes) -> None:
+        """
+        Introduce ourselves; with jobs in hand, or done since, that it may take back.
+
+        Raises:
+            ConnectionLost: It is gone again.
+        """
         self.connection = connection
-        self.asleep_since = None
-        self.tells_attempts = False
-        self.takes_logs = False
+        self.asked_at = self.asleep_since = self.echo_at = None
+        self.heard_at = monotonic()
+        self._marks.clear()
+        self._confirmed = 0
+        self.tells_attempts = self.takes_logs = False
+        packets = [introduction]
+        if self.was_ours:
+            for job in (*self.unconfirmed, *self.lane.in_hand(self)):
+                resume = RESUME + b"%d %s" % (job.attempt, job.handle)
+                packets += [encode_request(PacketType.OPTION_REQ, resume), job.report]
+                if job.report:
+                    logger.info("Telling %s of job %s once more", self, job.handle.decode(errors="replace"))
+        elif self.unconfirmed:
+            for job in self.unconfirmed:
+                logger.warning(
+                    "Job %s is done but %s may not know; it will run again",
+                    job.handle.decode(errors="replace"),
+                    self,
+                )
+            self.unconfirmed = []
+        connection.send(b"".join(packets))
 
     def answered(self) -> None:
         """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
@@ -137,6 +263,7 @@ class _Link:
 
     def lost(self, error: Exception) -> None:
         """Try again later; the pauses grow, and differ so that workers do not return all at once."""
+        self.asked_at = self.asleep_since = self.echo_at = None
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -146,15 +273,72 @@ class _Link:
         self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)  # noqa: S311
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
-    def report(self, kind: PacketType, *arguments: bytes) -> None:
-        """Tell the server something of the job in hand; a broken connection is noticed after the job."""
-        # Another thread may report, and lose it, at the same time.
-        connection = self.connection
-        if connection is not None:
+    def send(self, data: bytes) -> None:
+        """Send packets; a connection that breaks is noted."""
+        if self.connection is not None:
             try:
-                connection.send(encode_request(kind, *arguments))
+                self.connection.send(data)
             except ConnectionLost as error:
                 self.lost(error)
+
+    def ask(self, before: bytes = b"") -> None:
+        """Ask for a job, in one breath with what is said before."""
+        self.asked_at = monotonic()
+        self._marks.append(self._confirmed + len(self.unconfirmed))
+        self.send(before + _GRAB)
+
+    def echo(self) -> None:
+        """Ask whether it is there."""
+        self.echo_at = monotonic()
+        self._marks.append(self._confirmed + len(self.unconfirmed))
+        self.send(_ECHO)
+
+    def confirm(self) -> None:
+        """It has answered a question: reports that were sent before have arrived."""
+        if self._marks:
+            arrived = self._marks.popleft() - self._confirmed
+            self._confirmed += arrived
+            del self.unconfirmed[:arrived]
+
+    def report(self, kind: PacketType, *arguments: bytes) -> None:
+        """Tell the server something of a job in hand; from whatever thread."""
+        self.worker.say(self, encode_request(kind, *arguments))
+
+    def listen(self) -> None:
+        """Hear what the server says while a function runs, in the worker's own thread."""
+        self.worker.listen(self)
+
+
+class _Lane:
+    """Functions of one kind, and the places for their jobs."""
+
+    def __init__(
+        self, worker: Worker, functions: Mapping[str, Any], places: list[Place | None], pool: Any
+    ) -> None:
+        self.worker = worker
+        self.functions = {name.encode(): function for name, function in functions.items()}
+        self.pool: Threads | Tasks | None = pool
+        """None: in the worker's own thread."""
+        self.free = places
+        self.links: list[_Link] = []
+        self.jobs: dict[AssignedJob, _Link] = {}
+        """Those in hand, or that ended and were not reported yet."""
+
+    def in_hand(self, link: _Link) -> list[AssignedJob]:
+        return [job for job, its_link in self.jobs.items() if its_link is link and not job.report]
+
+    def next_link(self) -> _Link | None:
+        """The next server to ask: each in turn, those not that said they would wake us."""
+        for index, link in enumerate(self.links):
+            if link.is_worth_asking:
+                self.links.append(self.links.pop(index))
+                return link
+        return None
+
+    @property
+    def asked(self) -> int:
+        """How many places are kept for answers."""
+        return sum(link.asked_at is not None for link in self.links)
 
 
 class Worker:
@@ -171,6 +355,15 @@ class Worker:
         connect_timeout: Seconds to wait for a connection.
         max_packet: Bytes of the largest packet body taken.
         tls: Speak TLS, and nothing else, with this context; None for plain text.
+        tasks: {name on the wire: coroutine function that runs it}.
+        threads: How many jobs of ``functions`` at a time; one runs in the caller's thread.
+        concurrency: How many of ``tasks``, on one event loop.
+        limits: {name on the wire: seconds that a job may take}.
+        alarm: Interrupts the caller's thread, which then is the main thread.
+        crew: The token that this worker shares with whoever speaks for it.
+        row: Where to show what is in hand.
+        is_spent: Asked after each job, with their number: whether to take no further one.
+        show: Told the function that begins, and nothing when none is left.
     """
 
     def __init__(
@@ -185,9 +378,16 @@ class Worker:
         connect_timeout: float = 1.0,
         max_packet: int = MAX_BODY,
         tls: ssl.SSLContext | None = None,
+        tasks: Mapping[str, TaskFunction] | None = None,
+        threads: int = 1,
+        concurrency: int = 1,
+        limits: Mapping[str, float] | None = None,
+        alarm: Alarm | None = None,
+        crew: bytes = b"",
+        row: Row | None = None,
+        is_spent: Callable[[int], bool] | None = None,
+        show: Callable[[str], None] | None = None,
     ) -> None:
-        self._functions = {name.encode(): function for name, function in functions.items()}
-        self._links = [_Link(host, port) for host, port in servers]
         self._client_id = client_id.encode()
         self._describe = describe
         self._retry = retry
@@ -195,210 +395,495 @@ class Worker:
         self._connect_timeout = connect_timeout
         self._max_packet = max_packet
         self._tls = tls
+        self._limits = {name.encode(): limit for name, limit in (limits or {}).items()}
+        self._alarm = alarm
+        self._crew = crew
+        self._row = row
+        self._is_spent = is_spent
+        self._show = show
+        self._lanes: list[_Lane] = []
+        places = [None if row is None else row.place(number) for number in range(threads + concurrency)]
+        if functions:
+            pool = Threads(threads) if threads > 1 or tasks else None
+            self._lanes.append(_Lane(self, functions, places[:threads], pool))
+        if tasks:
+            self._lanes.append(_Lane(self, tasks, places[threads:], Tasks(concurrency)))
+        for lane in self._lanes:
+            lane.links = [_Link(self, lane, host, port) for host, port in servers]
+        self._links = [link for lane in self._lanes for link in lane.links]
         self._stopping = False
+        self._stop_by = math.inf
         self._control: int | None = None
+        self._thread = threading.get_ident()
+        self._sending = threading.RLock()
+        """Held by who uses a connection while a job runs in the worker's own thread."""
+        self._runs_here = False
+        """Whether one does."""
+        self._events: deque[Callable[[], None]] = deque()
+        """What other threads want done in this one."""
+        self._wake: tuple[socket.socket, socket.socket] | None = None
+        """The ends of a pair: to be readable when there are events."""
         self.jobs_done = 0
 
     def stop(self) -> None:
-        """Take no further job; from within a function, or with a readable ``control``."""
+        """Take no further job; from within a function, a signal handler, or with a readable ``control``."""
         self._stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the worker look around; from any thread, or from a signal handler."""
+        if self._wake is not None:
+            try:
+                self._wake[1].send(b"x")
+            except OSError:
+                pass  # it has enough of them to wake, or has ended
 
     def run(self, control: int | None = None) -> None:
         """
-        Work until ``stop``, or until the descriptor ``control`` can be read; the job in hand is finished.
+        Work until ``stop``, or until the descriptor ``control`` can be read; jobs in hand are finished.
 
         Returns with every connection closed.
         """
         self._control = control
+        self._thread = threading.get_ident()
+        self._wake = socket.socketpair()
+        for end in self._wake:
+            end.setblocking(False)
+        if self._row is not None:
+            self._row.say_ready()
         try:
-            while not self._is_stopping():
+            while not self._is_done():
                 self._connect()
-                link = self._next_link()
-                if link is None:
-                    self._wait()
-                else:
-                    self._grab_from(link)
+                self._ask()
+                self._turn()
         finally:
-            for link in self._links:
-                if link.connection is not None:
-                    link.connection.close()
-                    link.connection = None
+            self._close()
+
+    def say(self, link: _Link, data: bytes) -> None:
+        """Send packets of a job, from any thread."""
+        if threading.get_ident() == self._thread:
+            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
+                link.send(data)
+            return
+        with self._sending:
+            if self._runs_here:
+                # This thread's owner is in the job, and leaves the connection alone meanwhile.
+                link.send(data)
+                return
+        self._events.append(lambda: link.send(data))
+        self.wake()
+
+    def listen(self, link: _Link) -> None:
+        """Hear what a server says while a job of it runs in this thread."""
+        if threading.get_ident() == self._thread:
+            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
+                self._receive(link)
+
+    # The turn of the loop.
 
     def _is_stopping(self) -> bool:
         if not self._stopping and self._control is not None:
             self._stopping = bool(select.select([self._control], [], [], 0)[0])
         return self._stopping
 
+    def _is_done(self) -> bool:
+        """Whether it is to stop, and nothing is left to do or to tell."""
+        if not self._is_stopping():
+            return False
+        if any(lane.jobs for lane in self._lanes):
+            return False
+        for link in self._links:
+            if link.asked_at is not None and link.tells_attempts:
+                # Whatever it hands out on that question goes back.
+                link.asked_at = None
+                link.send(_RETURN_ALL)
+        if not any(link.unconfirmed or link.asked_at is not None for link in self._links):
+            return True
+        results = any(link.unconfirmed for link in self._links)
+        self._stop_by = min(self._stop_by, monotonic() + (DELIVERY_LIMIT if results else PATIENCE))
+        for link in self._links:
+            if link.unconfirmed and link.connection and link.asked_at is None and link.echo_at is None:
+                link.echo()
+        return monotonic() >= self._stop_by
+
     def _connect(self) -> None:
         now = monotonic()
         for link in self._links:
-            if link.connection is None and now >= link.retry_at:
+            if link.connection is not None or link.connecting is not None or now < link.retry_at:
+                continue
+            if self._stopping and not link.unconfirmed and not link.lane.in_hand(link):
+                continue
+            if any(lane.jobs for lane in self._lanes) or any(other.connection for other in self._links):
+                # The others, and what runs, need not wait for this one.
+                link.connecting = threading.Thread(target=self._connect_aside, args=(link,), daemon=True)
+                link.connecting.start()
+            else:
                 try:
-                    connection = Connection(
-                        link.host,
-                        link.port,
-                        connect_timeout=self._connect_timeout,
-                        max_packet=self._max_packet + _HEADROOM,
-                        tls=self._tls,
-                    )
-                    link.connected(connection)
-                    connection.send(self._introduction())
-                except (ConnectionFailed, ConnectionLost) as error:
+                    connection = self._open(link)
+                except ConnectionFailed as error:
                     link.lost(error)
-                    continue
-                logger.info("Connected to the job server at %s", link)
+                else:
+                    self._connected(link, connection)
 
-    def _introduction(self) -> bytes:
+    def _connect_aside(self, link: _Link) -> None:
+        """In a thread of its own."""
+        try:
+            connection = self._open(link)
+        except ConnectionFailed as error:
+            failure = error
+            self._events.append(lambda: self._not_connected(link, failure))
+        else:
+            self._events.append(lambda: self._connected(link, connection))
+        self.wake()
+
+    def _open(self, link: _Link) -> Connection:
+        return Connection(
+            link.host,
+            link.port,
+            connect_timeout=self._connect_timeout,
+            max_packet=self._max_packet + _HEADROOM,
+            tls=self._tls,
+        )
+
+    def _not_connected(self, link: _Link, error: ConnectionFailed) -> None:
+        link.connecting = None
+        link.lost(error)
+
+    def _connected(self, link: _Link, connection: Connection) -> None:
+        link.connecting = None
+        try:
+            link.connected(connection, self._introduction(link.lane))
+        except ConnectionLost as error:
+            link.lost(error)
+        else:
+            logger.info("Connected to the job server at %s", link)
+            if self._stopping and link.unconfirmed:
+                link.echo()
+
+    def _introduction(self, lane: _Lane) -> bytes:
         """What a server must know of a worker, again after each reconnect."""
         packets = [encode_request(PacketType.SET_CLIENT_ID, self._client_id)]
         if self._retry is not None:
             # Answered before any job; other servers answer ERROR and go on.
             packets.append(encode_request(PacketType.OPTION_REQ, ATTEMPTS))
+            if self._crew:
+                packets.append(encode_request(PacketType.OPTION_REQ, CREW + self._crew))
         if self._logs:
             packets.append(encode_request(PacketType.OPTION_REQ, LOGS))
-        packets += [encode_request(PacketType.CAN_DO, name) for name in self._functions]
+        packets += [encode_request(PacketType.CAN_DO, name) for name in lane.functions]
         return b"".join(packets)
 
-    def _next_link(self) -> _Link | None:
-        """The next server to ask: each in turn, those not that said they would wake us."""
-        for index, link in enumerate(self._links):
-            if link.connection is not None and link.asleep_since is None:
-                self._links.append(self._links.pop(index))
-                return link
-        return None
+    def _ask(self) -> None:
+        """Ask for as many jobs as there are free places."""
+        if self._stopping:
+            return
+        for lane in self._lanes:
+            while len(lane.free) > lane.asked:
+                link = lane.next_link()
+                if link is None:
+                    break
+                link.ask()
 
-    def _grab_from(self, link: _Link) -> None:
-        connection = link.connection
-        assert connection is not None, "only connected links are asked"
-        try:
-            connection.send(_GRAB)
-            while (job := self._assignment(link, connection)) is not None:
-                report = self._perform(job)
-                if link.connection is None:
-                    logger.warning(
-                        "Job %s is done but its server is gone; it will run again", job.handle.decode()
-                    )
-                    return
-                # With one server the next grab travels with the report.
-                again = len(self._links) == 1 and not self._is_stopping()
-                connection.send(report + _GRAB if again else report)
-                if not again:
-                    return
-        except (ConnectionLost, ResponseTimeout) as error:
-            link.lost(error)
-
-    def _assignment(self, link: _Link, connection: Connection) -> AssignedJob | None:
-        """The job that the server gives; None when it has none, after telling it that we sleep."""
-        deadline = monotonic() + ANSWER_LIMIT
-        attempt, max_attempts = 1, 0
-        while True:
-            kind, arguments = connection.receive(deadline)
-            link.answered()
-            if kind == PacketType.JOB_ASSIGN_UNIQ:
-                handle, function, unique, workload = arguments
-                return AssignedJob(link, handle, function, unique, workload, attempt, max_attempts or None)
-            if kind == PacketType.OPTION_RES:
-                if arguments[0] == ATTEMPTS:
-                    link.tells_attempts = True
-                elif arguments[0] == LOGS:
-                    link.takes_logs = True
-                else:
-                    attempt, max_attempts = _attempt(arguments[0])
-                continue
-            if kind == PacketType.NO_JOB:
-                connection.send(_PRE_SLEEP)
-                link.asleep_since = monotonic()
-                return None
-            self._note((kind, arguments))
-
-    def _note(self, packet: Packet) -> None:
-        kind, arguments = packet
-        if kind == PacketType.ERROR and arguments[0].upper() != b"UNKNOWN_OPTION":
-            logger.warning("The job server answered %s", b": ".join(arguments).decode(errors="replace"))
-
-    def _wait(self) -> None:
-        """Sleep until a server has something, one can be tried again, or we are to stop."""
-        now = monotonic()
-        until = min(
-            link.asleep_since + RECHECK
-            if link.asleep_since is not None and link.connection
-            else link.retry_at
-            for link in self._links
-        )
-        watched: list[Connection | int] = [link.connection for link in self._links if link.connection]
+    def _turn(self) -> None:
+        """Wait until something happens, and do what it asks for."""
+        until = self._next_moment()
+        assert self._wake is not None, "made by run"
+        watched: list[Connection | socket.socket | int] = [
+            link.connection for link in self._links if link.connection
+        ]
         if any(link.connection and link.connection.has_decrypted for link in self._links):
-            until = now
-        if self._control is not None:
+            until = 0.0
+        watched.append(self._wake[0])
+        if self._control is not None and not self._stopping:
             watched.append(self._control)
-        select.select(watched, [], [], max(0.0, until - now))
+        if self._row is not None and self._is_idle():
+            self._row.fall_asleep()
+        now = monotonic()
+        try:
+            ready = select.select(watched, [], [], max(0.0, min(until - now, RECHECK)))[0]
+        except OSError as error:
+            # A job has closed a descriptor that was not its own.
+            for link in self._links:
+                if link.connection:
+                    link.lost(ConnectionLost(str(link), str(error)))
+            return
+        if self._wake[0] in ready:
+            self._hear_threads(self._wake[0])
+        if self._control in ready:
+            self._stopping = True
+        for link in self._links:
+            connection = link.connection
+            if connection is not None and (connection in ready or connection.has_decrypted):
+                self._receive(link)
+        self._look_at_jobs()
+        self._look_at_links()
+
+    def _is_idle(self) -> bool:
+        return not any(lane.jobs for lane in self._lanes) and all(
+            link.connection is None or link.asleep_since is not None for link in self._links
+        )
+
+    def _hear_threads(self, wake: socket.socket) -> None:
+        try:
+            while wake.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        while self._events:
+            self._events.popleft()()
+
+    def _next_moment(self) -> float:
+        """The monotonic time at which there is something to do though nothing came."""
+        moments = [self._stop_by]
+        for link in self._links:
+            if link.connection is None:
+                if link.connecting is None:
+                    moments.append(link.retry_at)
+            elif link.asked_at is not None:
+                patience = PATIENCE if self._has_another(link) else ANSWER_LIMIT
+                moments.append(link.asked_at + patience)
+            elif link.asleep_since is not None:
+                moments.append(link.asleep_since + RECHECK)
+            else:
+                moments.append((link.echo_at or link.heard_at) + (ANSWER_LIMIT if link.echo_at else RECHECK))
+        for lane in self._lanes:
+            moments.extend(job.running.until for job in lane.jobs if job.running is not None)
+        return min(moments)
+
+    def _has_another(self, link: _Link) -> bool:
+        """Whether the place that is kept for a server's answer could be another's."""
+        lane = link.lane
+        return len(lane.free) <= lane.asked and any(other.is_worth_asking for other in lane.links)
+
+    def _look_at_jobs(self) -> None:
+        for lane in self._lanes:
+            if lane.pool is not None:
+                now = monotonic()
+                for job in lane.jobs:
+                    if job.running is not None:
+                        job.running.look(now)
+
+    def _look_at_links(self) -> None:
+        """Give up servers that do not answer, and see whether those are there that say nothing."""
         now = monotonic()
         for link in self._links:
             if link.connection is None:
                 continue
-            try:
-                link.connection.fill()
-                while (packet := link.connection.take()) is not None:
-                    if packet[0] == PacketType.NOOP:
-                        link.asleep_since = None
-                    else:
-                        self._note(packet)
-            except ConnectionLost as error:
-                link.lost(error)
-                continue
-            if link.asleep_since is not None and now - link.asleep_since >= RECHECK:
-                link.asleep_since = None
+            if link.asked_at is not None:
+                waited = now - link.asked_at
+                if waited >= ANSWER_LIMIT or (waited >= PATIENCE and self._has_another(link)):
+                    # Should it hand out a job all the same, that is no attempt.
+                    link.send(_RETURN_ALL if link.tells_attempts and not link.lane.in_hand(link) else b"")
+                    if link.connection is not None:
+                        link.lost(ResponseTimeout(f"the answer of the job server at {link}", waited))
+            elif link.asleep_since is not None:
+                if now - link.asleep_since >= RECHECK:
+                    link.asleep_since = None
+            elif link.echo_at is not None:
+                if now - link.echo_at >= ANSWER_LIMIT:
+                    link.lost(ResponseTimeout(f"the answer of the job server at {link}", now - link.echo_at))
+            elif now - link.heard_at >= RECHECK:
+                link.echo()
 
-    def _perform(self, job: AssignedJob) -> bytes:
-        """Run the function; the packet that reports its end."""
-        function = self._functions.get(job.function)
-        name = job.function.decode(errors="replace")
-        handle = job.handle.decode(errors="replace")
-        started = monotonic()
+    def _receive(self, link: _Link) -> None:
+        connection = link.connection
         try:
-            if function is None:
-                raise LookupError(f"this worker does not offer {name}")
-            result = function(job)
-            if not isinstance(result, bytes):
-                raise TypeError(f"{name} must return bytes, not {type(result).__name__}")
-        except JobRefused:
-            report = encode_request(PacketType.WORK_FAIL, job.handle)
-            logger.error("Job %s (%s) failed after %.2f s", handle, name, monotonic() - started)
+            if connection is not None:
+                connection.fill()
+                while link.connection is connection and (packet := connection.take()) is not None:
+                    self._hear(link, packet)
+        except ConnectionLost as error:
+            if link.connection is connection:
+                link.lost(error)
+
+    def _hear(self, link: _Link, packet: Packet) -> None:
+        kind, arguments = packet
+        link.answered()
+        link.heard_at = monotonic()
+        if kind == PacketType.JOB_ASSIGN_UNIQ:
+            link.asked_at = None
+            link.confirm()
+            self._assigned(link, *arguments)
+        elif kind == PacketType.NO_JOB:
+            link.asked_at = None
+            link.confirm()
+            link.asleep_since = monotonic()
+            link.send(_PRE_SLEEP)
+        elif kind == PacketType.NOOP:
+            link.asleep_since = None
+        elif kind == PacketType.ECHO_RES:
+            link.echo_at = None
+            link.confirm()
+        elif kind == PacketType.OPTION_RES:
+            self._hear_option(link, arguments[0])
+        elif kind == PacketType.ERROR and arguments[0].upper() != b"UNKNOWN_OPTION":
+            logger.warning(
+                "The job server at %s answered %s", link, b": ".join(arguments).decode(errors="replace")
+            )
+
+    def _hear_option(self, link: _Link, option: bytes) -> None:
+        if option == ATTEMPTS:
+            link.tells_attempts = link.was_ours = True
+        elif option == LOGS:
+            link.takes_logs = True
+        elif option.startswith(CANCEL):
+            handle = option.removeprefix(CANCEL)
+            for job in link.lane.jobs:
+                if job.handle == handle:
+                    job.cancel()
+        else:
+            link.attempt = _attempt(option)
+
+    # The life of a job.
+
+    def _assigned(self, link: _Link, handle: bytes, name: bytes, unique: bytes, workload: bytes) -> None:
+        lane = link.lane
+        attempt, max_attempts = link.attempt
+        link.attempt = (1, 0)
+        if self._stopping and link.tells_attempts:
+            # The question was on its way when we were told to stop.
+            link.send(encode_request(PacketType.OPTION_REQ, RETURN + handle))
+            return
+        place = lane.free.pop()
+        limit = self._limits.get(name)
+        job = AssignedJob(link, handle, name, unique, workload, attempt, max_attempts or None, place, limit)
+        lane.jobs[job] = link
+        job.started = monotonic()
+        if place is not None:
+            kill_at = math.inf if limit is None else job.started + limit + KILL_AFTER
+            place.begin(handle, name, job.started, limit or 0.0, kill_at)
+        if self._row is not None:
+            self._row.wake_up()
+        if self._show is not None:
+            self._show(name.decode(errors="replace"))
+        logger.info("Job %s (%s) started", handle.decode(errors="replace"), name.decode(errors="replace"))
+        if lane.pool is None:
+            self._run_here(lane, job)
+        else:
+            function = self._function(lane, job)
+            job.running = lane.pool.start(
+                job, lambda: function(job), lambda result, error: self._done(job, result, error)
+            )
+
+    def _function(self, lane: _Lane, job: AssignedJob) -> Callable[[AssignedJob], Any]:
+        function = lane.functions.get(job.function)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+        name = job.function.decode(errors="replace")
+
+        def refuse(job: AssignedJob) -> bytes:
+            raise LookupError(f"this worker does not offer {name}")
+
+        return refuse
+
+    def _run_here(self, lane: _Lane, job: AssignedJob) -> None:
+        result = None
+        failure: BaseException | None = None
+        self._runs_here = True
+        try:
+            with nullcontext() if self._alarm is None else self._alarm.begin(job):
+                result = self._function(lane, job)(job)
         except KeyboardInterrupt:
+            # Whoever debugs wants to leave at once; the job is not to blame.
+            if job.may_return:
+                job._link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
             raise
         except BaseException as error:  # whatever a job raises ends the job, not the worker
-            report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(error))
-            delay = self._retry(job, error) if self._retry is not None and job.may_return else None
-            if delay is None:
-                logger.error(
-                    "Job %s (%s) failed after %.2f s: %s", handle, name, monotonic() - started, _told(error)
-                )
-            else:
-                report = (
-                    encode_request(PacketType.OPTION_REQ, RETRY + b"%d %s" % (delay * 1000, job.handle))
-                    + report
-                )
-                logger.warning(
-                    "Job %s (%s) failed after %.2f s at attempt %d and is tried again in %.1f s: %s",
-                    handle,
-                    name,
-                    monotonic() - started,
-                    job.attempt,
-                    delay,
-                    _told(error),
-                )
+            failure = error
+        with self._sending:
+            self._runs_here = False
+        self._finish(job, result, failure)
+
+    def _done(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:
+        """A job has ended, in another thread."""
+        self._events.append(lambda: self._finish(job, result, failure))
+        self.wake()
+
+    def _finish(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:
+        """Report how a job ended, and grab the next in the same breath where that is right."""
+        link, lane, place = job._link, job._link.lane, job._place
+        if place is not None:
+            place.spare()
+        if job.is_cancelled:
+            logger.warning("Job %s (%s) was cancelled", _text(job.handle), _text(job.function))
+            report = b""
+        elif failure is None:
+            report = self._report_result(job, result)
         else:
-            if len(result) + len(job.handle) + 1 > self._max_packet:
-                problem = ValueError(
-                    f"the result of {name} has {len(result)} bytes, more than max_packet={self._max_packet}; "
-                    "store it, and return a reference"
-                )
-                report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
-                logger.error("Job %s (%s) failed: %s", handle, name, problem)
-            else:
-                report = encode_request(PacketType.WORK_COMPLETE, job.handle, result)
-                logger.info("Job %s (%s) succeeded in %.2f s", handle, name, monotonic() - started)
+            report = self._report_failure(job, failure)
         self.jobs_done += 1
-        return report
+        if self._is_spent is not None and self._is_spent(self.jobs_done):
+            self._stopping = True
+        job.report = report
+        del lane.jobs[job]
+        lane.free.append(place)
+        if report:
+            link.unconfirmed.append(job)
+            if link.connection is not None:
+                # With one server the next grab travels with the report.
+                if link.is_worth_asking and len(lane.links) == 1 and not self._is_stopping():
+                    link.ask(report)
+                else:
+                    link.send(report)
+        if place is not None:
+            place.end()
+        if self._show is not None and not lane.jobs:
+            self._show("")
+
+    def _report_result(self, job: AssignedJob, result: Any) -> bytes:
+        name = _text(job.function)
+        took = monotonic() - job.started
+        if not isinstance(result, bytes):
+            problem: Exception = TypeError(f"{name} must return bytes, not {type(result).__name__}")
+            return self._report_failure(job, problem)
+        if len(result) + len(job.handle) + 1 > self._max_packet:
+            problem = ValueError(
+                f"the result of {name} has {len(result)} bytes, more than max_packet={self._max_packet}; "
+                "store it, and return a reference"
+            )
+            logger.error("Job %s (%s) failed: %s", _text(job.handle), name, problem)
+            return encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
+        logger.info("Job %s (%s) succeeded in %.2f s", _text(job.handle), name, took)
+        return encode_request(PacketType.WORK_COMPLETE, job.handle, result)
+
+    def _report_failure(self, job: AssignedJob, error: BaseException) -> bytes:
+        handle, name, took = _text(job.handle), _text(job.function), monotonic() - job.started
+        if isinstance(error, JobRefused):
+            logger.error("Job %s (%s) failed after %.2f s", handle, name, took)
+            return encode_request(PacketType.WORK_FAIL, job.handle)
+        report = encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(error))
+        delay = self._retry(job, error) if self._retry is not None and job.may_return else None
+        if delay is None:
+            logger.error("Job %s (%s) failed after %.2f s: %s", handle, name, took, _told(error))
+            return report
+        logger.warning(
+            "Job %s (%s) failed after %.2f s at attempt %d and is tried again in %.1f s: %s",
+            handle,
+            name,
+            took,
+            job.attempt,
+            delay,
+            _told(error),
+        )
+        retry = encode_request(PacketType.OPTION_REQ, RETRY + b"%d %s" % (delay * 1000, job.handle))
+        return retry + report
+
+    def _close(self) -> None:
+        for link in self._links:
+            if link.connecting is not None:
+                link.connecting.join()
+        self._stopping = True
+        while self._events:
+            self._events.popleft()()
+        for link in self._links:
+            if link.connection is not None:
+                link.connection.close()
+                link.connection = None
+        for lane in self._lanes:
+            if lane.pool is not None:
+                lane.pool.close()
+        for end in self._wake or ():
+            end.close()
 
 
 def _attempt(told: bytes) -> tuple[int, int]:
@@ -407,6 +892,10 @@ def _attempt(told: bytes) -> tuple[int, int]:
     if len(words) == 3 and words[0] == b"attempt" and words[1].isdigit() and words[2].isdigit():
         return int(words[1]), int(words[2])
     return 1, 0
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="replace")
 
 
 def _told(error: BaseException) -> str:

@@ -77,12 +77,12 @@ class TestEnds:
 
     def test_job_that_kills_its_workers(self):
         result = jobs.kill_worker_twice.enqueue()
-        with pytest.raises(JobFailed, match="The worker was lost at the last of 2 attempts"):
+        with pytest.raises(JobFailed, match="killed by SIGKILL at the last of 2 attempts"):
             result.get(timeout=20)
         assert (result.status, result.attempts) == (Status.DEAD, 2)
         assert [error.message for error in result.errors] == [
-            "The worker was lost",
-            "The worker was lost at the last of 2 attempts",
+            "The worker was lost: killed by SIGKILL",
+            "The worker was lost: killed by SIGKILL at the last of 2 attempts",
         ]
 
     def test_job_that_takes_too_long(self):
@@ -104,7 +104,7 @@ class TestEnds:
 
 def test_job_that_hangs_in_c(worker: harness.WorkerProcess):
     result = jobs.hang_in_c.enqueue()
-    with pytest.raises(JobFailed, match="The worker was lost at the last of 1 attempts"):
+    with pytest.raises(JobFailed, match="Time limit of 1 s: killed at the last of 1 attempts"):
         result.get(timeout=30)
     assert "in hang_in_c" in worker.stderr
     assert jobs.just_in_time.run() == "done"

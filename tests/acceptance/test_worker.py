@@ -94,7 +94,7 @@ class TestTerm:
         with harness.worker(site_server, processes=1, env=SITE):
             held.let_go()
             record = held.wait_end()
-        assert (record.status, record.attempts) == (Status.SUCCESSFUL, 2)
+        assert (record.status, record.attempts) == (Status.SUCCESSFUL, 1)
 
     @pytest.mark.parametrize(
         "signals", [[signal.SIGQUIT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGINT]]
@@ -161,7 +161,7 @@ class TestKill:
         killer.refresh()
         assert (killer.status, killer.attempts) == (Status.DEAD, 3)
         *_, error = killer.errors
-        assert error.message == "The worker was lost at the last of 3 attempts"
+        assert error.message == "The worker was lost: killed by SIGKILL at the last of 3 attempts"
         for number, other in enumerate(others):
             other.refresh()
             assert other.return_value == number + 1

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 class Program:
     """``supervised.py``, and what its children left."""
 
-    def __init__(self, work: str, folder: Path, processes: int, grace: float) -> None:
+    def __init__(self, work: str, folder: Path, processes: int | str, grace: float) -> None:
         self._folder = folder
         self._log = folder / "log"
         with self._log.open("wb") as log:
@@ -90,7 +90,7 @@ Start = Callable[..., Program]
 def start(tmp_path: Path) -> Iterator[Start]:
     programs: list[Program] = []
 
-    def start(work: str, *, processes: int = 2, grace: float = 60.0) -> Program:
+    def start(work: str, *, processes: int | str = 2, grace: float = 60.0) -> Program:
         folder = tmp_path / str(len(programs))
         folder.mkdir()
         programs.append(Program(work, folder, processes, grace))
@@ -187,7 +187,7 @@ class TestReplace:
         wait_until(lambda: len(program.begun()) == 3)
         assert second in program.children()
         assert first not in program.children()
-        assert f"Process {first} ended with signal SIGKILL" in program.log
+        assert f"Process {first} is gone: killed by SIGKILL" in program.log
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
 
@@ -205,8 +205,16 @@ class TestReplace:
         pauses = [
             float(pause) for pause in re.findall(r"exit status 1; another starts in ([\d.]+) s", program.log)
         ]
-        assert pauses[:4] == [0.05, 0.1, 0.2, 0.4]
-        assert "it cannot begin" in program.log
+        assert pauses[:4] == [0, 0.05, 0.1, 0.2]
+        assert "it went wrong" in program.log
+
+    def test_one_that_cannot_begin_ends_all(self, start: Start) -> None:
+        program = start("cannot_begin")
+        assert program.wait() == 1
+        assert "WorkerCannotStart" in program.log
+        assert "a worker process cannot start: RuntimeError: there is no spoon" in program.log
+        # The one that had begun finished.
+        assert len(program.done()) == 1
 
     def test_each_slot_has_its_own_pause(self, start: Start) -> None:
         program = start("idle")
@@ -215,9 +223,30 @@ class TestReplace:
         wait_until(lambda: len(program.begun()) == 3)
         os.kill(second, signal.SIGKILL)
         wait_until(lambda: len(program.begun()) == 4)
-        assert re.findall(r"another starts in ([\d.]+) s", program.log) == ["0.05", "0.05"]
+        assert re.findall(r"another starts in ([\d.]+) s", program.log) == ["0", "0"]
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
+
+
+class TestRange:
+    def test_grows_while_all_have_work_and_shrinks(self, start: Start, tmp_path: Path) -> None:
+        program = start("until_told", processes="1..3")
+        wait_until(lambda: len(program.children()) == 3)
+        # Two have nothing to do now: one of them may go, and the other is the next to be wanted.
+        for path in sorted((tmp_path / "0").glob("[0-2].[0-9]*"))[:2]:
+            path.with_suffix(".sleep").touch()
+        wait_until(lambda: len(program.children()) == 2)
+        (tmp_path / "0" / "2.sleep").touch()
+        wait_until(lambda: len(program.children()) == 1)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "killed 0" in program.log
+
+    def test_one_that_dies_is_replaced(self, start: Start) -> None:
+        program = start("idle", processes="2..4")
+        first, _ = program.wait_for_children(2)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 3 and len(program.children()) == 2)
 
 
 class TestOrphans:

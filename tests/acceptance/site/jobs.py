@@ -11,6 +11,8 @@ from django.db import connection
 
 from django_gearman import cron, every, job
 
+from . import pools as pools
+
 
 @job
 def leave_trace(path: str, name: str) -> int:

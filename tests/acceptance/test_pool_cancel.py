@@ -1,0 +1,133 @@
+"""Jobs that are cancelled while they run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_gearman import AdminClient, JobResult
+from django_gearman.exceptions import ServerError
+from django_gearman.models import JobRecord
+from tests import harness
+from tests.app import jobs
+
+from .conftest import SITE
+from .site import pools
+
+Server = harness.GearmanServerProcess
+Status = JobRecord.Status
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
+
+
+@pytest.fixture
+def operator(site_server: Server) -> Iterator[AdminClient]:
+    client = AdminClient(site_server.address)
+    yield client
+    client.close()
+
+
+def wait_for(path: Path) -> None:
+    harness.wait_until(path.exists, 15.0, path.name)
+
+
+def cancel(operator: AdminClient, result: JobResult[Any]) -> None:
+    result.refresh()
+    operator.cancel(result.handle)
+    harness.wait_until(lambda: (result.refresh(), result.is_finished)[1])
+    assert result.status == Status.CANCELLED
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--threads", "2"], ["--pool", "solo"]], ids=["process", "threads", "solo"]
+)
+def test_function_that_looks_ends_by_itself(
+    site_server: Server, operator: AdminClient, tmp_path: Path, options: list[str]
+):
+    with harness.worker(site_server, processes=1, options=options, env=SITE) as worker:
+        result = pools.look_at_context.enqueue(str(tmp_path), "job")
+        wait_for(tmp_path / "job.begun")
+        children = worker.children()
+        cancel(operator, result)
+        wait_for(tmp_path / "job.cancelled")
+        assert jobs.add.enqueue(1).get(timeout=10) == 2
+        assert worker.children() == children
+        assert "was cancelled" in worker.stderr
+
+
+def test_function_that_sleeps_is_interrupted(site_server: Server, operator: AdminClient, tmp_path: Path):
+    with harness.worker(site_server, processes=1, env=SITE) as worker:
+        result = pools.be_interrupted.enqueue(str(tmp_path), "job")
+        wait_for(tmp_path / "job.begun")
+        children = worker.children()
+        cancel(operator, result)
+        wait_for(tmp_path / "job.cancelled")
+        assert jobs.add.enqueue(1).get(timeout=10) == 2
+        assert worker.children() == children
+
+
+def test_task_is_interrupted(site_server: Server, operator: AdminClient, tmp_path: Path):
+    with harness.worker(site_server, processes=1, options=["--concurrency", "3"], env=SITE) as worker:
+        results = [pools.hold_task.enqueue(str(tmp_path), f"job{number}") for number in range(3)]
+        for number in range(3):
+            wait_for(tmp_path / f"job{number}.begun")
+        cancel(operator, results[0])
+        harness.wait_until(lambda: "was cancelled" in worker.stderr)
+        (tmp_path / "go").touch()
+        assert [bool(result.get(timeout=10)) for result in results[1:]] == [True, True]
+
+
+def test_function_that_goes_on_is_killed(site_server: Server, operator: AdminClient, tmp_path: Path):
+    with harness.worker(site_server, processes=2, env=SITE) as worker:
+        held = pools.hold.enqueue(str(tmp_path), "held")
+        result = pools.hang_for_ever.enqueue(str(tmp_path), "job")
+        wait_for(tmp_path / "job.begun")
+        pid = int((tmp_path / "job.begun").read_text())
+        cancel(operator, result)
+        harness.wait_until(lambda: not harness.is_running(pid), 12.0, "the end of its process")
+        (tmp_path / "go").touch()
+        assert held.get(timeout=10)
+        assert held.attempts == 1
+        assert "its job was cancelled and went on" in worker.stderr
+    result.refresh()
+    assert (result.status, result.attempts) == (Status.CANCELLED, 1)
+
+
+def test_at_the_moment_of_its_end_no_other_job_is_hit(
+    site_server: Server, operator: AdminClient, tmp_path: Path
+):
+    """Jobs of no length, cancelled as they run: each ends or is cancelled, and none that was not is hurt."""
+    path = tmp_path / "trace"
+    with harness.worker(site_server, processes=1, options=["--verbosity", "0"], env=SITE):
+        results = [jobs.append_line.enqueue(str(path), str(number)) for number in range(400)]
+        victims = results[::2]
+        cancelled = set()
+        lock = threading.Lock()
+
+        def cancel_some(share: list[JobResult[None]]) -> None:
+            client = AdminClient(site_server.address)
+            for victim in share:
+                try:
+                    client.cancel(f"H:{site_server.address}:r{victim.id}")
+                except ServerError:
+                    continue  # it had ended
+                with lock:
+                    cancelled.add(victim.id)
+            client.close()
+
+        threads = [threading.Thread(target=cancel_some, args=(victims[part::3],)) for part in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results:
+            harness.wait_until(lambda result=result: (result.refresh(), result.is_finished)[1], 20.0)
+    for result in results:
+        wanted = Status.CANCELLED if result.id in cancelled else Status.SUCCESSFUL
+        assert (result.status, result.attempts <= 1) == (wanted, True)
+    lines = path.read_text().split()
+    assert len(lines) == len(set(lines))

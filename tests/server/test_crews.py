@@ -1,0 +1,251 @@
+"""Crews: what the process that keeps workers says of them, and hears."""
+
+from __future__ import annotations
+
+import pytest
+
+from django_gearman.protocol.packets import ATTEMPTS, PacketType
+from django_gearman.server import crews
+from django_gearman.server.entries import JobFinished, JobRequeued, JobStarted, Outcome, StoredJob
+
+from .harness import Caller, Wire
+
+P = PacketType
+NOW = 1000.0
+HANDLE = b"H:test:1:r1"
+
+
+@pytest.fixture
+def wire() -> Wire:
+    wire = Wire(durable=True)
+    wire.core.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 0, None)])
+    return wire
+
+
+def member(wire: Wire, token: bytes = b"token") -> Caller:
+    worker = wire.worker(b"f")
+    assert worker(P.OPTION_REQ, ATTEMPTS) == [(P.OPTION_RES, ATTEMPTS)]
+    assert worker(P.OPTION_REQ, b"crew " + token) == []
+    return worker
+
+
+def lead(wire: Wire, token: bytes = b"token") -> Caller:
+    caller = wire.connect()
+    caller(P.OPTION_REQ, ATTEMPTS)
+    assert caller(P.OPTION_REQ, b"lead " + token) == [(P.OPTION_RES, b"lead")]
+    return caller
+
+
+def grab(worker: Caller) -> bytes:
+    return worker(P.GRAB_JOB_UNIQ)[-1][1]
+
+
+def state(wire: Wire) -> str:
+    return wire.core.jobs[HANDLE].state.value
+
+
+def passes(wire: Wire, seconds: float) -> None:
+    wire.core.now += seconds
+    wire.core.clock += seconds
+    wire.core.tick()
+
+
+class TestLost:
+    def requeued(self, reason: str) -> JobRequeued:
+        return JobRequeued(HANDLE, b"127.0.0.1", 1, NOW, NOW, reason)
+
+    def test_reason_before_the_connection_is_seen_to_end(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        assert grab(worker) == HANDLE
+        assert foreman(P.OPTION_REQ, b"lost %s killed by SIGSEGV" % HANDLE) == []
+        assert state(wire) == "ready"
+        assert wire.entries()[-1] == self.requeued("killed by SIGSEGV")
+        worker.leaves()
+        assert wire.entries() == []
+
+    def test_reason_after_it(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        assert grab(worker) == HANDLE
+        worker.leaves()
+        assert state(wire) == "running"
+        foreman(P.OPTION_REQ, b"lost %s killed by SIGSEGV" % HANDLE)
+        assert state(wire) == "ready"
+        assert wire.entries()[-1] == self.requeued("killed by SIGSEGV")
+
+    def test_lead_that_says_nothing(self, wire: Wire) -> None:
+        worker, _ = member(wire), lead(wire)
+        grab(worker)
+        worker.leaves()
+        passes(wire, crews.PATIENCE - 0.1)
+        assert state(wire) == "running"
+        passes(wire, 0.2)
+        assert state(wire) == "ready"
+        entry = wire.entries()[-1]
+        assert isinstance(entry, JobRequeued)
+        assert entry.reason == "The worker was lost"
+
+    @pytest.mark.parametrize("first", ["worker", "lead"])
+    def test_lead_that_is_gone_is_not_waited_for(self, wire: Wire, first: str) -> None:
+        worker, foreman = member(wire), lead(wire)
+        grab(worker)
+        for caller in [worker, foreman] if first == "worker" else [foreman, worker]:
+            caller.leaves()
+        assert state(wire) == "ready"
+
+    def test_at_the_last_attempt(self, wire: Wire) -> None:
+        foreman = lead(wire)
+        for _ in range(3):
+            worker = member(wire)
+            grab(worker)
+            foreman(P.OPTION_REQ, b"lost %s killed by SIGSEGV" % HANDLE)
+        finished = wire.entries()[-1]
+        assert finished == JobFinished(
+            HANDLE, Outcome.DEAD, b"", "killed by SIGSEGV at the last of 3 attempts", NOW
+        )
+
+    @pytest.mark.parametrize("word", [b"lost " + HANDLE + b" x", b"return " + HANDLE])
+    def test_strangers_are_not_heard(self, wire: Wire, word: bytes) -> None:
+        worker = member(wire)
+        grab(worker)
+        for stranger in (lead(wire, b"other"), member(wire), lead(wire, b"")):
+            stranger(P.OPTION_REQ, word)
+            assert state(wire) == "running"
+
+    def test_who_does_not_speak_of_attempts_hears_that_it_is_no_option(self, wire: Wire) -> None:
+        for word in (b"crew t", b"lead t", b"lost H x", b"return H", b"resume 1 H"):
+            assert wire.connect()(P.OPTION_REQ, word)[0][:2] == (P.ERROR, b"UNKNOWN_OPTION")
+
+
+class TestReturn:
+    def test_attempt_does_not_count(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        for _ in range(9):
+            grab(worker)
+            foreman(P.OPTION_REQ, b"return " + HANDLE)
+            entry = wire.entries()[-1]
+            assert isinstance(entry, JobRequeued)
+            assert (entry.attempt, entry.counts) == (1, False)
+        assert [heard[0] for heard in worker(P.GRAB_JOB_UNIQ)] == [P.JOB_ASSIGN_UNIQ]
+        started = wire.entries()[-1]
+        assert isinstance(started, JobStarted)
+        assert started.attempts == 1
+
+    def test_by_the_worker_whatever_it_was_given(self, wire: Wire) -> None:
+        worker = member(wire)
+        grab(worker)
+        worker(P.OPTION_REQ, b"return ")
+        assert state(wire) == "ready"
+        assert wire.core.jobs[HANDLE].attempts == 0
+
+
+class TestResume:
+    def test_job_that_waits_again(self, wire: Wire) -> None:
+        worker = member(wire)
+        grab(worker)
+        worker.leaves()
+        assert state(wire) == "ready"
+        again = member(wire)
+        assert again(P.OPTION_REQ, b"resume 1 " + HANDLE) == []
+        assert state(wire) == "running"
+        assert wire.worker(b"f").grabs() is None
+        assert again(P.WORK_COMPLETE, HANDLE, b"late") == []
+        assert wire.entries()[-1] == JobFinished(HANDLE, Outcome.SUCCESSFUL, b"late", "", NOW)
+
+    def test_job_of_a_lost_connection_that_nobody_explained(self, wire: Wire) -> None:
+        worker, _ = member(wire), lead(wire)
+        grab(worker)
+        worker.leaves()
+        again = member(wire)
+        again(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        passes(wire, 10)
+        assert again(P.WORK_COMPLETE, HANDLE, b"late") == []
+        assert wire.core.jobs == {}
+
+    def test_after_a_restart(self, wire: Wire) -> None:
+        """The store knows how often it was handed out."""
+        wire = Wire(durable=True)
+        wire.core.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 2, None)])
+        worker = member(wire)
+        worker(P.OPTION_REQ, b"resume 2 " + HANDLE)
+        assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
+        assert wire.core.jobs == {}
+
+    def test_attempt_that_a_crash_has_forgotten(self, wire: Wire) -> None:
+        worker = member(wire)
+        worker(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
+        started = wire.entries()[0]
+        assert isinstance(started, JobStarted)
+        assert started.attempts == 1
+
+    @pytest.mark.parametrize("word", [b"resume 3 ", b"resume x ", b"resume 0 "])
+    def test_another_attempt_is_another_s(self, wire: Wire, word: bytes) -> None:
+        worker = member(wire)
+        grab(worker)
+        worker.leaves()
+        again = member(wire)
+        again(P.OPTION_REQ, word + HANDLE)
+        assert again(P.WORK_COMPLETE, HANDLE, b"late")[0][:2] == (P.ERROR, b"JOB_NOT_FOUND")
+
+    def test_who_could_not_grab_it_does_not_get_it(self, wire: Wire) -> None:
+        worker = member(wire)
+        grab(worker)
+        worker.leaves()
+        other = wire.worker(b"other")
+        other(P.OPTION_REQ, ATTEMPTS)
+        other(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert state(wire) == "ready"
+
+    def test_job_that_another_has(self, wire: Wire) -> None:
+        first, second = member(wire), member(wire)
+        grab(first)
+        second(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert second(P.WORK_COMPLETE, HANDLE, b"late")[0][:2] == (P.ERROR, b"JOB_NOT_FOUND")
+        assert first(P.WORK_COMPLETE, HANDLE, b"") == []
+
+
+class TestEnd:
+    """A server that is stopped together with its workers."""
+
+    def test_crew_that_is_about_to_leave(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        grab(worker)
+        assert not wire.core.crews.are_finishing()
+        assert worker(P.OPTION_REQ, b"leaving") == []
+        assert not wire.core.crews.are_finishing()
+        assert foreman(P.OPTION_REQ, b"leaving") == []
+        assert wire.core.crews.are_finishing()
+        worker(P.WORK_COMPLETE, HANDLE, b"")
+        assert not wire.core.crews.are_finishing()
+
+    def test_nothing_is_handed_out(self, wire: Wire) -> None:
+        wire.core.hands_out = False
+        assert member(wire)(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
+
+
+class TestCancel:
+    def test_lead_is_told(self, wire: Wire) -> None:
+        worker, foreman = member(wire), lead(wire)
+        grab(worker)
+        assert wire.core.cancel(HANDLE)
+        assert foreman.hears() == [(P.OPTION_RES, b"cancel " + HANDLE)]
+        assert worker.hears() == []
+        assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
+
+    def test_worker_without_a_lead_is_told_itself(self, wire: Wire) -> None:
+        worker = member(wire)
+        grab(worker)
+        wire.core.cancel(HANDLE)
+        assert worker.hears() == [(P.OPTION_RES, b"cancel " + HANDLE)]
+
+    def test_foreign_worker_hears_nothing(self, wire: Wire) -> None:
+        worker = wire.worker(b"f")
+        worker(P.OPTION_REQ, ATTEMPTS)
+        grab(worker)
+        wire.core.cancel(HANDLE)
+        assert worker.hears() == []
+
+    def test_job_that_waits_is_nobody_s(self, wire: Wire) -> None:
+        foreman = lead(wire)
+        wire.core.cancel(HANDLE)
+        assert foreman.hears() == []
