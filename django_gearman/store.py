@@ -169,11 +169,18 @@ class DatabaseStore:
         self.renewed = self._looked_for_dead = began
         return lease.epoch
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         with self._transaction():
             self._prove_lease()
+            running = self._records().filter(server_id=self.lease_id, status=_RUNNING, background=True)
+            ids = sorted(running.values_list("pk", flat=True))
             self._end_attempts(self.lease_id)
-            self._resuming = self._free(self.lease_id) == ADOPTED_AT_ONCE
+            for start in range(0, len(ids), 500):
+                part = self._records().filter(pk__in=ids[start : start + 500])
+                part.update(server_epoch=self.epoch)
+            jobs = self._read(ids)
+            self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
+        return jobs
 
     def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
@@ -499,15 +506,23 @@ class DatabaseStore:
         with self._database_errors():
             # Not what was ended meanwhile, as a submission that was refused.
             live = self._records().filter(pk__in=self._perhaps_taken, status__in=JobRecord.LIVE)
-            ours = sorted(self._ours(list(live.values_list("pk", flat=True))))
-            rows = self._rows_of(self._sql.by_id(len(ours)), ours) if ours else []
-            found = [row.job for row in rows if row.size <= INLINE]
-            for row in rows:
-                if row.size > INLINE:
-                    ((workload,),) = self._execute(self._sql.workload, [row.id])
-                    found.append(row.job._replace(workload=bytes(workload)))
+            found = self._read(self._ours(list(live.values_list("pk", flat=True))))
         self._perhaps_taken = []
         return found
+
+    def _read(self, ids: Iterable[int]) -> list[StoredJob]:
+        """Jobs with their workloads, whatever their size."""
+        jobs: list[StoredJob] = []
+        wanted = sorted(ids)
+        for start in range(0, len(wanted), 500):
+            part = wanted[start : start + 500]
+            for row in self._rows_of(self._sql.by_id(len(part)), part):
+                if row.size > INLINE:
+                    ((workload,),) = self._execute(self._sql.workload, [row.id])
+                    jobs.append(row.job._replace(workload=bytes(workload)))
+                else:
+                    jobs.append(row.job)
+        return jobs
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         if any(isinstance(e, JobQueued | JobRequeued) and e.unclaimed and e.run_after for e in entries):

@@ -127,8 +127,7 @@ def write(store: MemoryStore | DatabaseStore, *entries: Any, again: bool = False
 def replayed(house: House) -> list[StoredJob]:
     """What an earlier run left to be done, as the next one takes it over."""
     store = house.restart()
-    store.resume()
-    return store.claim(1000, {}).jobs
+    return [*store.resume(), *store.claim(1000, {}).jobs]
 
 
 def row(number: int = 1) -> JobRecord:
@@ -665,7 +664,8 @@ class TestRows:
     def test_replayed_jobs_wait_again(self, database: DatabaseHouse) -> None:
         write(database.store, queued(), started(), JobProgress(queued().handle, b"1", b"2"))
         database.restart().resume()
-        assert (row().status, row().numerator, row().server) == (Status.READY, None, None)
+        # It is this run's at once: its worker may come back with it.
+        assert (row().status, row().numerator, row().server_epoch) == (Status.READY, None, 2)
         # That the server ended is not the job's fault.
         assert (row().attempts, row().interruptions) == (1, 1)
 
@@ -1288,9 +1288,10 @@ class TestPlans:
             assert all("COVERING INDEX job_" in plan and "TEMP" not in plan for plan in plans.values()), plans
 
     def test_what_an_earlier_run_had_is_found_by_what_is_owned(self, database: DatabaseHouse) -> None:
-        index = {"mysql": "job_claim", "sqlite": "job_owned"}.get(connection.vendor, "job_(owned|status)")
+        write(database.store, queued(), started())
         for plan in self.plans(database.store.resume).values():
-            assert re.search(index, plan), plan
+            # Few run, so that their status finds them too.
+            assert re.search("job_(owned|status|claim)|PRIMARY|_pkey", plan), plan
 
     def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
         # On SQLite there is another statement for a hundred.

@@ -112,7 +112,7 @@ class Job:
         self.spilled = False
         """Whether it is only held until the store has it: it waits at the store's door."""
         self.elsewhere = False
-        """Whether it is kept, but not as this server's: it was laid at the door, and perhaps claimed there."""
+        """Whether it is kept, but not as this server's: laid at the door, and perhaps claimed there."""
         self.attempts = 0
         self.interruptions = 0
         """How many of the attempts ended with their server."""
@@ -295,6 +295,7 @@ class Function:
     def withdraw(self, job: Job) -> None:
         """Take out one that waits, wherever it stands."""
         self.levels[job.priority].remove(job)
+        self.counts[job.priority] -= 1
         self.waiting -= 1
 
     def has_foreground(self) -> bool:

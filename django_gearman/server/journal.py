@@ -114,11 +114,14 @@ class JobStore(Protocol):
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
         """What the store knows of jobs that the server does not hold: {number of a question: reply}."""
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         """
-        Lay what an earlier run of this server left unfinished at the door. Called once, and first.
+        Take over what an earlier run of this server left unfinished. Called once, and first.
 
-        What it ran was interrupted, and waits again; foreground jobs ended with it.
+        What waited is laid at the door; foreground jobs ended with their server.
+
+        Returns:
+            What was running, and waits again: its workers may come back with it at any moment.
         """
 
     def tend(self) -> float:
@@ -275,13 +278,17 @@ class MemoryStore:
                 self._forget(handle)
                 return there or None
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         self._foreground.clear()
-        for job in self.jobs.values():
-            interrupted = job.handle in self._running
-            self.unclaimed.append(job._replace(interruptions=job.interruptions + interrupted))
-        self.jobs.clear()
+        interrupted = {
+            handle: job._replace(interruptions=job.interruptions + 1)
+            for handle, job in self.jobs.items()
+            if handle in self._running
+        }
+        self.unclaimed += [job for handle, job in self.jobs.items() if handle not in interrupted]
+        self.jobs = interrupted
         self._running.clear()
+        return list(interrupted.values())
 
     def tend(self) -> float:
         return math.inf
