@@ -451,6 +451,9 @@ def main() -> int:
                     measure(kind, started, program, folder, options)
             except NotDurable as error:
                 sys.exit(f"! {kind.title}: {error}")
+            except subprocess.CalledProcessError as error:
+                # Each says on standard error what was in the way.
+                sys.exit(f"! {kind.title}: {Path(error.cmd[0]).name} gave up: {error.cmd[1:]}")
             except (NotThere, ImportError) as error:
                 failed.append(f"! {kind.title} was left out: {error}")
     print()
