@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -432,6 +433,8 @@ def main() -> int:
     if options.rounds < 1 or options.jobs < 80 or options.enqueued < PARTS:
         parser.error(f"at least 1 round, 80 jobs, and {PARTS} enqueued; fewer say nothing")
     options.jobs -= options.jobs % 8
+    # Whoever ends this run ends the servers that it started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with_peer = shutil.which("gearmand") is not None
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
