@@ -20,7 +20,8 @@ Nothing counts that is not durable. When the last JOB_CREATED has come, another 
 see every job in the server's table. A drain takes until gearmand's table is empty, or ours has
 the result of every job. Anything else ends the run. Commits are synced on both sides: gearmand
 leaves SQLite's ``synchronous`` at FULL, our server sets it so, and PostgreSQL, one server for
-both, is asked for ``fsync`` and ``synchronous_commit``.
+both, is asked for ``fsync`` and ``synchronous_commit``. The files lie where ``TMPDIR`` says: on a
+disk, since to sync a file system in memory costs nothing. The slower the disk, the higher the ratios.
 
 ``.enqueue()`` is of one process with Django while a job server is up. Ours inserts a row;
 gearmand gets the same job by the wire (``ENQUEUE = "wire"``); ``create()`` is the ORM's own
