@@ -20,10 +20,12 @@ from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from django.conf import settings
+from django.core.signals import setting_changed
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
+from django.dispatch import receiver
 from django.utils import timezone
 
 from .encoding import exception_of
@@ -1417,14 +1419,16 @@ def _seconds(moment: datetime | str | None) -> float:
     return moment.timestamp()
 
 
-def _moment(seconds: float) -> datetime:
-    return _moment_of(seconds, settings.USE_TZ)
-
-
 @lru_cache(maxsize=1_000)
-def _moment_of(seconds: float, aware: bool) -> datetime:
-    """The same object for the same moment, which a turn of the loop gives to many entries."""
-    return datetime.fromtimestamp(seconds, UTC if aware else None)
+def _moment(seconds: float) -> datetime:
+    """As Django has it. A turn of the loop gives the same moment to many entries."""
+    return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
+
+
+@receiver(setting_changed)
+def _forget_moments(*, setting: str, **kwargs: Any) -> None:
+    if setting in ("USE_TZ", "TIME_ZONE"):
+        _moment.cache_clear()
 
 
 def _progress(number: bytes) -> int | None:

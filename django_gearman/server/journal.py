@@ -60,6 +60,9 @@ MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
 CLAIM_LIMIT: Final = 1_000
 """Jobs claimed from the store's door at once."""
 
+CLAIM_PAUSE: Final = 0.005
+"""Seconds between two claims while jobs wait in memory anyway: each claim is a commit."""
+
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
@@ -386,6 +389,7 @@ class Journal:
         self._compact_at = COMPACT_AT
         self._closing = False
         self._next_claim = 0.0
+        self._claimed_at = -math.inf
         self.tend_at = tend_at
         self._write_at = math.inf
         """When what has gathered is to be written."""
@@ -462,8 +466,10 @@ class Journal:
             self._write_at = -math.inf
 
     def claim_soon(self) -> None:
-        """Somebody says that rows wait at the database door."""
-        self._next_claim = 0.0
+        """Somebody says that rows wait at the database door; at once, unless workers have enough to do."""
+        self._next_claim = min(
+            self._next_claim, self._claimed_at + CLAIM_PAUSE if self._server.ready else 0.0
+        )
 
     def claim_no_more(self) -> None:
         """Leave the rows at the database door: the server ends when its jobs have."""
@@ -509,6 +515,7 @@ class Journal:
                 self._write_at = math.inf
             if claim:
                 self._next_claim = now + self._claim_interval
+                self._claimed_at = now
                 batch.claim = True
                 batch.full = self._server.full()
         batch.questions = [question for question in self._questions if self._server.is_open(question)]
@@ -573,7 +580,7 @@ class Journal:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
         self._server.claimed(claimed)
         if claimed.more:
-            self.claim_soon()
+            self._next_claim = 0.0
         self._next_claim = min(self._next_claim, now + claimed.due_in)
 
     def _ended(self, batch: Batch) -> set[bytes]:
