@@ -19,6 +19,14 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(django_settings.SCRATCH, ignore_errors=True)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how much was simulated: of new worlds in every run, the number tells what that was worth."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "simulated":
+                terminalreporter.write_line(f"{report.nodeid.partition('::')[0]}: {value}")
+
+
 @pytest.fixture
 def memory_server() -> Iterator[harness.GearmanServerProcess]:
     """A job server that keeps nothing and needs no database."""

@@ -829,6 +829,49 @@ class TestUnknownCommits:
         assert [job.workload for job in database.store.claim(10, {}).jobs] == [b"2", b"1", b"3"]
         assert database.store.claim(10, {}).jobs == []
 
+    def test_what_was_ended_meanwhile_is_not_found_again(
+        self, database: DatabaseHouse, commit_is_lost: Callable[[], None]
+    ) -> None:
+        # A submission that was refused while it lay at the door, and claimed from there.
+        write(database.store, queued(unclaimed=True))
+        commit_is_lost()
+        with pytest.raises(StoreError):
+            database.store.claim(10, {})
+        write(database.store, finished(outcome=Outcome.CANCELLED))
+        assert database.store.claim(10, {}).jobs == []
+
+    @pytest.mark.parametrize("asked_again", [True, False])
+    def test_a_row_that_was_asked_for_is_not_left_behind(
+        self, database: DatabaseHouse, commit_is_lost: Callable[[], None], asked_again: bool
+    ) -> None:
+        write(database.store, queued(unclaimed=True))
+        question = Question(Topic.TAKE, 1, 0.0, handle=queued().handle)
+        commit_is_lost()
+        with pytest.raises(StoreError):
+            database.store.ask([question])
+        if asked_again:
+            reply = database.store.ask([question])[1]
+            assert isinstance(reply, StoredJob)
+            assert database.store.claim(10, {}).jobs == []
+        else:
+            assert [job.handle for job in database.store.claim(10, {}).jobs] == [queued().handle]
+
+    def test_a_row_that_was_taken_before_the_store_was_lost_is_not_left_behind(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(database.store, queued(unclaimed=True))
+
+        def fail(self: Any, question: Question) -> None:
+            raise StoreError("down")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DatabaseStore, "_cancel", fail)
+            with pytest.raises(StoreError):
+                database.store.ask(
+                    [Question(Topic.TAKE, 1, 0.0, handle=queued().handle), Question(Topic.CANCEL, 2, 0.0)]
+                )
+        assert [job.handle for job in database.store.claim(10, {}).jobs] == [queued().handle]
+
     def test_rows_that_were_not_taken_are_claimed_again(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:

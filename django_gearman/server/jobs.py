@@ -112,7 +112,7 @@ class Job:
         self.spilled = False
         """Whether it is only held until the store has it: it waits at the store's door."""
         self.elsewhere = False
-        """Whether it is kept, but not as this server's: laid at the door, and perhaps claimed there."""
+        """Whether it is kept, but perhaps as another server's: it was laid at the door."""
         self.attempts = 0
         self.interruptions = 0
         """How many of the attempts ended with their server."""

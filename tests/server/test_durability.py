@@ -287,6 +287,20 @@ class TestBackgroundOntoForeground:
         assert background.hears() == [CREATED, (P.ECHO_RES, b"behind")]
         assert foreground.hears() == [(P.WORK_COMPLETE, handle(1), b"r")]
 
+    def test_record_that_it_never_had_cannot_be_kept(self, recorded):
+        wire = Wire(durable=True, record_foreground=True)
+        foreground, background = wire.connect(), wire.connect()
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"w")
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        queued_entry, kept = wire.entries()
+        wire.core.rejected(queued_entry, "full")
+        assert background.hears() == [REFUSED]
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        wire.core.committed([kept])
+        assert background.hears() == []
+        wire.commit()
+        assert background.hears() == [CREATED]
+
     def test_refusal_leaves_it_a_foreground_job(self, recorded):
         wire, foreground, background = self.start(recorded)
         background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
@@ -296,6 +310,22 @@ class TestBackgroundOntoForeground:
         assert foreground.hears() == []
         foreground.leaves()
         assert wire.worker(b"f").grabs() is None
+
+    def test_second_wish_to_keep_it_is_not_answered_by_the_first(self, recorded):
+        wire, _, background = self.start(recorded)
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        (first,) = wire.entries()
+        # Its client waited too long, while the store had it.
+        wire.core.rejected(first, "full")
+        assert background.hears() == [REFUSED]
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        (second,) = wire.entries()
+        wire.core.committed([first])
+        assert background.hears() == []
+        wire.core.rejected(first, "full")
+        assert background.hears() == []
+        wire.core.committed([second])
+        assert background.hears() == [CREATED]
 
     def test_refusal_after_its_clients_left_ends_it(self, recorded):
         wire, foreground, background = self.start(recorded)

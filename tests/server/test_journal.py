@@ -62,9 +62,13 @@ class Office:
     """A wire whose entries a journal carries to a store; the clock is in its hands."""
 
     def __init__(
-        self, *script: BaseException | dict[int, str] | None, window: int = 10_000, **options: float
+        self,
+        *script: BaseException | dict[int, str] | None,
+        window: int = 10_000,
+        record_foreground: bool = True,
+        **options: float,
     ) -> None:
-        self.wire = Wire(durable=True, window=window)
+        self.wire = Wire(durable=True, window=window, record_foreground=record_foreground)
         self.store = ScriptedStore(*script)
         self.journal = Journal(self.wire.core, **options)
         self.now = 50.0
@@ -367,6 +371,34 @@ class TestStoreOutOfReach:
         worker(P.WORK_COMPLETE, handle(1), b"")
         assert foreground.hears() == [(P.WORK_COMPLETE, handle(1), b"")]
 
+    @pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
+    def test_jump_of_the_wall_clock_changes_nothing(self, seconds):
+        office, client = settled(DOWN, DOWN, DOWN, submit_limit=10.0)
+        submit(client)
+        office.trip()
+        office.wire.core.now += seconds
+        office.pass_time(9.9)
+        office.trip()
+        assert client.hears() == []
+        office.pass_time(0.2)
+        office.trip()
+        assert client.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+
+    def test_record_of_a_job_that_has_ended_is_not_refused(self):
+        office, background = settled(None, DOWN, DOWN, submit_limit=10.0, record_foreground=False)
+        foreground, worker = office.wire.connect(), office.wire.worker(b"f")
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"")
+        worker.grabs()
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        office.trip()
+        worker(P.WORK_COMPLETE, handle(1), b"r")
+        assert background.hears() == [(P.JOB_CREATED, handle(1))]
+        office.pass_time(10.0)
+        while not office.journal.idle or office.wire.core.entries:
+            office.trip()
+            office.pass_time(1.0)
+        assert office.store.finished[handle(1)].outcome is Outcome.SUCCESSFUL
+
     def test_results_are_never_refused(self):
         office, client = settled(None, *[DOWN] * 30, submit_limit=10.0)
         submit(client)
@@ -451,6 +483,23 @@ class TestStoreHangs:
         office.journal.refuse_overdue()
         assert other.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
         assert [entry.handle for entry in office.journal._gathering] == [handle(1)]
+
+    def test_job_that_ended_in_the_writers_hands_keeps_its_outcome(self):
+        office, background = settled(submit_limit=10.0, record_foreground=False)
+        foreground, worker = office.wire.connect(), office.wire.worker(b"f")
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"")
+        worker.grabs()
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"")
+        worker(P.WORK_COMPLETE, handle(1), b"r")
+        batch = office.begin()
+        assert batch is not None
+        assert isinstance(batch.entries[-1], JobFinished)
+        office.pass_time(10.0)
+        office.journal.refuse_overdue()
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        office.trip()
+        assert office.store.finished[handle(1)].outcome is Outcome.SUCCESSFUL
 
     def test_background_submission_onto_a_foreground_job(self):
         office, background = settled(submit_limit=10.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server.core import PATIENCE
-from django_gearman.server.entries import JobFinished, JobQueued, Outcome, StoredJob
+from django_gearman.server.entries import Claimed, JobFinished, JobQueued, Outcome, StoredJob
 
 from .harness import Caller, handle
 from .test_journal import Office
@@ -437,3 +439,130 @@ class TestClaims:
         settle(office)
         ended = [e.handle for w, _ in office.store.writes for e in w if type(e) is JobFinished]
         assert sorted(ended) == [handle(number) for number in range(1, 5)]
+
+
+class TestTakenBack:
+    """A job that was laid at the door, and that somebody waits for here."""
+
+    def waited_for(self) -> tuple[Office, Caller, Caller]:
+        """An office that writes a job to the door, which a client has joined in the foreground meanwhile."""
+        office = office_of(window=1)
+        submit(office, 1)
+        background, foreground = office.wire.connect(), office.wire.connect()
+        background(P.SUBMIT_JOB_BG, b"f", b"u", b"2")
+        office.gather()
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"")
+        return office, background, foreground
+
+    def finish(self, office: Office, foreground: Caller) -> None:
+        """The foreground client gets its result, and the record tells of it."""
+        worker = office.wire.worker(b"f")
+        assert [worker.grabs(), worker.grabs()] == [handle(1), handle(2)]
+        for number in (1, 2):
+            worker(P.WORK_COMPLETE, handle(number), b"r")
+        settle(office)
+        assert (P.WORK_COMPLETE, handle(2), b"r") in foreground.hears()
+        assert office.store.jobs == {}
+        assert office.store.unclaimed == []
+        assert office.store.finished[handle(2)].outcome is Outcome.SUCCESSFUL
+
+    def test_claimed_on_the_trip_that_laid_it_there(self):
+        office, background, foreground = self.waited_for()
+        office.journal.claim_soon()
+        office.wire.core.options = replace(office.wire.core.options, window=9)
+        settle(office)
+        assert background.hears() == [(P.JOB_CREATED, handle(2))]
+        self.finish(office, foreground)
+
+    def test_claimed_after_it_was_given_up(self):
+        office, _, foreground = self.waited_for()
+        office.trip()
+        # Nobody knows where it is by now: it runs for those who wait.
+        office.pass_time(PATIENCE)
+        office.wire.core.tick()
+        office.wire.core.options = replace(office.wire.core.options, window=9)
+        office.journal.claim_soon()
+        settle(office)
+        self.finish(office, foreground)
+
+    def test_given_up_and_wanted_in_the_background_again(self):
+        office, background, _ = self.waited_for()
+        office.trip()
+        office.pass_time(PATIENCE)
+        office.wire.core.tick()
+        # It is kept: at the door.
+        background.hears()
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"") == [(P.JOB_CREATED, handle(2))]
+        assert not any(isinstance(entry, JobQueued) for entry in office.wire.core.entries)
+
+    def test_given_up_for_nobody(self):
+        office, _, foreground = self.waited_for()
+        office.trip()
+        foreground.leaves()
+        office.pass_time(PATIENCE)
+        office.wire.core.tick()
+        assert handle(2) not in office.wire.core.jobs
+
+    def test_room_in_the_window_is_what_it_was(self):
+        office, _, _ = self.waited_for()
+        settle(office)
+        function = office.wire.core.functions[b"f"]
+        assert (function.arriving, function.spilling) == (0, {})
+        assert function.weight == sum(job.weight for job in office.wire.core.jobs.values())
+
+
+class TestWindow:
+    def test_jobs_that_have_ended_do_not_fill_it(self):
+        office = office_of(window=2)
+        submit(office, 1, first=10, kind=P.SUBMIT_JOB_LOW_BG)
+        submit(office, 3)
+        assert [job.workload for job in office.store.unclaimed] == [b"3"]
+        for number in (2, 3):
+            # They lie in the queue until they would be next.
+            assert office.wire.core.cancel(handle(number))
+        office.pass_time(1.0)
+        settle(office)
+        assert drain(office, office.wire.worker(b"f")) == [3, 10]
+
+    def test_before_the_first_look_at_the_door_new_jobs_are_behind(self):
+        office = Office(window=2)
+        office.wire.core.door_seen = False
+        office.store.unclaimed.append(StoredJob(b"H:old", b"f", b"", b"1", 0, 0, None))
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"2")
+        settle(office)
+        assert drain(office, office.wire.worker(b"f")) == [1, 2]
+
+    def test_rows_that_nobody_had_counted_do_not_hide_one_that_lies_there(self):
+        office = office_of(window=1)
+        submit(office, 2)
+        core = office.wire.core
+        assert core.functions[b"f"].left == {0: 1}
+        # From a view, and more urgent than what was laid there.
+        views = StoredJob(b"H:r1", b"f", b"", b"9", 0, 0, None)
+        core.claimed(Claimed([views], more=True))
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"3")
+        (entry,) = core.entries
+        assert isinstance(entry, JobQueued)
+        assert entry.unclaimed
+
+    def test_what_was_cancelled_a_moment_ago_is_not_claimed(self):
+        office = office_of(window=1)
+        submit(office, 1)
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"2")
+        worker = office.wire.worker(b"f")
+        worker.grabs()
+        worker(P.WORK_COMPLETE, handle(1), b"")
+        office.journal.claim_soon()
+        batch = office.begin()
+        assert batch is not None
+        batch.perform(office.store)
+        assert batch.claimed is not None
+        assert [job.handle for job in batch.claimed.jobs] == [handle(2)]
+        assert office.wire.core.cancel(handle(2))
+        office.journal.done(batch, office.now)
+        assert worker.grabs() is None
+        settle(office)
+        assert office.store.finished[handle(2)].outcome is Outcome.CANCELLED

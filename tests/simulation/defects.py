@@ -54,8 +54,8 @@ DEFECTS: Final = [
     Defect(
         "no worker is woken for a new job",
         CORE,
-        "            for _ in range(min(self.options.worker_wakeup or count, count)):\n                self._wake(function)",
-        "            pass",
+        "            for _ in range(min(self.options.worker_wakeup or count, count)):\n",
+        "            for _ in ():\n",
     ),
     Defect(
         "job handed to two workers",
@@ -114,8 +114,8 @@ DEFECTS: Final = [
     Defect(
         "attempts not written",
         CORE,
-        "        if job.recorded:\n            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))",
-        "        pass",
+        "            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))\n",
+        "            pass\n",
     ),
     Defect(
         "time of a later job not kept",
@@ -163,9 +163,8 @@ DEFECTS: Final = [
     Defect(
         "neighbours of a bad row not told",
         JOURNAL,
-        "            if refused:\n                server.committed(entry for index, entry in enumerate(batch.entries) "
-        "if index not in refused)\n",
-        "            if refused:\n                pass\n",
+        "server.committed(entry for index, entry in enumerate(batch.entries) if index not in refused)\n",
+        "pass\n",
     ),
     Defect(
         "handed out though the lease may be lost",
@@ -194,8 +193,8 @@ DEFECTS: Final = [
     Defect(
         "row claimed by whoever comes",
         STORE,
-        "            if row.server is None:\n                if row.status not in LATER:",
-        "            if row.server is None or row.server != self.lease_id:\n                if row.status not in LATER:",
+        "            if row.server is None:\n                if row.status not in",
+        "            if row.server != self.lease_id:\n                if row.status not in",
     ),
     Defect(
         "claim with unknown outcome not looked up",
@@ -242,9 +241,8 @@ DEFECTS: Final = [
     Defect(
         "abandoned foreground job stays",
         CORE,
-        "            job.listeners = [listener for listener in job.listeners if listener is not peer] or None\n"
-        "            self._drop_if_abandoned(job)",
-        "            job.listeners = [listener for listener in job.listeners if listener is not peer] or None",
+        " if listener is not peer] or None\n            self._drop_if_abandoned(job)\n",
+        " if listener is not peer] or None\n",
     ),
     Defect(
         "an older entry's commit acknowledges",
@@ -265,21 +263,33 @@ QUICK: Final = (
 """Those that every run looks for."""
 
 
+def edited(defect: Defect) -> str:
+    """The source of the defect's module with the defect in it."""
+    with open(_origin(defect), encoding="utf-8") as file:
+        source = file.read()
+    if source.count(defect.old) != 1:
+        raise CannotApply(f"{defect.name!r}: its text is {source.count(defect.old)} times in {defect.module}")
+    return source.replace(defect.old, defect.new)
+
+
 def apply(name: str) -> None:
     """Break the code of this process. Call it before anything of the server is imported."""
     defect = next((defect for defect in DEFECTS if defect.name == name), None)
     if defect is None:
         raise CannotApply(f"There is no defect {name!r}")
     assert defect.module not in sys.modules, "the code was imported already"
+    source = edited(defect)
+    spec = importlib.util.find_spec(defect.module)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[defect.module] = module
+    exec(compile(source, _origin(defect), "exec"), module.__dict__)
+    parent, _, child = defect.module.rpartition(".")
+    setattr(sys.modules[parent], child, module)
+
+
+def _origin(defect: Defect) -> str:
     spec = importlib.util.find_spec(defect.module)
     assert spec is not None
     assert spec.origin is not None
-    with open(spec.origin, encoding="utf-8") as file:
-        source = file.read()
-    if source.count(defect.old) != 1:
-        raise CannotApply(f"{name!r}: its text is {source.count(defect.old)} times in {defect.module}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[defect.module] = module
-    exec(compile(source.replace(defect.old, defect.new), spec.origin, "exec"), module.__dict__)
-    parent, _, child = defect.module.rpartition(".")
-    setattr(sys.modules[parent], child, module)
+    return spec.origin

@@ -96,8 +96,8 @@ class ModelPeer:
         "cancelled",
         "exceptions",
         "excused",
-        "line",
         "limits",
+        "line",
         "naps",
         "number",
         "peer",
@@ -453,6 +453,7 @@ class Server:
         """It was laid at the door, and somebody waits for it here."""
         if job.state != "pending":
             return
+        self.world.out_of_line(job.handle)
         if not isinstance(reply, StoredJob):
             # Another server has it: for those who wait here it runs here, and is not kept.
             job.background = job.recorded = False
@@ -743,7 +744,7 @@ class Server:
         return fronts
 
     def must_wait(self, function: bytes) -> bool:
-        """Whether more urgent jobs are about to be fetched from the door; how many lie there the core knows."""
+        """Whether more urgent jobs are about to be fetched from the door, of which the core knows."""
         core = self.core
         left = core.functions[function].left
         best = self.front(function).priority
@@ -783,9 +784,7 @@ class Server:
     def assigned(
         self, peer: ModelPeer, kind: PacketType, candidates: list[ModelJob], heard: list[bytes]
     ) -> ModelJob:
-        promise(
-            heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out"
-        )
+        promise(heard and heard[-1] != NO_JOB, f"no job, though {candidates[0].handle!r} is to be handed out")
         handle = heard[-1][HEADER:].partition(b"\0")[0]
         job = self.jobs.get(handle)
         promise(job is not None, f"{handle!r} was handed out, which is not there")
@@ -805,7 +804,9 @@ class Server:
         job.attempts += 1
         told = []
         if peer.tells_attempts and (job.attempts > 1 or job.max_attempts is not None):
-            told.append(encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0)))
+            told.append(
+                encode_response(P.OPTION_RES, b"attempt %d %d" % (job.attempts, job.max_attempts or 0))
+            )
         if kind is P.GRAB_JOB:
             packet = encode_response(P.JOB_ASSIGN, handle, function, job.workload)
         elif kind is P.GRAB_JOB_ALL and job.reducer:
@@ -1210,7 +1211,9 @@ class Server:
                 for priority, level in function.levels.items()
             }
             promise(lying == function.counts, f"{name!r} has {lying}, not {function.counts}")
-            promise(sum(lying.values()) == function.waiting, f"{name!r} does not have the jobs that it counts")
+            promise(
+                sum(lying.values()) == function.waiting, f"{name!r} does not have the jobs that it counts"
+            )
             counted = (function.waiting, function.running, function.delayed, function.held)
             there = (
                 self.waiting[name],

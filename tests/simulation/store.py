@@ -54,8 +54,8 @@ class Row:
         "id",
         "interrupted",
         "interruptions",
-        "key",
         "kept_attempts",
+        "key",
         "max_attempts",
         "numerator",
         "outcome",
@@ -245,6 +245,8 @@ class SimulatedStore:
         self._resuming = False
         self._again = False
         self._has_counted = False
+        self.taken = 0
+        """How many rows were made this server's, since somebody set it to zero."""
 
     def take_lease(self) -> int:
         """Become the server of this name; the epoch."""
@@ -277,7 +279,7 @@ class SimulatedStore:
         database = self.database
         by_handle = database.by_handle
         refused: dict[int, str | Joined] = {}
-        new: dict[bytes, tuple[int, Row]] = {}
+        new: dict[bytes, Row] = {}
         laid: dict[bytes, bool] = {}
         ends: list[tuple[Row, JobFinished]] = []
         for index, entry in enumerate(entries):
@@ -290,12 +292,12 @@ class SimulatedStore:
                 there = by_handle.get(handle)
                 if there is None:
                     laid[handle] = entry.unclaimed
-                    new[handle] = index, self._new_row(entry)
+                    new[handle] = self._new_row(entry)
                 elif not (again and (there.server == self.lease_id or entry.unclaimed)):
                     refused[index] = "there is a job of that handle"
                 continue
             queued = new.get(handle)
-            row = queued[1] if queued is not None else by_handle.get(handle)
+            row = queued if queued is not None else by_handle.get(handle)
             # What this server has laid at the door may have to be undone.
             if row is None or (queued is None and row.server not in (self.lease_id, None)):
                 continue
@@ -313,7 +315,7 @@ class SimulatedStore:
                 refused[index] = "bad"
             else:
                 self._change(row, entry)
-        for handle, (index, row) in new.items():
+        for handle, row in new.items():
             if row.key is not None:
                 other = database.keys.get(row.key)
                 if other is not None:
@@ -480,6 +482,7 @@ class SimulatedStore:
         row.server = self.lease_id
         row.epoch = self.epoch
         row.status = status
+        self.taken += 1
 
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
         replies: dict[int, Reply] = {}
@@ -622,5 +625,3 @@ def _without_data(entry: JobFinished) -> JobFinished:
     """A job that ended must not run again because its result cannot be kept."""
     outcome = Outcome.FAILED if entry.outcome is Outcome.SUCCESSFUL else entry.outcome
     return entry._replace(outcome=outcome, data=b"", reason="What the worker sent could not be stored")
-
-

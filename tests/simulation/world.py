@@ -18,7 +18,16 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import core, journal
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
-from django_gearman.server.entries import Entry, JobFinished, JobKept, JobQueued, JobStarted, Joined, Outcome, StoredJob
+from django_gearman.server.entries import (
+    Entry,
+    JobFinished,
+    JobKept,
+    JobQueued,
+    JobStarted,
+    Joined,
+    Outcome,
+    StoredJob,
+)
 from django_gearman.server.journal import Batch
 
 from .model import SUBMISSIONS, Broken, ModelJob, ModelPeer, Server, promise
@@ -42,7 +51,7 @@ class Shape:
         self.durable = several or chance() < 0.85
         self.servers = choice((2, 2, 3)) if several else 1
         self.record_foreground = chance() < 0.7
-        self.steps = choice((60, 120, 200, 300))
+        self.steps = choice((60, 120, 120, 200, 200, 300, 300, 1_000))
         self.peers = choice((1, 2, 4, 8))
         self.functions = [b"a", b"b", b"c", b"d"][: choice((1, 1, 2, 4))]
         self.uniques = choice(([b""], [b"", b"1"], [b"", b"-", b"1", b"2", b"3"], [b"1"]))
@@ -90,6 +99,7 @@ class Shape:
             World.database_clock_jumps: sometimes(0.3) if chance() < 0.3 else 0.0,
         }
         self.clock_jumps = sometimes(0.5)
+        self.leave = choice((1.5, 1.5, 6.0))
 
 
 class World:
@@ -145,6 +155,8 @@ class World:
         """Submissions that were refused, though the store may have them."""
         self.escaped: dict[bytes, None] = {}
         """Those of them that another server claimed before they were undone."""
+        self.due: dict[bytes, float] = {}
+        """Before when a job must not run."""
         self.fifo: dict[tuple[bytes, int], dict[bytes, tuple[int, int]]] = {}
         """{(function, priority): {handle: (submitted at, acknowledged at), as numbers of events}}."""
         self.database_jumped = False
@@ -164,8 +176,8 @@ class World:
             Server.sleep: 30 if sleepy else 8,
             Server.ask: 5,
             Server.offer: 8,
-            Server.withdraw: 1,
-            Server.leave: 1.5,
+            Server.withdraw: shape.leave / 2,
+            Server.leave: shape.leave,
         }
         servers: dict[Any, float] = {
             Server.connect: 8,
@@ -280,7 +292,9 @@ class World:
         row.door = True
         self.database.insert(row)
         if self.trace is not None:
-            self.note(f"a view inserts row {row.id} of {function!r}, unique {unique!r}, priority {row.priority}")
+            self.note(
+                f"a view inserts row {row.id} of {function!r}, unique {unique!r}, priority {row.priority}"
+            )
         awake = self.awake
         if awake and self.random() < 0.5:
             awake[int(self.random() * len(awake))].core.claim_wanted = True
@@ -433,6 +447,8 @@ class World:
         return self.database.leases[server.name].epoch == server.epoch
 
     def performing(self, server: Server, batch: Batch) -> None:
+        assert server.store is not None
+        server.store.taken = 0
         self._held_lease = self.holds(server)
 
     def performed(self, server: Server, batch: Batch) -> None:
@@ -441,23 +457,27 @@ class World:
         if not self._held_lease:
             if batch.written and batch.entries:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
-            taken = batch.claimed is not None and batch.claimed.jobs
-            taken = taken or any(isinstance(reply, StoredJob) for reply in batch.replies.values())
-            promise(not taken, f"{server.label} claimed, though its lease is another's")
+            assert server.store is not None
+            promise(not server.store.taken, f"{server.label} claimed, though its lease is another's")
         for index, other in batch.refused.items():
             if type(other) is Joined:
                 entry = batch.entries[index]
                 assert isinstance(entry, JobQueued)
                 row = self.database.by_handle[other.handle]
-                promise(row.id in self.database.live, f"{entry.handle!r} joins {other.handle!r}, which has ended")
-                promise(row.wanted == key_of(entry.function, entry.unique, entry.workload), "joined another unique")
+                promise(
+                    row.id in self.database.live, f"{entry.handle!r} joins {other.handle!r}, which has ended"
+                )
+                promise(
+                    row.wanted == key_of(entry.function, entry.unique, entry.workload),
+                    "joined another unique",
+                )
         promise(not self.database.rewritten, f"the outcomes of {self.database.rewritten} were written over")
 
     def committed(self, server: Server, entry: Entry) -> None:
         kind = type(entry)
         if kind is JobQueued:
             promise(entry.handle in self.database.by_handle, f"{entry.handle!r} is not in the store")
-        elif kind is JobStarted:
+        elif kind is JobStarted and entry.handle in self.database.by_handle:
             self.started[entry.handle] = entry.attempts
 
     def acknowledged(self, server: Server, handle: bytes) -> None:
@@ -527,8 +547,9 @@ class World:
         row = self.database.by_handle.get(handle)
         if job.slots is None and job.recorded:
             promise(row is not None, f"{handle!r} runs and is not in the store")
-        if row is not None and not self.shape.clock_jumps:
-            promise(row.run_after <= server.core.now, f"{handle!r} runs before its time")
+        if not self.shape.clock_jumps:
+            due = max(self.due.get(handle, 0.0), 0.0 if row is None else row.run_after)
+            promise(due <= server.core.now, f"{handle!r} runs before its time")
         lease = self.database.leases[server.name]
         if lease.taken_over >= server.epoch:
             promise(
@@ -546,6 +567,8 @@ class World:
 
     def submitted(self, server: Server, job: ModelJob) -> None:
         """A background job was made of a submission, and is not yet written."""
+        if job.due:
+            self.due[job.handle] = job.due
         if not self.several and not job.due:
             waiting = self.fifo.setdefault((job.function, job.priority), {})
             waiting[job.handle] = self.events, 0
@@ -572,9 +595,7 @@ class World:
         worker = b"w%d" % job.worker.number if job.worker is not None else b""
         if job.worker is None:
             self.out_of_line(job.handle)
-        self.decisions.setdefault(job.handle, []).append(
-            (server, outcome.value, data, job.attempts, worker)
-        )
+        self.decisions.setdefault(job.handle, []).append((server, outcome.value, data, job.attempts, worker))
 
     def came_to_nothing(self, server: Server, job: ModelJob) -> None:
         if job.recorded:
@@ -632,14 +653,15 @@ class World:
             rows = [row for row in self.database.live.values() if row.server is None and row.function == name]
             promise(
                 function.total == here + len(rows),
-                f"{server.label} counts {function.total} of {name!r}: {here} are here, {len(rows)} at the door",
+                f"{server.label} counts {function.total} of {name!r}; {here} are here, {len(rows)} away",
             )
 
     def _is_over(self) -> bool:
         if self.database.live:
             return False
         return all(
-            not (server.jobs or server.open) and (server.store is None or (server.journal.idle and not server.core.entries))
+            not (server.jobs or server.open)
+            and (server.store is None or (server.journal.idle and not server.core.entries))
             for server in self.servers
         )
 
@@ -715,13 +737,15 @@ class World:
             assert late.store is not None
             if late in self.servers and handle in late.refused and handle not in self.escaped:
                 # Unless another server was quicker to claim it at the door.
-                promise(row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}")
+                promise(
+                    row.status == "CANCELLED", f"{handle!r} was refused, and its record says {row.status}"
+                )
             return
         if not row.background and row.reason.startswith("The job server ended"):
             return
         if handle in self.cancelled_at_door and row.status == "CANCELLED":
             return
-        for server, outcome, data, attempts, worker in reversed(self.decisions.get(handle, ())):
+        for _, outcome, data, attempts, worker in reversed(self.decisions.get(handle, ())):
             if data.startswith(b"unstorable"):
                 outcome, data = "FAILED", b""
             if (row.status, row.data) != (outcome, data):
@@ -734,9 +758,7 @@ class World:
         for number, server in self.fruitless.get(handle, {}).items():
             if server in self.servers:
                 promise(number in row.kept_attempts, f"attempt {number} of {handle!r} was forgotten")
-        promise(
-            len(set(row.kept_attempts)) == len(row.kept_attempts), f"{handle!r} has an attempt twice"
-        )
+        promise(len(set(row.kept_attempts)) == len(row.kept_attempts), f"{handle!r} has an attempt twice")
 
     # What is told when it fails.
 
@@ -744,7 +766,9 @@ class World:
         if self.trace is not None:
             self.trace.append(f"{self.clock - 1000:9.2f}  {line}")
 
-    def note_said(self, server: Server, peer: ModelPeer, kind: PacketType, arguments: tuple[bytes, ...]) -> None:
+    def note_said(
+        self, server: Server, peer: ModelPeer, kind: PacketType, arguments: tuple[bytes, ...]
+    ) -> None:
         told = " ".join(argument.decode() or "''" for argument in arguments)
         self.note(f"{server.label} peer {peer.number} < {kind.name} {told}")
 
