@@ -1253,6 +1253,11 @@ class _Folded:
     def is_there(self, handle: bytes) -> None:
         """The row was inserted by an earlier attempt; only what happened since is to be written."""
         row = self.queued.pop(handle, None)
+        if row is not None and "server" in row:
+            # At the door it may have been claimed since, and gone on from there: only its end is news.
+            if row["status"] in _AT_DOOR:
+                return
+            row = {name: value for name, value in row.items() if name not in ("server", "server_epoch")}
         if row is not None:
             self.changed.setdefault(handle, {}).update(row)
 
