@@ -13,13 +13,15 @@ Both servers are up at once, on free ports of the loopback, and take turns. A fi
 median of the rounds, a ratio the median of the rounds' own ratios; only ratios mean anything,
 and on a busy machine only those of many rounds, whose extremes stand behind them. gearmand gets
 a tenth of the jobs, as it takes about ten times as long for each. It has one I/O thread
-(``-t 1``), and each job a unique of its own, since its jobs without one overwrite each other.
+(``-t 1``), and each job a unique of its own, a number, since its jobs without one overwrite each
+other. The line of CPU is of the servers alone, without PostgreSQL, and says least where it does most.
 
 Nothing counts that is not durable. When the last JOB_CREATED has come, another connection must
 see every job in the server's table. A drain takes until gearmand's table is empty, or ours has
 the result of every job. Anything else ends the run. Commits are synced on both sides: gearmand
 leaves SQLite's ``synchronous`` at FULL, our server sets it so, and PostgreSQL, one server for
-both, is asked for ``fsync`` and ``synchronous_commit``.
+both, is asked for ``fsync`` and ``synchronous_commit``. The files lie where ``TMPDIR`` says: on a
+disk, since to sync a file system in memory costs nothing. The slower the disk, the higher the ratios.
 
 ``.enqueue()`` is of one process with Django while a job server is up. Ours inserts a row;
 gearmand gets the same job by the wire (``ENQUEUE = "wire"``); ``create()`` is the ORM's own
@@ -31,6 +33,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -260,7 +263,7 @@ def new_cluster() -> Iterator[str]:
             as_user = {"user": "postgres", "group": "postgres", "extra_groups": [], "cwd": folder}
         data, port = f"{folder}/data", free_port()
         quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, **as_user}
-        subprocess.run([initdb, "-D", data, "-A", "trust", "-U", "postgres"], **quiet)
+        subprocess.run([initdb, "--no-sync", "-D", data, "-A", "trust", "-U", "postgres"], **quiet)
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories="
         try:
             subprocess.run([pg_ctl, "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start"], **quiet)
@@ -389,9 +392,9 @@ def measure(kind: Kind, started: Started, program: Path, folder: Path, options: 
         for connections in (1, 8):
             function = f"round{number}x{connections}"
             done = [side.submit(function, connections) for side in sides]
-            title = f"submissions/s, {connections} connection{'s'[: connections - 1]}"
-            note(title, Target(kind.submissions), [each["per second"] for each in done])
-            note(f"  CPU us per job, {connections} conn.", Target(), [each["CPU"] for each in done])
+            load = f"{connections} connection{'s'[: connections - 1]}"
+            note(f"submissions/s, {load}", Target(kind.submissions), [each["per second"] for each in done])
+            note(f"  CPU us per job, {load}", Target(), [each["CPU"] for each in done])
         done = [side.drain(f"round{number}x8") for side in sides]
         note(f"drain/s, {WORKERS} workers", Target(kind.drain), [each["per second"] for each in done])
         note("  CPU us per job, drained", Target(), [each["CPU"] for each in done])
@@ -431,6 +434,8 @@ def main() -> int:
     if options.rounds < 1 or options.jobs < 80 or options.enqueued < PARTS:
         parser.error(f"at least 1 round, 80 jobs, and {PARTS} enqueued; fewer say nothing")
     options.jobs -= options.jobs % 8
+    # Whoever ends this run ends the servers that it started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with_peer = shutil.which("gearmand") is not None
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -450,6 +455,9 @@ def main() -> int:
                     measure(kind, started, program, folder, options)
             except NotDurable as error:
                 sys.exit(f"! {kind.title}: {error}")
+            except subprocess.CalledProcessError as error:
+                # Each says on standard error what was in the way.
+                sys.exit(f"! {kind.title}: {Path(error.cmd[0]).name} gave up: {error.cmd[1:]}")
             except (NotThere, ImportError) as error:
                 failed.append(f"! {kind.title} was left out: {error}")
     print()

@@ -20,10 +20,12 @@ from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from django.conf import settings
+from django.core.signals import setting_changed
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
+from django.dispatch import receiver
 from django.utils import timezone
 
 from .encoding import exception_of
@@ -169,11 +171,18 @@ class DatabaseStore:
         self.renewed = self._looked_for_dead = began
         return lease.epoch
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         with self._transaction():
             self._prove_lease()
+            running = self._records().filter(server_id=self.lease_id, status=_RUNNING, background=True)
+            ids = sorted(running.values_list("pk", flat=True))
             self._end_attempts(self.lease_id)
-            self._resuming = self._free(self.lease_id) == ADOPTED_AT_ONCE
+            for start in range(0, len(ids), 500):
+                part = self._records().filter(pk__in=ids[start : start + 500])
+                part.update(server_epoch=self.epoch)
+            jobs = self._read(ids)
+            self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
+        return jobs
 
     def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
@@ -499,15 +508,23 @@ class DatabaseStore:
         with self._database_errors():
             # Not what was ended meanwhile, as a submission that was refused.
             live = self._records().filter(pk__in=self._perhaps_taken, status__in=JobRecord.LIVE)
-            ours = sorted(self._ours(list(live.values_list("pk", flat=True))))
-            rows = self._rows_of(self._sql.by_id(len(ours)), ours) if ours else []
-            found = [row.job for row in rows if row.size <= INLINE]
-            for row in rows:
-                if row.size > INLINE:
-                    ((workload,),) = self._execute(self._sql.workload, [row.id])
-                    found.append(row.job._replace(workload=bytes(workload)))
+            found = self._read(self._ours(list(live.values_list("pk", flat=True))))
         self._perhaps_taken = []
         return found
+
+    def _read(self, ids: Iterable[int]) -> list[StoredJob]:
+        """Jobs with their workloads, whatever their size."""
+        jobs: list[StoredJob] = []
+        wanted = sorted(ids)
+        for start in range(0, len(wanted), 500):
+            part = wanted[start : start + 500]
+            for row in self._rows_of(self._sql.by_id(len(part)), part):
+                if row.size > INLINE:
+                    ((workload,),) = self._execute(self._sql.workload, [row.id])
+                    jobs.append(row.job._replace(workload=bytes(workload)))
+                else:
+                    jobs.append(row.job)
+        return jobs
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         if any(isinstance(e, JobQueued | JobRequeued) and e.unclaimed and e.run_after for e in entries):
@@ -1236,6 +1253,11 @@ class _Folded:
     def is_there(self, handle: bytes) -> None:
         """The row was inserted by an earlier attempt; only what happened since is to be written."""
         row = self.queued.pop(handle, None)
+        if row is not None and "server" in row:
+            # At the door it may have been claimed since, and gone on from there: only its end is news.
+            if row["status"] in _AT_DOOR:
+                return
+            row = {name: value for name, value in row.items() if name not in ("server", "server_epoch")}
         if row is not None:
             self.changed.setdefault(handle, {}).update(row)
 
@@ -1402,14 +1424,16 @@ def _seconds(moment: datetime | str | None) -> float:
     return moment.timestamp()
 
 
-def _moment(seconds: float) -> datetime:
-    return _moment_of(seconds, settings.USE_TZ)
-
-
 @lru_cache(maxsize=1_000)
-def _moment_of(seconds: float, aware: bool) -> datetime:
-    """The same object for the same moment, which a turn of the loop gives to many entries."""
-    return datetime.fromtimestamp(seconds, UTC if aware else None)
+def _moment(seconds: float) -> datetime:
+    """As Django has it. A turn of the loop gives the same moment to many entries."""
+    return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
+
+
+@receiver(setting_changed)
+def _forget_moments(*, setting: str, **kwargs: Any) -> None:
+    if setting in ("USE_TZ", "TIME_ZONE"):
+        _moment.cache_clear()
 
 
 def _progress(number: bytes) -> int | None:

@@ -257,7 +257,7 @@ class World:
                 with self.faults.server_at_work():
                     store = DatabaseStore("default", "one")
                     epoch = store.take_lease("127.0.0.1:4730")
-                    store.resume()
+                    interrupted = store.resume()
             except StoreError:
                 continue
             except Crash:
@@ -270,6 +270,7 @@ class World:
         self.wire = Wire(JobServer(ServerOptions(name="one", epoch=epoch, durable=True)))
         self.core.now = self.start_time + self.clock
         self.journal = Journal(self.core)
+        self.core.adopt(interrupted)
         self.waiting.clear()
 
     @property

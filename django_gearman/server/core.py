@@ -1441,6 +1441,7 @@ class JobServer:
             return
         if job.state is READY:
             function.withdraw(job)
+            self._unload(job)
             if not function.waiting:
                 del self.ready[function]
         elif job.state is RUNNING:

@@ -295,6 +295,7 @@ class Function:
     def withdraw(self, job: Job) -> None:
         """Take out one that waits, wherever it stands."""
         self.levels[job.priority].remove(job)
+        self.counts[job.priority] -= 1
         self.waiting -= 1
 
     def has_foreground(self) -> bool:

@@ -60,6 +60,9 @@ MAX_BATCH_BYTES: Final = 32 * 1024 * 1024
 CLAIM_LIMIT: Final = 1_000
 """Jobs claimed from the store's door at once."""
 
+CLAIM_PAUSE: Final = 0.005
+"""Seconds between two claims while jobs wait in memory anyway: each claim is a commit."""
+
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
@@ -114,11 +117,14 @@ class JobStore(Protocol):
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
         """What the store knows of jobs that the server does not hold: {number of a question: reply}."""
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         """
-        Lay what an earlier run of this server left unfinished at the door. Called once, and first.
+        Take over what an earlier run of this server left unfinished. Called once, and first.
 
-        What it ran was interrupted, and waits again; foreground jobs ended with it.
+        What waited is laid at the door; foreground jobs ended with their server.
+
+        Returns:
+            What was running, and waits again: its workers may come back with it at any moment.
         """
 
     def tend(self) -> float:
@@ -275,13 +281,17 @@ class MemoryStore:
                 self._forget(handle)
                 return there or None
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         self._foreground.clear()
-        for job in self.jobs.values():
-            interrupted = job.handle in self._running
-            self.unclaimed.append(job._replace(interruptions=job.interruptions + interrupted))
-        self.jobs.clear()
+        interrupted = {
+            handle: job._replace(interruptions=job.interruptions + 1)
+            for handle, job in self.jobs.items()
+            if handle in self._running
+        }
+        self.unclaimed += [job for handle, job in self.jobs.items() if handle not in interrupted]
+        self.jobs = interrupted
         self._running.clear()
+        return list(interrupted.values())
 
     def tend(self) -> float:
         return math.inf
@@ -379,6 +389,7 @@ class Journal:
         self._compact_at = COMPACT_AT
         self._closing = False
         self._next_claim = 0.0
+        self._claimed_at = -math.inf
         self.tend_at = tend_at
         self._write_at = math.inf
         """When what has gathered is to be written."""
@@ -455,8 +466,10 @@ class Journal:
             self._write_at = -math.inf
 
     def claim_soon(self) -> None:
-        """Somebody says that rows wait at the database door."""
-        self._next_claim = 0.0
+        """Somebody says that rows wait at the database door; at once, unless workers have enough to do."""
+        self._next_claim = min(
+            self._next_claim, self._claimed_at + CLAIM_PAUSE if self._server.ready else 0.0
+        )
 
     def claim_no_more(self) -> None:
         """Leave the rows at the database door: the server ends when its jobs have."""
@@ -502,6 +515,7 @@ class Journal:
                 self._write_at = math.inf
             if claim:
                 self._next_claim = now + self._claim_interval
+                self._claimed_at = now
                 batch.claim = True
                 batch.full = self._server.full()
         batch.questions = [question for question in self._questions if self._server.is_open(question)]
@@ -566,7 +580,7 @@ class Journal:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
         self._server.claimed(claimed)
         if claimed.more:
-            self.claim_soon()
+            self._next_claim = 0.0
         self._next_claim = min(self._next_claim, now + claimed.due_in)
 
     def _ended(self, batch: Batch) -> set[bytes]:

@@ -20,7 +20,7 @@ from django_gearman.server.entries import (
     Outcome,
     StoredJob,
 )
-from django_gearman.server.journal import LINGER, Batch, Journal, MemoryStore
+from django_gearman.server.journal import CLAIM_PAUSE, LINGER, Batch, Journal, MemoryStore
 
 from .harness import Caller, Wire, handle
 
@@ -55,8 +55,7 @@ class ScriptedStore(MemoryStore):
 
 def replayed(store: MemoryStore) -> list[StoredJob]:
     """What an earlier run left to be done, as the next one takes it over."""
-    store.resume()
-    return store.claim(1000, {}).jobs
+    return [*store.resume(), *store.claim(1000, {}).jobs]
 
 
 class Office:
@@ -679,6 +678,22 @@ class TestClaims:
     def test_call_makes_it_at_once(self):
         office, _ = settled()
         office.journal.claim_soon()
+        assert office.trip().claim
+        assert office.begin() is None
+
+    def test_calls_are_heard_together_while_jobs_wait_anyway(self):
+        office, client = settled()
+        submit(client)
+        office.trip()
+        assert office.wire.core.ready
+        office.pass_time(0.5)
+        office.journal.claim_soon()
+        assert office.trip().claim
+        for _ in range(3):
+            office.journal.claim_soon()
+        assert office.begin() is None
+        assert office.journal.next_deadline() == pytest.approx(office.now + CLAIM_PAUSE)
+        office.pass_time(CLAIM_PAUSE)
         assert office.trip().claim
         assert office.begin() is None
 

@@ -264,13 +264,17 @@ class SimulatedStore:
         self.renewed = self._looked_for_dead = self._clock()
         return lease.epoch
 
-    def resume(self) -> None:
+    def resume(self) -> list[StoredJob]:
         self._fault("before")
         self._prove_lease()
+        running = [row for row in self._held(self.lease_id) if row.background and row.status == "RUNNING"]
         self._end_attempts(self.lease_id)
-        resuming = self._free(self.lease_id)
+        for row in running:
+            row.epoch = self.epoch
+        resuming = self._free(self.lease_id, self.epoch)
         self._fault("after")
         self._resuming = resuming
+        return [row.stored() for row in running]
 
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         self._fault("before")

@@ -317,7 +317,7 @@ class World:
         )
         try:
             store.take_lease()
-            store.resume()
+            interrupted = store.resume()
         except StoreError as error:
             if self.trace is not None:
                 self.note(f"{name} cannot start: {error}")
@@ -326,7 +326,9 @@ class World:
             return
         if self.trace is not None:
             self.note(f"{name} starts, epoch {store.epoch}")
-        self._add(Server(self, name, store))
+        server = Server(self, name, store)
+        self._add(server)
+        server.core.adopt(interrupted)
 
     def _add(self, server: Server) -> None:
         self.servers.append(server)

@@ -233,8 +233,8 @@ def _core(
     try:
         # What is not in a database must have handles that no earlier run gave either: tenths of a second.
         epoch = store.take_lease(address) if store else int(time.time() * 10)
+        interrupted = store.resume() if store else []
         if store:
-            store.resume()
             _synchronise(settings)
             _warn_of_database(settings.database, settings.max_packet)
     except StoreError as error:
@@ -266,6 +266,7 @@ def _core(
     )
     # What earlier runs have left goes before what comes now.
     core.door_seen = store is None
+    core.adopt(interrupted)
     return core
 
 
