@@ -114,8 +114,9 @@ DEFECTS: Final = [
     Defect(
         "attempts not written",
         CORE,
-        "            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))\n",
-        "            pass\n",
+        "            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))\n"
+        "        return job\n",
+        "            pass\n        return job\n",
     ),
     Defect(
         "time of a later job not kept",
