@@ -691,7 +691,7 @@ class World:
         self.events += 1
         server.tick()
         if server.store is not None:
-            for _ in range(60):
+            for _ in range(3_000):
                 if not server.write():
                     break
                 self.events += 1
