@@ -154,6 +154,12 @@ class TestRecords:
             "INFO photos.resize: thread without a context",
         ]
 
+    def test_thread_without_a_context(self, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.INFO):
+            told = run(speak_in_threads, handle=b"H:one:r17")
+        assert [record.job_id for record in caplog.records if record.name == "photos.resize"] == ["17"]
+        assert kept(told)[-1] == "INFO photos.resize: thread without a context"
+
     def test_jobs_side_by_side(self, caught: list[Any]):
         threads = [
             threading.Thread(target=run, args=(speak_together,), kwargs={"handle": handle})
