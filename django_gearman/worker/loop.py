@@ -12,6 +12,7 @@ import logging
 import random
 import select
 import ssl
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Final
@@ -116,6 +117,7 @@ class _Link:
         self.asleep_since: float | None = None
         """When it last had no job for us; None when it is worth asking."""
         self.retry_at = 0.0
+        self._reporting = threading.Lock()
         self.tells_attempts = False
         """Whether the server is ours, and speaks of attempts."""
         self.takes_logs = False
@@ -147,14 +149,13 @@ class _Link:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
     def report(self, kind: PacketType, *arguments: bytes) -> None:
-        """Tell the server something of the job in hand; a broken connection is noticed after the job."""
-        # Another thread may report, and lose it, at the same time.
-        connection = self.connection
-        if connection is not None:
-            try:
-                connection.send(encode_request(kind, *arguments))
-            except ConnectionLost as error:
-                self.lost(error)
+        """Tell the server something of the job in hand, from any thread; a broken connection is no error."""
+        with self._reporting:
+            if self.connection is not None:
+                try:
+                    self.connection.send(encode_request(kind, *arguments))
+                except ConnectionLost as error:
+                    self.lost(error)
 
 
 class Worker:
