@@ -334,6 +334,22 @@ class TestHeldBack:
         context.flush()
         assert server.told == []
 
+    def test_without_another_thread_it_leaves_at_the_end(
+        self, told: tuple[JobContext, Reports], monkeypatch: pytest.MonkeyPatch
+    ):
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        context, server = told
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        context.set_progress(1, 10)
+        context.set_progress(2, 10)
+        context.logger.info("one")
+        assert server.told == [("status", 1, 10)]
+        context.close()
+        assert server.told[1] == ("status", 2, 10)
+        assert kept(server) == ["INFO f: one"]
+
     def test_broken_report_is_told_and_others_go_on(
         self, told: tuple[JobContext, Reports], caplog: pytest.LogCaptureFixture
     ):
