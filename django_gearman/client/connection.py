@@ -10,7 +10,6 @@ import os
 import select
 import socket
 import ssl
-import threading
 from time import monotonic
 from typing import Final
 
@@ -65,7 +64,6 @@ class Connection:
         self._max_packet = max_packet
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._send_timeout = send_timeout
-        self._sending = threading.Lock()
         self._received = False
         """Whether anything ever came."""
         self._socket: socket.socket
@@ -118,7 +116,7 @@ class Connection:
 
     def send(self, data: bytes, timeout: float | None = None) -> None:
         """
-        Send whole packets; one thread after the other.
+        Send whole packets.
 
         Args:
             timeout: Seconds that it may take; None for ``send_timeout``.
@@ -127,12 +125,11 @@ class Connection:
         """
         timeout = self._send_timeout if timeout is None else timeout
         try:
-            with self._sending:
-                if isinstance(self._socket, ssl.SSLSocket):
-                    self._send_records(self._socket, data, timeout)
-                else:
-                    self._socket.settimeout(timeout)
-                    self._socket.sendall(data)
+            if isinstance(self._socket, ssl.SSLSocket):
+                self._send_records(self._socket, data, timeout)
+            else:
+                self._socket.settimeout(timeout)
+                self._socket.sendall(data)
         except OSError as error:
             raise ConnectionLost(self.server, reason_of(error)) from error
 
