@@ -161,6 +161,10 @@ class Connection:
         while self.is_readable() and self._fill(0.0):
             pass
 
+    def fill_ready(self) -> None:
+        """Receive once what ``select`` said is there; then ``take``."""
+        self._fill(0.0)
+
     def is_readable(self) -> bool:
         """Whether something came, be it the end of the connection, or a part of a TLS record."""
         return self.has_decrypted or bool(select.select([self._socket], [], [], 0)[0])
