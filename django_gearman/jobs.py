@@ -49,10 +49,13 @@ from django.dispatch import receiver
 from django.utils import timezone
 
 from . import conf, schedules
+from .client.admin_client import AdminClient
 from .client.sync import Client
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
+    ConnectionFailed,
     Discard,
+    GearmanError,
     InvalidJob,
     JobCancelled,
     JobFailed,
@@ -307,6 +310,52 @@ class JobResult(Generic[R]):
             pause = min(pause * 1.5, 0.25)
             self.refresh()
         return self.return_value
+
+    def cancel(self) -> bool:
+        """
+        End the job, as ``CANCELLED``; False when it has ended already.
+
+        A worker of ours that runs it is told: ``JobCancelled`` is raised in the
+        function, and its process is killed if it goes on. What any worker says
+        of the job is passed over.
+
+        Raises:
+            ConnectionFailed: The job server that has it cannot be told.
+            JobResultDoesNotExist: The record is gone.
+        """
+        waiting = JobRecord.objects.using(self._record._state.db).filter(
+            pk=self._record.pk, server=None, status__in=JobRecord.LIVE
+        )
+        deadline = monotonic() + conf.settings_for().timeout
+        while True:
+            self.refresh()
+            if self.is_finished:
+                return False
+            # What no server has claimed is nobody's; from then on it is that server's alone.
+            cancelled = waiting.update(
+                status=JobRecord.Status.CANCELLED,
+                unique_key=None,
+                finished_at=timezone.now(),
+                message="Cancelled before a job server had it",
+            )
+            if cancelled or _cancel_by_wire(self.handle):
+                break
+            if monotonic() >= deadline:
+                raise ConnectionFailed(
+                    ", ".join(conf.settings_for().servers),
+                    f"none of them has job {self._name}",
+                    "is the job server that has it in SERVERS?",
+                )
+            sleep(0.05)
+        # A job server writes it a moment later.
+        pause = 0.001
+        while monotonic() < deadline:
+            self.refresh()
+            if self.is_finished:
+                break
+            sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+        return True
 
     @property
     def _name(self) -> str:
@@ -1063,6 +1112,21 @@ def _submit(record: JobRecord) -> None:
         record.handle = client.do_low_background(function, workload, unique=unique)
     else:
         record.handle = client.do_background(function, workload, unique=unique)
+
+
+def _cancel_by_wire(handle: str) -> bool:
+    """Whether one of the job servers had the job, and has ended it."""
+    options = conf.settings_for()
+    for server in options.servers:
+        admin = AdminClient(server, connect_timeout=options.connect_timeout, tls=conf.client_tls(options))
+        try:
+            admin.cancel(handle)
+        except (GearmanError, ValueError):
+            continue
+        finally:
+            admin.close()
+        return True
+    return False
 
 
 # The nudge: rows wait at the database door.
