@@ -456,7 +456,9 @@ class JobResult(Generic[R]):
         """
         End the job, as ``CANCELLED``; False when it has ended already.
 
-        A worker that runs it is not told: what it says of the job is passed over.
+        A worker of ours that runs it is told: ``JobCancelled`` is raised in the
+        function, and its process is killed if it goes on. What any worker says
+        of the job is passed over.
 
         Raises:
             ConnectionFailed: The job server that has it cannot be told.

@@ -34,6 +34,10 @@ SPEAKS_TLS: Final = "it speaks TLS and we do not; TLS_CA would make us"
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
 
+KEEPALIVE_INTERVAL: Final = 10
+KEEPALIVE_COUNT: Final = 3
+"""Seconds between two such questions, and how many it asks in vain."""
+
 
 class Connection:
     """
@@ -76,6 +80,12 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # What was sent and is not taken: for that the kernel would try a quarter of an hour.
+            lost_after = (KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_COUNT) * 1000
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, lost_after)
         try:
             if tls is not None:
                 self._start_tls(tls, host, deadline)
@@ -193,7 +203,7 @@ class Connection:
             pass
 
     def fill_once(self) -> None:
-        """Receive what one look brings, without waiting; then ``take`` until there is nothing."""
+        """Receive once what ``select`` said is there; then ``take`` until there is nothing."""
         self._fill(0.0)
 
     def is_readable(self) -> bool:
