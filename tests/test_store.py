@@ -39,6 +39,8 @@ from django_gearman.server.entries import (
 from django_gearman.server.journal import MemoryStore
 from django_gearman.store import DatabaseStore, bytes_of_unique, text_of, text_of_unique
 
+from .simulation.store import Database, Row, SimulatedStore
+
 Status = JobRecord.Status
 AT = 1_700_000_000.25
 """A moment that every clock of the tests agrees on."""
@@ -109,12 +111,32 @@ class DatabaseHouse:
         return self.store
 
 
-House = MemoryHouse | DatabaseHouse
+class SimulatedHouse:
+    """The simulation's store: what is found with it must be true of a store that keeps the contract."""
+
+    def __init__(self) -> None:
+        self._database = Database()
+        self.store = self.restart()
+
+    def put(self, function: bytes = b"reverse", **columns: Any) -> None:
+        fields = {"unique": b"", "workload": b"abc", "priority": 0, **columns}
+        self._database.insert(Row(function, **fields))
+
+    def restart(self) -> SimulatedStore:
+        self.store = SimulatedStore(self._database, "one", clock=monotonic, wall=time.time)
+        self.store.take_lease()
+        return self.store
 
 
-@pytest.fixture(params=["memory", pytest.param("database", marks=pytest.mark.django_db(transaction=True))])
+House = MemoryHouse | DatabaseHouse | SimulatedHouse
+HOUSES = {"memory": MemoryHouse, "simulated": SimulatedHouse, "database": DatabaseHouse}
+
+
+@pytest.fixture(
+    params=["memory", "simulated", pytest.param("database", marks=pytest.mark.django_db(transaction=True))]
+)
 def house(request: pytest.FixtureRequest) -> House:
-    return MemoryHouse() if request.param == "memory" else DatabaseHouse()
+    return HOUSES[request.param]()
 
 
 @pytest.fixture
@@ -122,7 +144,9 @@ def database(transactional_db: None) -> DatabaseHouse:
     return DatabaseHouse()
 
 
-def write(store: MemoryStore | DatabaseStore, *entries: Any, again: bool = False) -> dict[int, str]:
+def write(
+    store: MemoryStore | DatabaseStore | SimulatedStore, *entries: Any, again: bool = False
+) -> dict[int, str]:
     return store.write(entries, again=again)
 
 

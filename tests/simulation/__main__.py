@@ -65,7 +65,7 @@ def try_defects(seconds: float, first: int) -> int:
     for defect in defects.DEFECTS:
         told = find(defect.name, seconds, first)
         missed += not told.startswith("found")
-        print(f"{defect.name:55} {told}", flush=True)
+        print(f"{defect.name:52} {told}", flush=True)
     print(f"{len(defects.DEFECTS) - missed} of {len(defects.DEFECTS)} found")
     return 1 if missed else 0
 

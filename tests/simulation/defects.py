@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 CORE: Final = "django_gearman.server.core"
+CREWS: Final = "django_gearman.server.crews"
 JOBS: Final = "django_gearman.server.jobs"
 JOURNAL: Final = "django_gearman.server.journal"
 STORE: Final = "tests.simulation.store"
@@ -114,8 +115,9 @@ DEFECTS: Final = [
     Defect(
         "attempts not written",
         CORE,
-        "            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))\n",
-        "            pass\n",
+        "            self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))\n"
+        "        return job\n",
+        "            pass\n        return job\n",
     ),
     Defect(
         "time of a later job not kept",
@@ -243,6 +245,30 @@ DEFECTS: Final = [
         CORE,
         " if listener is not peer] or None\n            self._drop_if_abandoned(job)\n",
         " if listener is not peer] or None\n",
+    ),
+    Defect(
+        "job that was put back loses an attempt",
+        CORE,
+        "        if not counts:\n            job.attempts -= 1\n",
+        "",
+    ),
+    Defect(
+        "worker comes back to a job that another one has",
+        CREWS,
+        "        if job.worker is None or job.worker in self._lost:",
+        "        if job.worker is not peer:",
+    ),
+    Defect(
+        "jobs that have ended fill the window",
+        JOBS,
+        "            if self.counts[-priority] + self.arriving >= window:",
+        "            if len(self.levels[-priority]) + self.arriving >= window:",
+    ),
+    Defect(
+        "job that was asked for is lost with the reply",
+        STORE,
+        "            self._perhaps_taken += taken\n",
+        "",
     ),
     Defect(
         "an older entry's commit acknowledges",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from django_gearman.exceptions import StoreError
-from django_gearman.protocol.packets import ATTEMPTS, PacketType, encode_response
+from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, PacketType, encode_response
 from django_gearman.server import core as core_module
 from django_gearman.server import text
 from django_gearman.server.core import (
@@ -399,8 +399,11 @@ class Server:
         else:
             self.put_back(job)
 
-    def put_back(self, job: ModelJob, due: float = 0.0) -> None:
-        self.world.came_to_nothing(self, job)
+    def put_back(self, job: ModelJob, due: float = 0.0, *, counts: bool = True) -> None:
+        if counts:
+            self.world.came_to_nothing(self, job)
+        else:
+            job.attempts -= 1
         if due > self.core.now and job.recorded and job.background and not job.listeners:
             # Until then it lies at the door.
             self.remove(job)
@@ -595,6 +598,7 @@ class Server:
                 job.listeners = [listener for listener in job.listeners if listener is not peer]
                 self.drop_if_abandoned(job)
         for job in reversed(self.held_by(peer)):
+            self.world.broken.append((job.handle, job.attempts))
             self.lose(job)
         if self.world.trace is not None:
             self.world.note(f"{self.label} peer {peer.number} leaves")
@@ -816,9 +820,7 @@ class Server:
         else:
             packet = encode_response(P.JOB_ASSIGN_UNIQ, handle, function, job.unique, job.workload)
         promise(heard == [*told, packet], f"{heard} instead of {[*told, packet]}")
-        job.up = self.core.clock + min(
-            math.inf if job.timeout is None else job.timeout, peer.limits.get(function, math.inf)
-        )
+        self.limit_time(job, peer)
         self.world.handed_out(self, job)
         return job
 
@@ -907,6 +909,50 @@ class Server:
             self.end(job, Outcome.FAILED, data)
             peer.excused = handle
             self.say(peer, P.WORK_EXCEPTION, handle, data)
+
+    def give_back(self, peer: ModelPeer) -> None:
+        """A worker puts back on purpose what it has, or one of it: that is no attempt."""
+        held = self.held_by(peer)
+        if not held or not peer.tells_attempts:
+            return
+        handle = b""
+        if self.random() < 0.7:
+            held = [self.choose(held)]
+            handle = held[0].handle
+        for job in reversed(held):
+            if not job.background and not job.listeners:
+                self.end(job, Outcome.CANCELLED)
+            else:
+                self.put_back(job, counts=False)
+        self.say(peer, P.OPTION_REQ, RETURN + handle)
+
+    def resume(self, peer: ModelPeer) -> None:
+        """A worker whose connection broke says that it has the job still."""
+        broken = self.world.broken
+        if not broken or not peer.tells_attempts:
+            return
+        handle, attempt = broken.pop(int(self.random() * len(broken)))
+        job = self.jobs.get(handle)
+        if (
+            job is not None
+            and attempt - job.attempts in (0, 1)
+            and job.state == "ready"
+            and job.function in peer.abilities
+            and self.core.clock < self.core.hand_out_until
+        ):
+            self.take(job)
+            self.serial += 1
+            job.taken = self.serial
+            job.state = "running"
+            job.worker = peer
+            job.attempts = attempt
+            self.limit_time(job, peer)
+            self.world.handed_out(self, job, resumed=True)
+        self.say(peer, P.OPTION_REQ, RESUME + b"%d " % attempt + handle)
+
+    def limit_time(self, job: ModelJob, peer: ModelPeer) -> None:
+        own = math.inf if job.timeout is None else job.timeout
+        job.up = self.core.clock + min(own, peer.limits.get(job.function, math.inf))
 
     def ask(self, peer: ModelPeer) -> None:
         luck = self.random()

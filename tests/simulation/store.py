@@ -372,7 +372,9 @@ class SimulatedStore:
                 row.run_after = entry.run_after
             if entry.unclaimed:
                 row.server = row.epoch = None
-            if entry.attempt not in row.kept_attempts:
+            if not entry.counts:
+                row.attempts = entry.attempt - 1
+            elif entry.attempt not in row.kept_attempts:
                 row.kept_attempts.append(entry.attempt)
         elif kind is JobDue:
             row.status = "READY"

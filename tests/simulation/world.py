@@ -23,6 +23,7 @@ from django_gearman.server.entries import (
     JobFinished,
     JobKept,
     JobQueued,
+    JobRequeued,
     JobStarted,
     Joined,
     Outcome,
@@ -100,6 +101,7 @@ class Shape:
         }
         self.clock_jumps = sometimes(0.5)
         self.leave = choice((1.5, 1.5, 6.0))
+        self.give_back = choice((0.0, 0.0, 3.0))
 
 
 class World:
@@ -155,6 +157,8 @@ class World:
         """Submissions that were refused, though the store may have them."""
         self.escaped: dict[bytes, None] = {}
         """Those of them that another server claimed before they were undone."""
+        self.broken: list[tuple[bytes, int]] = []
+        """Jobs, and which attempt it was, of workers that lost their connection."""
         self.due: dict[bytes, float] = {}
         """Before when a job must not run."""
         self.fifo: dict[tuple[bytes, int], dict[bytes, tuple[int, int]]] = {}
@@ -175,6 +179,8 @@ class World:
             Server.work: 22,
             Server.sleep: 30 if sleepy else 8,
             Server.ask: 5,
+            Server.give_back: shape.give_back,
+            Server.resume: shape.give_back,
             Server.offer: 8,
             Server.withdraw: shape.leave / 2,
             Server.leave: shape.leave,
@@ -350,6 +356,7 @@ class World:
         if self.trace is not None:
             self.note(f"{server.label} {how}")
         self.servers.remove(server)
+        self.broken += [(job.handle, job.attempts) for job in server.jobs.values() if job.worker is not None]
         for waiting in self.fifo.values():
             for handle in [handle for handle, (_, at) in waiting.items() if not at]:
                 del waiting[handle]
@@ -451,6 +458,9 @@ class World:
     def performing(self, server: Server, batch: Batch) -> None:
         assert server.store is not None
         server.store.taken = 0
+        for entry in batch.entries if self.late else ():
+            if type(entry) is JobFinished and entry.handle in self.late:
+                self._note_escape(server, entry.handle)
         self._held_lease = self.holds(server)
 
     def performed(self, server: Server, batch: Batch) -> None:
@@ -479,6 +489,8 @@ class World:
         kind = type(entry)
         if kind is JobQueued:
             promise(entry.handle in self.database.by_handle, f"{entry.handle!r} is not in the store")
+        elif type(entry) is JobRequeued and not entry.counts:
+            self.started[entry.handle] = entry.attempt - 1
         elif kind is JobStarted and entry.handle in self.database.by_handle:
             self.started[entry.handle] = entry.attempts
 
@@ -496,9 +508,7 @@ class World:
         self.disowned[entry.handle] = None
         self.out_of_line(entry.handle)
         self.late[entry.handle] = server
-        row = self.database.by_handle.get(entry.handle)
-        if row is not None and server.store is not None and row.server not in (None, server.store.lease_id):
-            self.escaped[entry.handle] = None
+        self._note_escape(server, entry.handle)
         job = server.jobs.get(entry.handle)
         match reason:
             case "The job could not be stored":
@@ -513,6 +523,12 @@ class World:
             case _:
                 cause = not self.holds(server)
         promise(cause, f"{entry.handle!r} was refused for nothing: {reason}")
+
+    def _note_escape(self, server: Server, handle: bytes) -> None:
+        """Is a submission that its server refused, or undoes, another server's by now?"""
+        row = self.database.by_handle.get(handle)
+        if row is not None and server.store is not None and row.server not in (None, server.store.lease_id):
+            self.escaped[handle] = None
 
     def adopted(self, server: Server, stored: StoredJob) -> None:
         handle = stored.handle
@@ -537,12 +553,13 @@ class World:
         )
         promise(stored.max_attempts == row.max_attempts, "a job's own number of attempts is another")
 
-    def handed_out(self, server: Server, job: ModelJob) -> None:
+    def handed_out(self, server: Server, job: ModelJob, *, resumed: bool = False) -> None:
         if server.store is None:
             return
         handle = job.handle
-        self.handed[handle] = self.handed.get(handle, 0) + 1
-        self.check_order(server, job)
+        if not resumed:
+            self.handed[handle] = self.handed.get(handle, 0) + 1
+            self.check_order(server, job)
         promise(handle not in server.refused or handle in self.escaped, f"{handle!r} was refused and runs")
         if not job.background:
             return
@@ -600,7 +617,8 @@ class World:
         self.decisions.setdefault(job.handle, []).append((server, outcome.value, data, job.attempts, worker))
 
     def came_to_nothing(self, server: Server, job: ModelJob) -> None:
-        if job.recorded:
+        # A job that is to be kept, but has no record yet, has none of its attempts either.
+        if job.recorded and job.handle in self.database.by_handle:
             self.fruitless.setdefault(job.handle, {})[job.attempts] = server
 
     # The end.
@@ -673,7 +691,7 @@ class World:
         self.events += 1
         server.tick()
         if server.store is not None:
-            for _ in range(60):
+            for _ in range(3_000):
                 if not server.write():
                     break
                 self.events += 1
