@@ -224,6 +224,25 @@ class TestFailOver:
             finally:
                 one.signal(signal.SIGCONT)
 
+    def test_what_was_connected_before_is_not_trusted(self, two: list[harness.GearmanServerProcess]) -> None:
+        """Once somebody has waited in vain, a connection has to prove itself."""
+        one, other = two
+        with Client([one.address, other.address], timeout=2.0, circuit=0.05) as client:
+            client.echo(b"x")
+            if hasattr(client, "_session"):
+                with client._session([one.address]), client._session([one.address]):
+                    pass  # there are two of them now
+            one.signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(ResponseTimeout):
+                    client.echo(b"x")
+                harness.wait_until(lambda: not client._servers.is_shut(one.address))
+                began = time.monotonic()
+                assert client.echo(b"x") == b"x"
+                assert time.monotonic() - began < 0.95
+            finally:
+                one.signal(signal.SIGCONT)
+
     def test_equal_jobs_meet(self, two: list[harness.GearmanServerProcess]) -> None:
         addresses = [each.address for each in two]
         with Client(addresses, spread=True) as one, Client(addresses[::-1], spread=True) as other:
