@@ -652,7 +652,7 @@ class Client(Submitter):
                 raise ResponseTimeout("the answer of the job server", self._timeout)
             return
         session.heard_at = now
-        connection.fill_once()
+        connection.fill_ready()
         while (packet := connection.take()) is not None:
             run.told(session.server, session.protocol.receive(packet))
 
