@@ -57,6 +57,15 @@ class TestPreference:
         assert servers.order() == []
         assert "it did not answer a moment ago and is tried again in 5.0 s" in str(servers.unreachable())
 
+    def test_impatience_tells_nothing(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:2], clock=clock)
+        servers.failed("a:1", waited=None)
+        assert servers.order() == ["b:2", "a:1"]
+        servers.failed("b:2", waited=True)
+        servers.failed("b:2", waited=None)
+        assert servers.order() == ["a:1"]
+
     def test_half_open_for_one_caller(self) -> None:
         clock = Clock()
         servers = Servers(NAMES[:2], clock=clock)
