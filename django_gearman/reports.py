@@ -40,8 +40,12 @@ class Flusher:
             if at < self._due.get(job, at + 1.0):
                 self._due[job] = at
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="gearman-reports", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="gearman-reports", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    return  # the system has none left: it leaves at the job's end
+                self._thread = thread
 
     def forget(self, job: HoldsBack) -> None:
         """There is nothing more to flush."""

@@ -154,6 +154,12 @@ class TestRecords:
             "INFO photos.resize: thread without a context",
         ]
 
+    def test_thread_without_a_context(self, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level(logging.INFO):
+            told = run(speak_in_threads, handle=b"H:one:r17")
+        assert [record.job_id for record in caplog.records if record.name == "photos.resize"] == ["17"]
+        assert kept(told)[-1] == "INFO photos.resize: thread without a context"
+
     def test_jobs_side_by_side(self, caught: list[Any]):
         threads = [
             threading.Thread(target=run, args=(speak_together,), kwargs={"handle": handle})
@@ -327,6 +333,22 @@ class TestHeldBack:
         context.logger.info("x")
         context.flush()
         assert server.told == []
+
+    def test_without_another_thread_it_leaves_at_the_end(
+        self, told: tuple[JobContext, Reports], monkeypatch: pytest.MonkeyPatch
+    ):
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        context, server = told
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        context.set_progress(1, 10)
+        context.set_progress(2, 10)
+        context.logger.info("one")
+        assert server.told == [("status", 1, 10)]
+        context.close()
+        assert server.told[1] == ("status", 2, 10)
+        assert kept(server) == ["INFO f: one"]
 
     def test_broken_report_is_told_and_others_go_on(
         self, told: tuple[JobContext, Reports], caplog: pytest.LogCaptureFixture

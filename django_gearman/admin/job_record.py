@@ -6,16 +6,20 @@ import datetime
 from typing import Any
 from urllib.parse import urlencode
 
-from django.contrib import admin
+from django.contrib import admin, messages
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.contrib.admin.utils import flatten_fieldsets
 from django.core.exceptions import ValidationError
 from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.db.models.functions import Substr
-from django.forms.widgets import Script
+from django.forms.widgets import CheckboxInput, Script
 from django.http import HttpRequest, HttpResponse
+from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
-from django.utils.translation import gettext_lazy
+from django.utils.translation import gettext_lazy, ngettext
 
+from django_gearman.exceptions import ConnectionFailed, JobResultDoesNotExist
+from django_gearman.jobs import JobResult
 from django_gearman.models import JobAttempt, JobRecord
 
 from . import filters, format, payload
@@ -66,6 +70,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
     show_full_result_count = False
     view_on_site = False
     show_facets = admin.ShowFacets.NEVER
+    actions = ("cancel",)
 
     class Media:
         css = {"all": ["django_gearman/admin.css"]}
@@ -96,6 +101,32 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
         if term.isascii() and term.isdigit() and len(term) < 20 and int(term) <= BIGGEST_ID:
             found.add(int(term))
         return queryset.filter(pk__in=found), False
+
+    # The action. Rows are the servers': who may change them may ask a server to.
+
+    def has_cancel_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("django_gearman.change_jobrecord")
+
+    @admin.action(description=gettext_lazy("Cancel"), permissions=["cancel"])
+    def cancel(self, request: HttpRequest, queryset: QuerySet[JobRecord]) -> None:
+        count = 0
+        jobs = queryset.filter(status__in=JobRecord.LIVE).defer(*payload.COLUMNS)
+        for job in jobs[:MATCHES]:
+            try:
+                count += JobResult(job).cancel()
+            except JobResultDoesNotExist:
+                continue  # it was pruned meanwhile
+            except ConnectionFailed as error:
+                self.message_user(request, str(error), messages.ERROR)
+                break
+        done = ngettext("%(count)d job was cancelled.", "%(count)d jobs were cancelled.", count)
+        self.message_user(request, done % {"count": count})
+
+    def action_checkbox(self, job: JobRecord) -> SafeString:
+        # Django's own is labelled with the function's name, which is anybody's text.
+        label = _("Select job %(id)d") % {"id": job.pk}
+        checkbox = CheckboxInput({"class": "action-select", "aria-label": label}, lambda value: False)
+        return checkbox.render(ACTION_CHECKBOX_NAME, str(job.pk))
 
     # The page of one job.
 

@@ -10,7 +10,6 @@ import os
 import select
 import socket
 import ssl
-import threading
 from time import monotonic
 from typing import Final
 
@@ -34,6 +33,10 @@ SPEAKS_TLS: Final = "it speaks TLS and we do not; TLS_CA would make us"
 
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
+
+KEEPALIVE_INTERVAL: Final = 10
+KEEPALIVE_COUNT: Final = 3
+"""Seconds between two such questions, and how many it asks in vain."""
 
 
 class Connection:
@@ -65,7 +68,6 @@ class Connection:
         self._max_packet = max_packet
         self._reader = PacketReader(RESPONSE, max_body=max_packet)
         self._send_timeout = send_timeout
-        self._sending = threading.Lock()
         self._received = False
         """Whether anything ever came."""
         self._socket: socket.socket
@@ -78,6 +80,12 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # What was sent and is not taken: for that the kernel would try a quarter of an hour.
+            lost_after = (KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_COUNT) * 1000
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, lost_after)
         try:
             if tls is not None:
                 self._start_tls(tls, host, deadline)
@@ -118,7 +126,7 @@ class Connection:
 
     def send(self, data: bytes, timeout: float | None = None) -> None:
         """
-        Send whole packets; one thread after the other.
+        Send whole packets.
 
         Args:
             timeout: Seconds that it may take; None for ``send_timeout``.
@@ -127,12 +135,11 @@ class Connection:
         """
         timeout = self._send_timeout if timeout is None else timeout
         try:
-            with self._sending:
-                if isinstance(self._socket, ssl.SSLSocket):
-                    self._send_records(self._socket, data, timeout)
-                else:
-                    self._socket.settimeout(timeout)
-                    self._socket.sendall(data)
+            if isinstance(self._socket, ssl.SSLSocket):
+                self._send_records(self._socket, data, timeout)
+            else:
+                self._socket.settimeout(timeout)
+                self._socket.sendall(data)
         except OSError as error:
             raise ConnectionLost(self.server, reason_of(error)) from error
 
@@ -196,7 +203,7 @@ class Connection:
             pass
 
     def fill_once(self) -> None:
-        """Receive what one look brings, without waiting; then ``take`` until there is nothing."""
+        """Receive once what ``select`` said is there; then ``take`` until there is nothing."""
         self._fill(0.0)
 
     def is_readable(self) -> bool:

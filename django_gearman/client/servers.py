@@ -123,14 +123,17 @@ class Servers:
         if circuit is not None and circuit.shut_until <= (now := self._clock()):
             circuit.shut_until = now + circuit.pause
 
-    def failed(self, name: str, *, waited: bool) -> None:
+    def failed(self, name: str, *, waited: bool | None) -> None:
         """
         It did not answer.
 
         Args:
             waited: Whether that took time, as when its machine is away; a refusal takes none.
+                None when nobody had the patience to find out.
         """
         circuit = self._circuits.get(name)
+        if waited is None:
+            waited = circuit is not None and circuit.waits
         pause = self._circuit if circuit is None else min(circuit.pause * 2, LONGEST_CIRCUIT)
         if not waited:
             # Trying it costs nothing.

@@ -23,6 +23,14 @@ A function that our job server serves itself: submitted in the background, it
 makes the server look for new rows in its database. No import path has a colon.
 """
 
+LISTEN = b"listen "
+"""
+OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
+
+Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
+not: it ended, or is another server's. No other server knows the option.
+"""
+
 ATTEMPTS = b"attempts"
 """
 An option of our job server: the worker speaks of attempts.
@@ -58,14 +66,6 @@ lines of UTF-8, the last of them. Each takes the place of the one before. Has no
 
 MAX_LOG = 16 * 1024
 """Bytes of TEXT in ``log HANDLE TEXT``; of a longer one the end is kept."""
-
-LISTEN = b"listen "
-"""
-OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
-
-Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
-not: it ended, or is another server's. No other server knows the option.
-"""
 
 CREW = b"crew "
 """

@@ -338,7 +338,7 @@ class _Lane:
     @property
     def asked(self) -> int:
         """How many places are kept for answers."""
-        return sum(link.asked_at is not None for link in self.links)
+        return len([link for link in self.links if link.asked_at is not None])
 
 
 class Worker:
@@ -452,6 +452,7 @@ class Worker:
         if self._row is not None:
             self._row.say_ready()
         try:
+            self._is_stopping()
             while not self._is_done():
                 self._connect()
                 self._ask()
@@ -488,7 +489,7 @@ class Worker:
 
     def _is_done(self) -> bool:
         """Whether it is to stop, and nothing is left to do or to tell."""
-        if not self._is_stopping():
+        if not self._stopping:
             return False
         if any(lane.jobs for lane in self._lanes):
             return False
@@ -614,7 +615,7 @@ class Worker:
         for link in self._links:
             connection = link.connection
             if connection is not None and (connection in ready or connection.has_decrypted):
-                self._receive(link)
+                self._receive(link, is_ready=True)
         self._look_at_jobs()
         self._look_at_links()
 
@@ -685,11 +686,14 @@ class Worker:
             elif now - link.heard_at >= RECHECK:
                 link.echo()
 
-    def _receive(self, link: _Link) -> None:
+    def _receive(self, link: _Link, *, is_ready: bool = False) -> None:
         connection = link.connection
         try:
             if connection is not None:
-                connection.fill()
+                if is_ready:
+                    connection.fill_once()
+                else:
+                    connection.fill()
                 while link.connection is connection and (packet := connection.take()) is not None:
                     self._hear(link, packet)
         except ConnectionLost as error:
@@ -756,7 +760,8 @@ class Worker:
             self._row.wake_up()
         if self._show is not None:
             self._show(name.decode(errors="replace"))
-        logger.info("Job %s (%s) started", handle.decode(errors="replace"), name.decode(errors="replace"))
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("Job %s (%s) started", _text(handle), _text(name))
         if lane.pool is None:
             self._run_here(lane, job)
         else:
@@ -832,7 +837,6 @@ class Worker:
 
     def _report_result(self, job: AssignedJob, result: Any) -> bytes:
         name = _text(job.function)
-        took = monotonic() - job.started
         if not isinstance(result, bytes):
             problem: Exception = TypeError(f"{name} must return bytes, not {type(result).__name__}")
             return self._report_failure(job, problem)
@@ -843,7 +847,9 @@ class Worker:
             )
             logger.error("Job %s (%s) failed: %s", _text(job.handle), name, problem)
             return encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
-        logger.info("Job %s (%s) succeeded in %.2f s", _text(job.handle), name, took)
+        if logger.isEnabledFor(logging.INFO):
+            took = monotonic() - job.started
+            logger.info("Job %s (%s) succeeded in %.2f s", _text(job.handle), name, took)
         return encode_request(PacketType.WORK_COMPLETE, job.handle, result)
 
     def _report_failure(self, job: AssignedJob, error: BaseException) -> bytes:

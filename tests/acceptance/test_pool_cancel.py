@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import Permission
 
 from django_gearman import AdminClient, JobResult
 from django_gearman.exceptions import ServerError
@@ -68,6 +70,44 @@ def test_function_that_sleeps_is_interrupted(site_server: Server, operator: Admi
         wait_for(tmp_path / "job.cancelled")
         assert jobs.add.enqueue(1).get(timeout=10) == 2
         assert worker.children() == children
+
+
+def test_by_its_result_and_by_the_admin(
+    site_server: Server, tmp_path: Path, admin_client: Any, settings: Any
+):
+    settings.ROOT_URLCONF = "tests.admin.urls"
+    waiting = pools.sleep_for.using(run_after=timedelta(hours=1)).enqueue(0)
+    with harness.worker(site_server, processes=2, env=SITE):
+        results = [pools.be_interrupted.enqueue(str(tmp_path), name) for name in ("first", "second")]
+        for name in ("first", "second"):
+            wait_for(tmp_path / f"{name}.begun")
+        assert results[0].cancel()
+        assert results[0].status == Status.CANCELLED
+        assert not results[0].cancel()
+        wait_for(tmp_path / "first.cancelled")
+        page = admin_client.post(
+            "/admin/django_gearman/jobrecord/",
+            {"action": "cancel", "_selected_action": [results[0].id, results[1].id, waiting.id]},
+            follow=True,
+        )
+        assert "2 jobs were cancelled." in page.content.decode()
+        wait_for(tmp_path / "second.cancelled")
+        waiting.refresh()
+        assert waiting.status == Status.CANCELLED
+
+
+def test_admin_who_may_only_look_cannot_cancel(client: Any, django_user_model: Any, settings: Any):
+    settings.ROOT_URLCONF = "tests.admin.urls"
+    user = django_user_model.objects.create_user("looker", password="x", is_staff=True)
+    user.user_permissions.add(Permission.objects.get(codename="view_jobrecord"))
+    client.force_login(user)
+    result = jobs.add.enqueue(1)
+    page = client.post(
+        "/admin/django_gearman/jobrecord/", {"action": "cancel", "_selected_action": [result.id]}, follow=True
+    )
+    assert "cancelled" not in page.content.decode()
+    result.refresh()
+    assert result.status == Status.READY
 
 
 def test_task_is_interrupted(site_server: Server, operator: AdminClient, tmp_path: Path):

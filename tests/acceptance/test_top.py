@@ -42,8 +42,9 @@ def row(shown: str, name: str) -> list[str]:
     return next(line.split() for line in shown.splitlines() if name in line)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[harness.GearmanServerProcess]:
+    """One that other tests may have left jobs at, but no workers."""
     with harness.server(store="memory") as process:
         yield process
 
@@ -77,8 +78,8 @@ def busy(server: harness.GearmanServerProcess | int) -> Iterator[None]:
 
 
 class TestOurs:
-    def test_what_goes_on(self, server: harness.GearmanServerProcess):
-        with busy(server):
+    def test_what_goes_on(self):
+        with harness.server(store="memory") as server, busy(server):
             shown = top("--servers", server.address)
         assert row(shown, server.address)[:7] == [server.address, "0.1.0", "2", "1", "1", "2", "1"]
         assert row(shown, "video.transcode")[:4] == ["video.transcode", "1", "1", "1"]

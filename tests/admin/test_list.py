@@ -163,7 +163,7 @@ class TestOrder:
     def test_newest_first_or_oldest_first(self, admin_page, make_job):
         made = [make_job().pk for _ in range(3)]
         assert ids(admin_page()) == made[::-1]
-        assert ids(admin_page(o="0")) == made
+        assert ids(admin_page(o="1")) == made
 
     @pytest.mark.parametrize("column", ["2", "3", "9", "99", "x"])
     def test_by_nothing_else(self, admin_page, make_job, column):
