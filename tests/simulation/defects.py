@@ -253,10 +253,10 @@ DEFECTS: Final = [
         "",
     ),
     Defect(
-        "worker comes back to a job that another one has",
+        "worker comes back to a job that was handed out since",
         CREWS,
-        "        if job.worker is None or job.worker in self._lost:",
-        "        if job.worker is not peer:",
+        " or int(number[:6]) - job.attempts not in (0, 1):",
+        ":",
     ),
     Defect(
         "jobs that have ended fill the window",

@@ -931,8 +931,9 @@ class Server:
         broken = self.world.broken
         if not broken or not peer.tells_attempts:
             return
-        # Workers come back soon.
-        handle, attempt = broken.pop(-1 - int(self.random() * min(len(broken), 3)))
+        # Workers come back soon, and some to several servers.
+        place = -1 - int(self.random() * min(len(broken), 3))
+        handle, attempt = broken[place] if self.random() < 0.7 else broken.pop(place)
         job = self.jobs.get(handle)
         if (
             job is not None

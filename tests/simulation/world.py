@@ -466,6 +466,9 @@ class World:
     def performed(self, server: Server, batch: Batch) -> None:
         if self.trace is not None:
             self.note(f"{server.label} store: {batch.error or 'done'}" + _told(batch))
+        for entry in batch.entries:
+            if type(entry) is JobRequeued and not entry.counts and entry.handle in self.started:
+                self.started[entry.handle] = min(self.started[entry.handle], entry.attempt - 1)
         if not self._held_lease:
             if batch.written and batch.entries:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
