@@ -931,7 +931,8 @@ class Server:
         broken = self.world.broken
         if not broken or not peer.tells_attempts:
             return
-        handle, attempt = broken.pop(int(self.random() * len(broken)))
+        # Workers come back soon.
+        handle, attempt = broken.pop(-1 - int(self.random() * min(len(broken), 3)))
         job = self.jobs.get(handle)
         if (
             job is not None

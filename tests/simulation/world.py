@@ -180,7 +180,7 @@ class World:
             Server.sleep: 30 if sleepy else 8,
             Server.ask: 5,
             Server.give_back: shape.give_back,
-            Server.resume: shape.give_back,
+            Server.resume: shape.give_back * 3,
             Server.offer: 8,
             Server.withdraw: shape.leave / 2,
             Server.leave: shape.leave,
@@ -740,7 +740,8 @@ class World:
         if row.handle in self.cancelled_at_door:
             return
         if row.handle in self.late:
-            # TODO: joined in the store by somebody else's submission, before its server undid it.
+            # Not kept today: somebody else's submission joined it in the store, and then its server undid it,
+            # since its own client had been refused. The store would have to note who has joined.
             return
         promise(
             any(decision[1] == "CANCELLED" for decision in decisions),
