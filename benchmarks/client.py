@@ -204,6 +204,10 @@ def measure(name: str, phase: str, jobs: int, many: int) -> dict[str, float]:
         "gearman": Gearman, "celery": Celery, "rq": RQ, "huey": Huey, "tasks-db": TasksDB
     }  # fmt: skip
     peer = kinds[name]()
+    if phase == "backlog":
+        for _ in range(jobs):
+            peer.enqueue(1, 2)
+        return {}
     if phase == "submit":
         for _ in range(50):
             peer.enqueue(1, 2)
@@ -275,7 +279,7 @@ def running(command: list[str], env: dict[str, str], folder: Path) -> Iterator[N
 class Scene:
     """A peer's project, in a folder of its own."""
 
-    def __init__(self, name: str, python: str, folder: Path) -> None:
+    def __init__(self, name: str, python: str, folder: Path, source: str | None = None) -> None:
         self.name = name
         self.python = python
         self.folder = folder / name
@@ -283,7 +287,7 @@ class Scene:
         self.stack = ExitStack()
         (self.folder / "bench").mkdir(parents=True)
         (self.folder / "bench" / "__init__.py").touch()
-        (self.folder / "bench" / "jobs.py").write_text(APP[name])
+        (self.folder / "bench" / "jobs.py").write_text(APP[name] if source is None else source)
         apps = {"gearman": ["django_gearman", "bench"], "tasks-db": ["django_tasks_db", "bench"]}
         (self.folder / "bench_settings.py").write_text(
             SETTINGS.format(
@@ -319,9 +323,9 @@ class Scene:
                     raise SystemExit(f"{self.name} did not start: see {self.folder}/log") from None
                 time.sleep(0.05)
 
-    def workers(self) -> ExitStack:
-        """Two processes."""
-        commands = {
+    def worker_commands(self) -> list[list[str]]:
+        """Of two processes."""
+        commands: dict[str, list[list[str]]] = {
             "gearman": [["-m", "django", "gearman_worker", "--processes", "2"]],
             "celery": [["-m", "celery", "-A", "bench.jobs", "worker", "-c", "2", "-l", "ERROR"]],
             "rq": [
@@ -333,9 +337,12 @@ class Scene:
                  "-d", "0.01", "-q"]
             ],
             "tasks-db": [["-m", "django", "db_worker", "--interval", "0.05", "--no-startup-delay"]] * 2,
-        }[self.name]  # fmt: skip
+        }  # fmt: skip
+        return commands[self.name]
+
+    def workers(self) -> ExitStack:
         stack = ExitStack()
-        for command in commands:
+        for command in self.worker_commands():
             stack.enter_context(running([self.python, *command], self.env, self.folder))
         return stack
 
@@ -371,6 +378,17 @@ def environment(folder: Path) -> str:
     return str(python)
 
 
+def chosen_peers(parser: argparse.ArgumentParser, names: str) -> list[str]:
+    """Those that were asked for and can be run here."""
+    chosen = [name for name in names.split(",") if name]
+    if unknown := set(chosen) - set(PEERS):
+        parser.error(f"--only knows {', '.join(PEERS)}, not {', '.join(sorted(unknown))}")
+    if shutil.which("redis-server") is None and (left_out := set(chosen) & set(NEEDS_REDIS)):
+        print(f"! redis-server is not installed: without {', '.join(sorted(left_out))}", file=sys.stderr)
+        chosen = [name for name in chosen if name not in NEEDS_REDIS]
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
@@ -388,12 +406,7 @@ def main() -> None:
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
         print(json.dumps(measure(options.measure, options.phase, options.jobs, options.many)))
         return
-    chosen = [name for name in options.only.split(",") if name]
-    if unknown := set(chosen) - set(PEERS):
-        parser.error(f"--only knows {', '.join(PEERS)}, not {', '.join(sorted(unknown))}")
-    if shutil.which("redis-server") is None and (left_out := set(chosen) & set(NEEDS_REDIS)):
-        print(f"! redis-server is not installed: without {', '.join(sorted(left_out))}", file=sys.stderr)
-        chosen = [name for name in chosen if name not in NEEDS_REDIS]
+    chosen = chosen_peers(parser, options.only)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="gearman-bench-") as temporary, ExitStack() as stack:
         folder = Path(temporary)

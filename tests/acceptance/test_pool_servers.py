@@ -114,13 +114,13 @@ def test_supervisorctl_restart_all_loses_and_repeats_nothing(
         command, cwd=harness.ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     over = threading.Event()
-    names = [f"job{number}" for number in range(100)]
+    names = [f"job{number}" for number in range(36)]
 
     def send() -> None:
         try:
             for name in names:
-                leave_trace.enqueue(trace.path, name)
-                over.wait(0.03)
+                pools.leave_trace_late.enqueue(trace.path, name)
+                over.wait(0.1)
         finally:
             connections.close_all()
 

@@ -316,6 +316,17 @@ class TestResubmission:
             client.do_background("f", b"w")
         assert submitted == [b"w", b"w"]
 
+    def test_foreground_goes_back_to_one_that_broke(self) -> None:
+        """As when servers are restarted one after the other."""
+        lose = play(*self.proof, P.SUBMIT_JOB)
+        answer = play(*self.proof, P.SUBMIT_JOB, self.taken, (P.WORK_COMPLETE, b"H:2", b"r"), None)
+        with (
+            fake_server(lose, answer) as first,
+            fake_server(lose) as second,
+            Client(addresses(first, second), timeout=5) as client,
+        ):
+            assert client.do("f", b"w", timeout=5, resubmit=True) == b"r"
+
     def test_tasks(self) -> None:
         one, other = self.both(
             [P.SUBMIT_JOB_BG, (P.JOB_CREATED, b"H:1"), P.SUBMIT_JOB_BG, P.SUBMIT_JOB],

@@ -8,6 +8,7 @@ they end; ``WORK`` is a function of this file.
 """
 
 import logging
+import math
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 from django_gearman.worker import supervisor
 from django_gearman.worker.board import Row
@@ -41,6 +43,53 @@ def until_told(folder: Path, control: int, row: Row) -> None:
     while not select.select([control], [], [], 0.01)[0]:
         if (folder / f"{row.number}.sleep").exists():
             row.fall_asleep()
+
+
+def moves_on(folder: Path, control: int, row: Row) -> None:
+    """Have a first job in hand until the file ``next`` is there, and then a second; heed no signal."""
+    row.say_ready()
+    place = row.place(0)
+    place.begin(b"first", b"f", monotonic(), 0.0, math.inf)
+    (folder / "running").touch()
+    while not (folder / "next").exists():
+        time.sleep(0.005)
+    place.end()
+    place.begin(b"second", b"f", monotonic(), 0.0, math.inf)
+    busy(folder, control, row)
+    place.end()
+
+
+class Canceller:
+    """Says that the first job was cancelled, once the file ``cancel`` is there; writes what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._has_said = False
+
+    def descriptors(self) -> list[int]:
+        return []
+
+    def next_moment(self) -> float:
+        return monotonic() + 0.02
+
+    def turn(self) -> list[bytes]:
+        if self._has_said or not (self._folder / "cancel").exists():
+            return []
+        self._has_said = True
+        print("first was cancelled", flush=True)
+        return [b"first"]
+
+    def lost(self, handle: bytes, reason: str) -> None:
+        print(f"lost {handle.decode()}: {reason}", flush=True)
+
+    def give_back(self, handle: bytes) -> None:
+        print(f"gave back {handle.decode()}", flush=True)
+
+    def leave(self) -> None:
+        print("leaving", flush=True)
+
+    def close(self) -> None:
+        pass
 
 
 def compute(folder: Path, control: int, row: Row) -> None:
@@ -87,7 +136,9 @@ def main() -> None:
     supervisor.SHRINK_AFTER = 0.5
     low, _, high = processes.partition("..")
     group = supervisor.Group(partial(work, name, Path(folder)), int(low), int(high or low))
-    end = supervisor.Supervisor([group], grace=float(grace)).run()
+    supervisor.CANCEL_GRACE = 0.3
+    spokesman = Canceller(Path(folder))
+    end = supervisor.Supervisor([group], grace=float(grace), spokesman=spokesman).run()
     print(f"killed {end.killed}", flush=True)
 
 

@@ -249,6 +249,44 @@ class TestRange:
         wait_until(lambda: len(program.begun()) == 3 and len(program.children()) == 2)
 
 
+class TestCancel:
+    def test_job_that_goes_on(self, start: Start, tmp_path: Path) -> None:
+        program = start("moves_on", processes=1)
+        (first,) = program.wait_for_children(1)
+        wait_until((tmp_path / "0" / "running").exists)
+        (tmp_path / "0" / "cancel").touch()
+        wait_until(lambda: len(program.begun()) == 2)
+        assert first not in program.children()
+        assert f"Process {first} is killed: its job was cancelled and went on" in program.log
+        # The server knows: it has ended the job itself.
+        assert "lost" not in program.log
+        assert "gave back" not in program.log
+
+    def test_job_that_came_after(self, start: Start, tmp_path: Path) -> None:
+        program = start("moves_on", processes=1)
+        children = program.wait_for_children(1)
+        wait_until((tmp_path / "0" / "running").exists)
+        (tmp_path / "0" / "cancel").touch()
+        wait_until(lambda: "first was cancelled" in program.log)
+        (tmp_path / "0" / "next").touch()
+        # Well after the grace time: nothing must happen, so there is nothing to wait for.
+        time.sleep(1)
+        assert program.children() == children
+        program.go_on()
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "leaving" in program.log
+        assert "killed 0" in program.log
+
+    def test_process_that_is_killed_by_somebody_else(self, start: Start, tmp_path: Path) -> None:
+        program = start("moves_on", processes=1)
+        (first,) = program.wait_for_children(1)
+        wait_until((tmp_path / "0" / "running").exists)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(program.begun()) == 2)
+        assert "lost first: The worker was lost: killed by SIGKILL" in program.log
+
+
 class TestOrphans:
     @pytest.mark.parametrize("work", ["idle", "busy", "compute"])
     def test_none_outlives_a_parent_that_was_killed(self, start: Start, work: str) -> None:

@@ -65,6 +65,14 @@ def leak(mib: int) -> int:
 
 
 @job
+def leave_trace_late(path: str, name: str) -> None:
+    """Work for a while, and add a line to a file."""
+    time.sleep(0.3)
+    with open(path, "a") as file:
+        file.write(f"{name} {os.getpid()}\n")
+
+
+@job
 def hold(folder: str, name: str) -> list[int]:
     """Leave ``NAME.begun`` with who runs it, and wait for ``NAME.go`` or ``go``."""
     with open(Path(folder) / f"{name}.begun", "a") as file:
