@@ -590,6 +590,8 @@ class Server:
             self.peers.append(peer)
             # Whose workers tell them apart: a record names the worker.
             self.say(peer, P.SET_CLIENT_ID, b"w%d" % peer.number)
+            if self.shape.give_back:
+                self.tell_attempts(peer)
 
     def leave(self, peer: ModelPeer) -> None:
         self.peers.remove(peer)
@@ -963,9 +965,7 @@ class Server:
             self.expect(peer, encode_response(P.ECHO_RES, data))
             self.say(peer, P.ECHO_REQ, data)
         elif luck < 0.5:
-            peer.tells_attempts = True
-            self.expect(peer, encode_response(P.OPTION_RES, ATTEMPTS))
-            self.say(peer, P.OPTION_REQ, ATTEMPTS)
+            self.tell_attempts(peer)
         elif luck < 0.55:
             peer.exceptions = True
             self.expect(peer, encode_response(P.OPTION_RES, b"exceptions"))
@@ -990,6 +990,12 @@ class Server:
                     numbers = (b"1", b"1" if job.worker else b"0", *job.numbers)
                 self.expect(peer, encode_response(P.STATUS_RES, handle, *numbers))
             self.say(peer, P.GET_STATUS, handle)
+
+    def tell_attempts(self, peer: ModelPeer) -> None:
+        """Be one of our own workers, who speak of attempts."""
+        peer.tells_attempts = True
+        self.expect(peer, encode_response(P.OPTION_RES, ATTEMPTS))
+        self.say(peer, P.OPTION_REQ, ATTEMPTS)
 
     def ask_by_unique(self, peer: ModelPeer) -> None:
         unique = self.choose(self.shape.uniques)
