@@ -10,6 +10,7 @@ from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server.core import PATIENCE
 from django_gearman.server.entries import Claimed, JobFinished, JobQueued, Outcome, StoredJob
+from django_gearman.server.journal import CLAIM_PAUSE
 
 from .harness import Caller, handle
 from .test_journal import Office
@@ -53,6 +54,8 @@ def drain(office: Office, worker: Caller) -> list[int]:
             done.append(int(heard[-1]))
             worker(P.WORK_COMPLETE, heard[1], b"")
         settle(office)
+        # While jobs wait here there is a moment between two claims.
+        office.pass_time(CLAIM_PAUSE)
     raise AssertionError("there is no end of it")
 
 
