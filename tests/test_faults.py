@@ -269,6 +269,7 @@ class World:
         self.store = store
         self.wire = Wire(JobServer(ServerOptions(name="one", epoch=epoch, durable=True)))
         self.core.now = self.start_time + self.clock
+        self.core.clock = self.clock
         self.journal = Journal(self.core)
         self.core.adopt(interrupted)
         self.waiting.clear()
