@@ -81,6 +81,13 @@ OPTION_REQ ``lead TOKEN``, answered with OPTION_RES ``lead``: the peer speaks fo
 When one of the crew's connections is lost, its jobs wait a moment for the lead's word.
 """
 
+HOLD = b"hold "
+"""
+OPTION_REQ ``hold HANDLE``, from a lead that has come back: one of its crew is at the job still.
+
+Nobody else is handed it while the lead is there, until it says something else of it.
+"""
+
 LOST = b"lost "
 """OPTION_REQ ``lost HANDLE REASON``, from a lead: the process that ran the job is gone, and why."""
 

@@ -88,6 +88,9 @@ MAX_QUESTIONS: Final = 10_000
 STORE_AWAY: Final = 3.0
 """Seconds without a claim after which the store must be out of reach; there is one each second."""
 
+WORKERS_RETURN: Final = 5.0
+"""Seconds after the start in which workers may come back with jobs that they had when the server ended."""
+
 PENDING, DELAYED, READY, RUNNING, GONE = JobState
 SUCCESSFUL: Final = Outcome.SUCCESSFUL
 
@@ -343,6 +346,11 @@ class JobServer:
         """How an operator said that the server is to end; None while it goes on."""
         self._delayed: list[tuple[float, int, Job]] = []
         """Heap of jobs by the time that they are due; some may have ended."""
+        self._returning: dict[Job, float | None] = {}
+        """{job that ran when the server ended: the clock's time until which its worker may come back}.
+
+        None before the first tick. They count as delayed.
+        """
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
         self._logs: dict[Job, Log] = {}
@@ -608,6 +616,63 @@ class JobServer:
             self._hold(job)
             self._admit(job)
 
+    def adopt_interrupted(self, jobs: Iterable[StoredJob]) -> None:
+        """
+        The store handed over what ran when an earlier run of the server ended.
+
+        The workers may be at it still, and come back: nobody else gets the
+        jobs for a moment.
+        """
+        interrupted = list(jobs)
+        self.adopt(interrupted)
+        for stored in interrupted:
+            job = self.jobs[stored.handle]
+            if job.state is READY:
+                self._set_aside(job)
+
+    def _set_aside(self, job: Job) -> None:
+        """Let one that waits wait for its worker to come back."""
+        self._take_out(job)
+        job.state = DELAYED
+        job.function.delayed += 1
+        self._returning[job] = None
+
+    def hold(self, job: Job, *, for_ever: bool) -> bool:
+        """
+        Who speaks for its worker says that it is at the job still, or is gone himself.
+
+        Returns:
+            Whether the job waits for its worker to come back.
+        """
+        if for_ever and job.state is READY and job.background:
+            # The hand-out was not written down before the server ended.
+            self._set_aside(job)
+        if job not in self._returning:
+            return False
+        self._returning[job] = math.inf if for_ever else self.clock + WORKERS_RETURN
+        return True
+
+    def expect_no_more(self, job: Job) -> None:
+        """The worker will not come back with the job: it is the next."""
+        if self._returning.pop(job, 0.0) != 0.0:
+            job.function.delayed -= 1
+            self._put_first(job)
+
+    def _take_out(self, job: Job) -> None:
+        """Take one out that waits."""
+        function = job.function
+        function.withdraw(job)
+        if not function.waiting:
+            del self.ready[function]
+
+    def _expect_no_more(self) -> None:
+        """Who has not come back by now has lost the job: it is the next."""
+        for job, until in reversed(list(self._returning.items())):
+            if until is None:
+                self._returning[job] = self.clock + WORKERS_RETURN
+            elif until <= self.clock:
+                self.expect_no_more(job)
+
     def _take_back(self, job: Job, stored: StoredJob) -> None:
         """
         A job that was laid at the door is this server's again, and is held here for those who wait for it.
@@ -645,6 +710,8 @@ class JobServer:
                 self._make_ready(job)
         for job in list(self._unsaved):
             self._save_if_due(job)
+        if self._returning:
+            self._expect_no_more()
         self.crews.tick()
         for job in [job for job, up in self._limited.items() if up <= self.clock]:
             self.lose_worker(job, "The job's time was up")
@@ -1440,10 +1507,12 @@ class JobServer:
         if function.name not in peer.abilities or self.clock >= self.hand_out_until:
             return
         if job.state is READY:
-            function.withdraw(job)
+            self._take_out(job)
             self._unload(job)
-            if not function.waiting:
-                del self.ready[function]
+        elif job in self._returning:
+            del self._returning[job]
+            function.delayed -= 1
+            self._unload(job)
         elif job.state is RUNNING:
             self._release(job)
         else:
@@ -1513,6 +1582,10 @@ class JobServer:
             job.due = due
             self._admit(job)
             return
+        self._put_first(job)
+
+    def _put_first(self, job: Job) -> None:
+        """Let a job wait that was handed out in vain: before all others, or in gearmand's order behind."""
         job.state = READY
         job.ready_at = self.now
         function = job.function
@@ -1572,6 +1645,7 @@ class JobServer:
             self._arrive(job)
         elif job.state is DELAYED:
             function.delayed -= 1
+            self._returning.pop(job, None)
         elif job.state is READY:
             function.waiting -= 1
             function.counts[job.priority] -= 1

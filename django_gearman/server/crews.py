@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from ..protocol.packets import (
     CANCEL,
     CREW,
+    HOLD,
     LEAD,
     LEAVING,
     LOST,
@@ -45,11 +46,14 @@ class Crews:
         self._leads: dict[bytes, Peer] = {}
         self._lost: dict[Peer, float] = {}
         """{worker that is gone: the clock's time until which its jobs wait}; they count as running."""
+        self._held: dict[Job, Peer] = {}
+        """{job that ran when the server ended: the lead of whom has it in hand still}"""
         self._leaving: set[bytes] = set()
         """Tokens of crews that finish what they have."""
         self._words: tuple[tuple[bytes, Callable[[Peer, bytes], None]], ...] = (
             (CREW, self._join),
             (LEAD, self._lead),
+            (HOLD, self._hold),
             (LOST, self._worker_was_lost),
             (LEAVING, self._leave),
             (RETURN, self._give_back),
@@ -77,6 +81,9 @@ class Crews:
             del self._leads[peer.crew]
             self._leaving.discard(peer.crew)
             self._give_up([worker for worker in self._lost if worker.crew == peer.crew])
+            for job in [job for job, lead in self._held.items() if lead is peer]:
+                del self._held[job]
+                self._server.hold(job, for_ever=False)
 
     def are_finishing(self) -> bool:
         """Whether workers that are about to leave have jobs in hand."""
@@ -109,8 +116,21 @@ class Crews:
         if self._leads.get(peer.crew) is peer:
             self._leaving.add(peer.crew)
 
+    def _hold(self, peer: Peer, handle: bytes) -> None:
+        job = self._server.jobs.get(handle)
+        if job is not None and self._leads.get(peer.crew) is peer and self._server.hold(job, for_ever=True):
+            self._held[job] = peer
+
+    def _hold_no_more(self, peer: Peer, handle: bytes) -> None:
+        """The process that had it is gone, before it could come back: another gets the job."""
+        job = self._server.jobs.get(handle)
+        if job is not None and self._held.get(job) is peer:
+            del self._held[job]
+            self._server.expect_no_more(job)
+
     def _worker_was_lost(self, peer: Peer, text: bytes) -> None:
         handle, _, reason = text.partition(b" ")
+        self._hold_no_more(peer, handle)
         job = self._job_of_crew(peer, handle)
         if job is not None:
             told = reason[:MAX_REASON].decode(errors="replace").replace("\0", "")
@@ -120,6 +140,7 @@ class Crews:
     def _give_back(self, peer: Peer, handle: bytes) -> None:
         """A job is put back on purpose: no attempt was lost. Without a handle, all that the peer has."""
         if handle:
+            self._hold_no_more(peer, handle)
             job = self._job_of_crew(peer, handle)
             jobs = [] if job is None else [job]
         else:
@@ -136,12 +157,17 @@ class Crews:
         """
         number, _, handle = text.partition(b" ")
         job = self._server.jobs.get(handle)
-        # After a crash the store may not know of the last hand-out.
-        if job is None or not number.isdigit() or int(number[:6]) - job.attempts not in (0, 1):
+        if job is None:
             return
-        if job.worker is None or job.worker in self._lost:
+        was_held = self._held.pop(job, None) is not None
+        # After a crash the store may not know of the last hand-out.
+        same = number.isdigit() and int(number[:6]) - job.attempts in (0, 1)
+        if same and (job.worker is None or job.worker in self._lost):
             self._server.resume(job, peer, int(number[:6]))
             self._forget_idle()
+        if was_held:
+            # If it may not have it after all.
+            self._server.expect_no_more(job)
 
     def _job_of_crew(self, peer: Peer, handle: bytes) -> Job | None:
         """The job, if a worker of the peer's crew has it, or the peer itself."""

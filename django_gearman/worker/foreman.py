@@ -13,13 +13,23 @@ import logging
 import math
 import random
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Final
 
 from ..client.connection import Connection
 from ..exceptions import ConnectionFailed, ConnectionLost
-from ..protocol.packets import ATTEMPTS, CANCEL, LEAD, LEAVING, LOST, RETURN, PacketType, encode_request
+from ..protocol.packets import (
+    ATTEMPTS,
+    CANCEL,
+    HOLD,
+    LEAD,
+    LEAVING,
+    LOST,
+    RETURN,
+    PacketType,
+    encode_request,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +90,8 @@ class Foreman:
         self._client_id = client_id.encode()
         self._connect_timeout = connect_timeout
         self._tls = tls
+        self.in_hand: Callable[[], list[bytes]] = list
+        """Handles of the jobs that the workers are at; for servers that come back, and wait for them."""
 
     def descriptors(self) -> list[int]:
         """What to wait for before ``turn`` is called."""
@@ -126,7 +138,8 @@ class Foreman:
             line.connection.send(
                 encode_request(PacketType.SET_CLIENT_ID, self._client_id)
                 + encode_request(PacketType.OPTION_REQ, ATTEMPTS)
-                + encode_request(PacketType.OPTION_REQ, LEAD + self._token),
+                + encode_request(PacketType.OPTION_REQ, LEAD + self._token)
+                + b"".join(encode_request(PacketType.OPTION_REQ, HOLD + handle) for handle in self.in_hand()),
                 SEND_LIMIT,
             )
         except (ConnectionFailed, ConnectionLost) as error:

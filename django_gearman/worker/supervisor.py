@@ -68,6 +68,9 @@ _SIGNALS: Final = (*_STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD)
 class Spokesman(Protocol):
     """Who tells others what became of the jobs in hand; see ``foreman``."""
 
+    in_hand: Callable[[], list[bytes]]
+    """Told by the supervisor: handles of the jobs that are in hand."""
+
     def descriptors(self) -> list[int]: ...
     def next_moment(self) -> float: ...
     def turn(self) -> list[bytes]: ...
@@ -170,6 +173,8 @@ class Supervisor:
         """By slot: whose it is."""
         self._grace = grace
         self._spokesman = spokesman
+        if spokesman is not None:
+            spokesman.in_hand = self._handles
         self._notifier = notifier or Notifier({})
         self._trial = None if trial is None else list(trial)
         self._trial_environment = trial_environment or {}
@@ -416,6 +421,10 @@ class Supervisor:
         else:
             # Another one's fault.
             self._spokesman.give_back(job.handle)
+
+    def _handles(self) -> list[bytes]:
+        jobs = [job for child in self._children.values() for job in child.row.running()]
+        return [job.handle for job in jobs if job.handle]
 
     def _kill_children(self) -> int:
         """Kill and reap what is left, and put its jobs back; how many."""

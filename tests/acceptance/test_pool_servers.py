@@ -44,6 +44,23 @@ def test_result_of_a_job_that_ended_while_its_server_was_away(site_server: Serve
     assert result.attempts == 1
 
 
+def test_job_that_runs_on_while_its_server_is_restarted(site_server: Server, tmp_path: Path):
+    """Another worker is there, and has nothing to do; the job is not given to it."""
+    with harness.worker(site_server, processes=2, env=SITE) as worker:
+        worker.wait_connected()
+        result = pools.hold.enqueue(str(tmp_path), "held")
+        harness.wait_until((tmp_path / "held.begun").exists)
+        site_server.stop()
+        site_server.start()
+        # The one that runs it comes back when it is done; the parent speaks for it meanwhile.
+        harness.wait_until(lambda: site_server.status()[pools.hold.name][2] == 1, 20.0, "the other worker")
+        assert jobs.add.enqueue(1).get(timeout=20) == 2
+        (tmp_path / "go").touch()
+        assert result.get(timeout=30)[0] in worker.children()
+    assert len((tmp_path / "held.begun").read_text().splitlines()) == 1
+    assert result.attempts == 1
+
+
 def test_workers_survive_every_bounce_of_their_server(site_server: Server, trace: Trace):
     with harness.worker(site_server, processes=3, env=SITE) as worker:
         worker.wait_connected()

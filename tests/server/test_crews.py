@@ -138,6 +138,12 @@ class TestReturn:
         assert wire.core.jobs[HANDLE].attempts == 0
 
 
+def taken(worker: Caller) -> bytes | None:
+    """Grab a job, whatever is said of its attempt before; its handle."""
+    heard = worker(P.GRAB_JOB)[-1]
+    return heard[1] if heard[0] == P.JOB_ASSIGN else None
+
+
 class TestResume:
     def test_job_that_waits_again(self, wire: Wire) -> None:
         worker = member(wire)
@@ -169,6 +175,97 @@ class TestResume:
         worker(P.OPTION_REQ, b"resume 2 " + HANDLE)
         assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
         assert wire.core.jobs == {}
+
+    def test_nobody_else_gets_it_for_a_moment_after_a_restart(self) -> None:
+        wire = Wire(durable=True)
+        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        wire.core.adopt([StoredJob(b"H:other", b"f", b"", b"", 0, 0, None)])
+        worker, other = member(wire), member(wire)
+        assert taken(other) == b"H:other"
+        assert taken(other) is None
+        assert wire.connect().line(b"status") == b"f\t2\t1\t2\n.\n"
+        passes(wire, 1)
+        worker(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert wire.connect().line(b"status") == b"f\t2\t2\t2\n.\n"
+        passes(wire, 10)
+        assert taken(other) is None
+        worker(P.WORK_COMPLETE, HANDLE, b"")
+        assert not wire.core._returning
+
+    def test_then_it_is_the_next(self) -> None:
+        wire = Wire(durable=True)
+        handles = [b"H:%d" % number for number in range(3)]
+        wire.core.adopt_interrupted([StoredJob(each, b"f", b"", b"", 0, 1, None) for each in handles[:2]])
+        wire.core.adopt([StoredJob(handles[2], b"f", b"", b"", 0, 0, None)])
+        worker = member(wire)
+        passes(wire, 1)
+        passes(wire, 4)
+        assert set(wire.core._returning)
+        passes(wire, 2)
+        assert [taken(worker) for _ in range(4)] == [*handles, None]
+
+    def interrupted(self) -> Wire:
+        wire = Wire(durable=True)
+        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        passes(wire, 1)
+        return wire
+
+    def test_lead_says_that_its_worker_is_at_it_still(self) -> None:
+        wire = self.interrupted()
+        foreman, worker = lead(wire), member(wire)
+        assert foreman(P.OPTION_REQ, b"hold " + HANDLE) == []
+        passes(wire, 100)
+        assert taken(worker) is None
+        worker(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        assert worker(P.WORK_COMPLETE, HANDLE, b"late") == []
+        assert not wire.core.jobs
+
+    @pytest.mark.parametrize("word", [b"lost " + HANDLE + b" killed", b"return " + HANDLE])
+    def test_lead_says_that_it_will_not_come_back(self, word: bytes) -> None:
+        wire = self.interrupted()
+        foreman, worker = lead(wire), member(wire)
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        foreman(P.OPTION_REQ, word)
+        assert taken(worker) == HANDLE
+
+    def test_lead_that_leaves_holds_nothing(self) -> None:
+        wire = self.interrupted()
+        foreman, worker = lead(wire), member(wire)
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        foreman.leaves()
+        assert taken(worker) is None
+        passes(wire, 5)
+        assert taken(worker) == HANDLE
+
+    def test_worker_that_may_not_have_it_after_all(self) -> None:
+        wire = self.interrupted()
+        foreman, worker, other = lead(wire), member(wire), member(wire)
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        worker(P.OPTION_REQ, b"resume 7 " + HANDLE)
+        assert taken(other) == HANDLE
+
+    def test_nobody_else_can_hold_it(self) -> None:
+        wire = self.interrupted()
+        stranger, worker = member(wire), member(wire)
+        stranger(P.OPTION_REQ, b"hold " + HANDLE)
+        passes(wire, 5)
+        assert taken(worker) == HANDLE
+
+    def test_hand_out_that_the_crash_has_forgotten_is_held_too(self) -> None:
+        wire = Wire(durable=True)
+        wire.core.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 0, None)])
+        foreman, worker = lead(wire), member(wire)
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        assert taken(worker) is None
+
+    def test_cancelled_before_its_worker_came_back(self) -> None:
+        wire = Wire(durable=True)
+        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        assert wire.core.cancel(HANDLE)
+        passes(wire, 1)
+        passes(wire, 10)
+        assert taken(member(wire)) is None
+        assert not wire.core._returning
 
     def test_attempt_that_a_crash_has_forgotten(self, wire: Wire) -> None:
         worker = member(wire)
