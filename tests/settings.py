@@ -1,5 +1,6 @@
 """Settings of the test suite; ``DATABASE_URL`` chooses another database than SQLite."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -77,6 +78,11 @@ PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 GEARMAN: dict[str, dict[str, Any]] = {
     "default": {"SERVERS": os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9").split(",")}
 }
+
+# Nothing of it matters to Django 5.2 without the backport.
+TASKS = {"default": {"BACKEND": "django_gearman.backends.GearmanBackend", "QUEUES": ["default", "slow"]}}
+if importlib.util.find_spec("django.tasks") is None and importlib.util.find_spec("django_tasks") is not None:
+    INSTALLED_APPS.append("django_tasks")
 
 if "GEARMAN_TEST_LEASE" in os.environ:
     GEARMAN["default"]["LEASE"] = float(os.environ["GEARMAN_TEST_LEASE"])
