@@ -41,6 +41,7 @@ FLOORS: dict[str, int] = {
     "checks": 5,
     "management": 5,
     "apps": 6,
+    "testing_process": 5,
     "testing": 6,
     "pytest_plugin": 7,
 }
