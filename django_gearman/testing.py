@@ -487,11 +487,11 @@ def _kept_transactions() -> Iterator[Callable[[BaseException], None]]:
     database would break all that follows: then what the job wrote is undone. A
     real worker would keep what was written before the error.
     """
-    points = {
-        alias: connections[alias].savepoint()
-        for alias in connections
-        if connections[alias].in_atomic_block and not connections[alias].needs_rollback
-    }
+    points: dict[str, str] = {}
+    for alias in connections:
+        connection = connections[alias]
+        if connection.in_atomic_block and not connection.needs_rollback and (point := connection.savepoint()):
+            points[alias] = point
     failures: list[BaseException] = []
     try:
         yield failures.append

@@ -79,9 +79,10 @@ GEARMAN: dict[str, dict[str, Any]] = {
     "default": {"SERVERS": os.environ.get("GEARMAN_TEST_SERVER", "127.0.0.1:9").split(",")}
 }
 
-# Nothing of it matters to Django 5.2 without the backport.
-TASKS = {"default": {"BACKEND": "django_gearman.backends.GearmanBackend", "QUEUES": ["default", "slow"]}}
-if importlib.util.find_spec("django.tasks") is None and importlib.util.find_spec("django_tasks") is not None:
+has_tasks, has_backport = (importlib.util.find_spec(name) for name in ("django.tasks", "django_tasks"))
+if has_tasks or has_backport:
+    TASKS = {"default": {"BACKEND": "django_gearman.backends.GearmanBackend", "QUEUES": ["default", "slow"]}}
+if not has_tasks and has_backport:
     INSTALLED_APPS.append("django_tasks")
 
 if "GEARMAN_TEST_LEASE" in os.environ:

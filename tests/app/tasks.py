@@ -2,6 +2,8 @@
 
 import datetime
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +105,11 @@ def in_the_slow_queue() -> str:
     return "slow"
 
 
+@task
+def kill_worker() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @task(takes_context=True)
 def report_progress(context: Any, steps: int) -> int:
     for step in range(1, steps + 1):
@@ -132,6 +139,10 @@ if django.VERSION[:2] != (6, 0):
     @task(max_attempts=5)
     def discard() -> None:
         raise Discard("the photo is gone")
+
+    @task(max_attempts=2)
+    def kill_worker_twice() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     @task(timeout=1)
     def sleep_long() -> None:
