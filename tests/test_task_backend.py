@@ -598,6 +598,7 @@ class TestOptions:
             "ValueError: attempt 1",
             "ValueError: attempt 2",
         ]
+        assert tasks.fail_first.get_result(result.id) == result
         # Once for each attempt that failed, with what Django's proposal says.
         path = "tests.app.tasks.fail_first"
         assert tasks.noted == [("attempt 1", 1, result.id, path), ("attempt 2", 2, result.id, path)]

@@ -299,7 +299,7 @@ def result_of(
         id: The result's id, where it is not the record's.
     """
     past = {}
-    if not record._state.adding and (record.attempts > 1 or record.status == JobRecord.Status.RETRYING):
+    if not record._state.adding and _is_retried(record):
         past = {attempt.number: attempt for attempt in record.past_attempts.order_by("number")}
     errors = [_error(attempt.exception, attempt.message, attempt.traceback) for attempt in past.values()]
     if record.status in JobRecord.FAILURES:
@@ -335,7 +335,8 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
         "backend": backend.alias,
         "priority": record.priority,
         "queue_name": record.queue_name,
-        "run_after": record.run_after,
+        # From the second attempt on, the record has the moment of that one.
+        "run_after": None if _is_retried(record) else record.run_after,
     }
     if all(getattr(task, name) == value for name, value in given.items()):
         return task
@@ -343,6 +344,11 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
         return replace(task, **given)
     except InvalidTask:
         return task
+
+
+def _is_retried(record: JobRecord) -> bool:
+    """Whether an attempt came to nothing, and another was or is to be made."""
+    return record.attempts > 1 or record.status == JobRecord.Status.RETRYING
 
 
 def _error(exception: str, message: str, traceback: str) -> TaskError:
