@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,7 +17,7 @@ from django.conf import settings as django_settings
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.db import IntegrityError, connection, transaction
-from django.test import SimpleTestCase, TestCase, TransactionTestCase
+from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
 from django_gearman import JobContext, Retry, conf, job
@@ -26,13 +26,13 @@ from django_gearman.jobs import registry
 from django_gearman.models import JobRecord, ServerLease
 from django_gearman.testing import (
     GearmanCluster,
-    GearmanClusterMixin,
     GearmanJobs,
     GearmanJobsMixin,
     override_gearman,
 )
 
 from .app import jobs
+from .harness import is_running
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -363,39 +363,35 @@ class MixinTests(GearmanJobsMixin, TestCase):
         self.assertFalse(ServerLease.objects.exists())
 
 
-class ClusterMixinTests(GearmanClusterMixin, TransactionTestCase):
-    gearman_processes = 1
-    environment: ClassVar[Any]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        cls.enterClassContext(
-            mock.patch.dict("os.environ", GEARMAN_TEST_SCRATCH=str(django_settings.SCRATCH))
-        )
-
-    def test_real_processes(self) -> None:
-        self.assertEqual(jobs.add.enqueue(1).get(timeout=20), 2)
-        self.assertEqual(jobs.add.run(2), 3)
-
-
 class TestCluster:
     @pytest.fixture(autouse=True)
     def scratch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The settings of the suite would make a folder for each process.
         monkeypatch.setenv("GEARMAN_TEST_SCRATCH", str(django_settings.SCRATCH))
 
-    def test_fixture(self, gearman_cluster: GearmanCluster) -> None:
-        assert conf.settings_for().servers == (gearman_cluster.address,)
-        result = jobs.add.enqueue(1, 2)
-        assert result.get(timeout=20) == 3
-        assert jobs.shout.run(b"hey") == b"HEY"
-        with pytest.raises(JobFailed, match="the reason"):
-            jobs.fail.enqueue("the reason").get(timeout=20)
-        assert "gearman_server" in gearman_cluster.log()
-        assert "the reason" in gearman_cluster.log()
-        lease = ServerLease.objects.get()
-        assert lease.renewed_at is not None
+    @pytest.mark.django_db(transaction=True)
+    def test_real_processes(self) -> None:
+        """docs/testing.md has the fixture and the mixin."""
+        failure = AssertionError("of the test")
+        try:
+            with GearmanCluster(processes=1) as cluster:
+                assert conf.settings_for().servers == (cluster.address,)
+                assert jobs.add.enqueue(1, 2).get(timeout=20) == 3
+                assert jobs.shout.run(b"hey") == b"HEY"
+                with pytest.raises(JobFailed, match="the reason"):
+                    jobs.fail.enqueue("the reason").get(timeout=20)
+                assert ServerLease.objects.get().renewed_at is not None
+                pids = [process._process.pid for process in cluster._running]
+                assert all(is_running(pid) for pid in pids)
+                raise failure
+        except AssertionError as error:
+            if error is not failure:
+                raise
+        # What they said is told with a failure.
+        (told,) = failure.__notes__
+        assert "$ manage.py gearman_server" in told
+        assert "the reason" in told
+        assert not any(is_running(pid) for pid in pids)
 
     @pytest.mark.django_db(transaction=True)
     def test_a_process_that_cannot_start(self) -> None:
@@ -405,12 +401,6 @@ class TestCluster:
         ):
             pass
         assert conf.settings_for().servers == ("127.0.0.1:9",)
-
-    @pytest.mark.django_db(transaction=True)
-    def test_what_it_said_is_told_with_a_failure(self) -> None:
-        with pytest.raises(AssertionError) as raised, GearmanCluster(processes=1):
-            raise AssertionError("of the test")
-        assert "$ manage.py gearman_server" in raised.value.__notes__[0]
 
     def test_a_database_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if connection.vendor != "sqlite":
