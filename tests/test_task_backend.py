@@ -22,7 +22,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
-from django.db import transaction
+from django.db import connection, transaction
 from django.test import override_settings
 from django.utils import timezone
 from django.utils.module_loading import import_string
@@ -542,16 +542,38 @@ class TestSignals:
         with pytest.raises(TypeError, match="must be JSON"):
             asyncio.run(found.aperform(b"", context))
 
+    @pytest.mark.django_db(transaction=True)
     def test_a_foreground_job(self, told: list[Any]) -> None:
         """Its record, if there is one, is written when it has ended."""
-
-        class Assigned:
-            handle, unique, workload = b"H:x:1.1", b"", b'{"args": [], "kwargs": {}}'
-            attempt, max_attempts = 1, None
-
         assigned: Any = Assigned()
         assert perform_assigned(registry["tests.app.tasks.get_task_id"], assigned) == b'"H:x:1.1"'
-        assert len(told) == 2
+        assert [name for name, *_ in told] == ["started", "finished"]
+
+    @pytest.mark.django_db(transaction=True)
+    def test_a_connection_to_the_database_that_is_lost(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The worker's; the function gets another."""
+        if connection.vendor == "mysql":
+            pytest.skip("its driver does not close what is closed")
+        made: Any = task(count_records)
+        try:
+            connection.ensure_connection()
+            connection.connection.close()
+            found = registry[made.module_path]
+            assert found.perform(b'{"args": [], "kwargs": {}}', JobContext("H:x:1.1")) == b"0"
+        finally:
+            del registry[made.module_path], registry[f"{made.module_path}@slow"]
+        assert "The record of job H:x:1.1" in caplog.text
+
+
+class Assigned:
+    """A job as a worker has it, of a server that keeps no record here."""
+
+    handle, unique, workload = b"H:x:1.1", b"", b'{"args": [], "kwargs": {}}'
+    attempt, max_attempts = 1, None
+
+
+def count_records() -> int:
+    return JobRecord.objects.count()
 
 
 @with_options

@@ -9,6 +9,7 @@ queues by the functions that they offer.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Final, cast
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError
+from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf, jobs
@@ -41,6 +42,8 @@ from . import (
     task_finished,
     task_started,
 )
+
+logger = logging.getLogger(__name__)
 
 _UNTOLD: Final = "django_gearman.exceptions.JobFailed"
 """The class of an error that no exception was the reason of, such as the loss of a worker."""
@@ -142,12 +145,7 @@ class TaskJob(Job[Any, Any]):
         self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> TaskResult[Any, Any]:
         """The result as it is while the function runs, which its record will say a moment later."""
-        record = None
-        try:
-            records = JobRecord.objects.using(conf.settings_for().database)
-            record = records.filter(handle=context.handle).first() if context.handle else None
-        except (DatabaseError, InterfaceError):
-            pass  # what the function needs is its own affair
+        record = self._find_record(context.handle) if context.handle else None
         now = timezone.now()
         if record is None:
             # A foreground job, or of a server that keeps no records here.
@@ -159,6 +157,19 @@ class TaskJob(Job[Any, Any]):
         record.started_at = record.started_at or now
         record.last_attempted_at = now
         return result_of(self.backend, self.task, record)
+
+    def _find_record(self, handle: str) -> JobRecord | None:
+        connection = connections[conf.settings_for().database]
+        # Django hands on some of the driver's own errors as they are.
+        driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
+        try:
+            return JobRecord.objects.using(connection.alias).filter(handle=handle).first()
+        except (DatabaseError, InterfaceError, driver.Error) as error:
+            # What the function needs is its own affair; it should not get a connection that is broken.
+            logger.warning("The record of job %s (%s) cannot be read: %s", handle, self.name, error)
+            if not connection.in_atomic_block:
+                connection.close_if_unusable_or_obsolete()
+            return None
 
     def _note_failure(self, context: JobContext, result: TaskResult[Any, Any], error: BaseException) -> bool:
         """Write into the result what was raised; whether that is its end."""
