@@ -136,6 +136,10 @@ class TestLoading:
                 @task
                 def two():
                     return 2
+
+                @task(backend="other")
+                def three():
+                    return 3
             """,
         }.items():
             (tmp_path / "early").mkdir(exist_ok=True)
@@ -148,8 +152,11 @@ class TestLoading:
             from django_gearman.jobs import registry
             print(json.dumps(sorted(registry)))
         """
-        options = {"blocked": [], "INSTALLED_APPS": ["early", "django_gearman"], "TASKS": OURS}
-        assert run(code.replace("WHETHER", "True"), **options) == [["early.declared.one", "early.tasks.two"]]
+        tasks = OURS | {"other": {"BACKEND": "django_gearman.testing.DummyBackend", "QUEUES": ["default"]}}
+        options = {"blocked": [], "INSTALLED_APPS": ["early", "django_gearman"], "TASKS": tasks}
+        assert run(code.replace("WHETHER", "True"), **options) == [
+            ["early.declared.one", "early.tasks.three", "early.tasks.two"]
+        ]
         assert run(code.replace("WHETHER", "False"), **options) == [["early.declared.one"]]
 
     def test_the_backend_without_the_app(self) -> None:
