@@ -3,8 +3,9 @@
 
 The decorator registers a function under a name and gives it ``enqueue`` (the
 database door: a row in the caller's transaction), ``run`` (a foreground job:
-wait for the value) and ``call`` (here and now). Arguments and results travel
-as JSON, ``{"args": [...], "kwargs": {...}}``, or as plain bytes for ``raw``
+wait for the value), ``stream`` (the same, with what it tells meanwhile) and
+``call`` (here and now), each with a twin for asyncio. Arguments and results
+travel as JSON, ``{"args": [...], "kwargs": {...}}``, or as plain bytes for ``raw``
 jobs, so that programs in any language can submit and serve them.
 """
 
@@ -35,6 +36,7 @@ from datetime import datetime, timedelta
 from functools import cache, partial, update_wrapper
 from time import monotonic, sleep
 from typing import (
+    TYPE_CHECKING,
     Any,
     Concatenate,
     Final,
@@ -205,11 +207,13 @@ class JobResult(Generic[R]):
         result._made_of = template, id, workload
         return result
 
-    def __getattr__(self, name: str) -> Any:
-        if name != "_record" or "_made_of" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self._record = like(*self._made_of)
-        return self._record
+    if not TYPE_CHECKING:  # for which every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "_record" or "_made_of" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self._record = like(*self._made_of)
+            return self._record
 
     def __repr__(self) -> str:
         return f"<JobResult {self.id} {self._record.function} {self.status}>"

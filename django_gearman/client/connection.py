@@ -192,8 +192,8 @@ class Connection:
         while self.is_readable() and self._fill(0.0):
             pass
 
-    def fill_once(self) -> None:
-        """Receive what one look brings, without waiting; then ``take`` until there is nothing."""
+    def fill_ready(self) -> None:
+        """Receive once what ``select`` said is there; then ``take``."""
         self._fill(0.0)
 
     def is_readable(self) -> bool:

@@ -123,14 +123,17 @@ class Servers:
         if circuit is not None and circuit.shut_until <= (now := self._clock()):
             circuit.shut_until = now + circuit.pause
 
-    def failed(self, name: str, *, waited: bool) -> None:
+    def failed(self, name: str, *, waited: bool | None) -> None:
         """
         It did not answer.
 
         Args:
             waited: Whether that took time, as when its machine is away; a refusal takes none.
+                None when nobody had the patience to find out.
         """
         circuit = self._circuits.get(name)
+        if waited is None:
+            waited = circuit is not None and circuit.waits
         pause = self._circuit if circuit is None else min(circuit.pause * 2, LONGEST_CIRCUIT)
         if not waited:
             # Trying it costs nothing.
@@ -162,6 +165,7 @@ class Route:
         self._request = request
         self._resubmit = resubmit
         self._tried: set[str] = set()
+        self._moves = 0
         self._lost: ConnectionLost | None = None
 
     def candidates(self) -> list[str]:
@@ -197,6 +201,10 @@ class Route:
                 raise error
             self._request.start_over()
         self._lost = error
+        self._moves += 1
+        if self._resubmit and self._moves < 2 * len(self._servers.names):
+            # One that broke before may be back by now.
+            self._tried.clear()
         self._tried.add(name)
 
 

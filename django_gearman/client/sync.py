@@ -652,7 +652,7 @@ class Client(Submitter):
                 raise ResponseTimeout("the answer of the job server", self._timeout)
             return
         session.heard_at = now
-        connection.fill_once()
+        connection.fill_ready()
         while (packet := connection.take()) is not None:
             run.told(session.server, session.protocol.receive(packet))
 
@@ -732,7 +732,9 @@ class Client(Submitter):
                 prove=len(self._servers.names) > 1 or self._servers.may_hang(server),
             )
         except ConnectionFailed:
-            self._servers.failed(server, waited=monotonic() - began > QUICK)
+            waited = monotonic() - began > QUICK
+            # A nudge is in a hurry: that it was not answered says nothing to who can wait.
+            self._servers.failed(server, waited=None if nudge and waited else waited)
             raise
         self._servers.answered(server)
         session = _Session(connection, server)

@@ -23,6 +23,14 @@ A function that our job server serves itself: submitted in the background, it
 makes the server look for new rows in its database. No import path has a colon.
 """
 
+LISTEN = b"listen "
+"""
+OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
+
+Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
+not: it ended, or is another server's. No other server knows the option.
+"""
+
 ATTEMPTS = b"attempts"
 """
 An option of our job server: the worker speaks of attempts.
@@ -38,14 +46,6 @@ OPTION_REQ ``retry MILLISECONDS HANDLE``, from a worker that speaks of attempts.
 
 The WORK_EXCEPTION of the job that follows is not its end: a background job with
 attempts left waits so long and is handed out again. Has no answer.
-"""
-
-LISTEN = b"listen "
-"""
-OPTION_REQ ``listen HANDLE``, to our job server: hear of a job as who submitted it in the foreground does.
-
-Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND when it does
-not: it ended, or is another server's. No other server knows the option.
 """
 
 CLAIMED = b"claim"

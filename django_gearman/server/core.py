@@ -887,9 +887,6 @@ class JobServer:
         if option == ATTEMPTS:
             peer.attempts = True
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
-        elif peer.attempts and option.startswith(RETRY):
-            delay, _, handle = option.removeprefix(RETRY).partition(b" ")
-            peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
         elif option.startswith(LISTEN):
             job = self.jobs.get(option.removeprefix(LISTEN))
             if job is None or job.state is PENDING:
@@ -897,6 +894,9 @@ class JobServer:
                 return
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
             self._listen(peer, job)
+        elif peer.attempts and option.startswith(RETRY):
+            delay, _, handle = option.removeprefix(RETRY).partition(b" ")
+            peer.retry = handle, min(max(atoi(delay), 0) / SECOND, LONGEST_RETRY)
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
             peer.exceptions = True
             self._send(peer, encode_response(PacketType.OPTION_RES, arguments[0]))

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 
@@ -87,7 +88,10 @@ def test_views_do_not_notice(servers: Pair, tmp_path: Path) -> None:
         nonlocal longest
         began = time.monotonic()
         if number % 2:
-            answer = gunicorn.get("insist", text=f"text {number} ü")
+            try:
+                answer = gunicorn.get("insist", text=f"text {number} ü")
+            except HTTPError as error:
+                raise AssertionError(error.read().decode()) from error
             assert answer["answer"] == f"TEXT {number} ü"
         else:
             answer = gunicorn.get("enqueue", left=number)

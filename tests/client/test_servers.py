@@ -57,6 +57,15 @@ class TestPreference:
         assert servers.order() == []
         assert "it did not answer a moment ago and is tried again in 5.0 s" in str(servers.unreachable())
 
+    def test_impatience_tells_nothing(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:2], clock=clock)
+        servers.failed("a:1", waited=None)
+        assert servers.order() == ["b:2", "a:1"]
+        servers.failed("b:2", waited=True)
+        servers.failed("b:2", waited=None)
+        assert servers.order() == ["a:1"]
+
     def test_half_open_for_one_caller(self) -> None:
         clock = Clock()
         servers = Servers(NAMES[:2], clock=clock)
@@ -224,6 +233,25 @@ class TestFailOver:
             finally:
                 one.signal(signal.SIGCONT)
 
+    def test_what_was_connected_before_is_not_trusted(self, two: list[harness.GearmanServerProcess]) -> None:
+        """Once somebody has waited in vain, a connection has to prove itself."""
+        one, other = two
+        with Client([one.address, other.address], timeout=2.0, circuit=0.05) as client:
+            client.echo(b"x")
+            if hasattr(client, "_session"):
+                with client._session([one.address]), client._session([one.address]):
+                    pass  # there are two of them now
+            one.signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(ResponseTimeout):
+                    client.echo(b"x")
+                harness.wait_until(lambda: not client._servers.is_shut(one.address))
+                began = time.monotonic()
+                assert client.echo(b"x") == b"x"
+                assert time.monotonic() - began < 0.95
+            finally:
+                one.signal(signal.SIGCONT)
+
     def test_equal_jobs_meet(self, two: list[harness.GearmanServerProcess]) -> None:
         addresses = [each.address for each in two]
         with Client(addresses, spread=True) as one, Client(addresses[::-1], spread=True) as other:
@@ -287,6 +315,17 @@ class TestResubmission:
         ):
             client.do_background("f", b"w")
         assert submitted == [b"w", b"w"]
+
+    def test_foreground_goes_back_to_one_that_broke(self) -> None:
+        """As when servers are restarted one after the other."""
+        lose = play(*self.proof, P.SUBMIT_JOB)
+        answer = play(*self.proof, P.SUBMIT_JOB, self.taken, (P.WORK_COMPLETE, b"H:2", b"r"), None)
+        with (
+            fake_server(lose, answer) as first,
+            fake_server(lose) as second,
+            Client(addresses(first, second), timeout=5) as client,
+        ):
+            assert client.do("f", b"w", timeout=5, resubmit=True) == b"r"
 
     def test_tasks(self) -> None:
         one, other = self.both(

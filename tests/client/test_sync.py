@@ -768,6 +768,22 @@ class TestClaim:
             assert time.monotonic() - started < 2
             assert answers[-1] is False
 
+    def test_a_server_that_is_slow_to_take_connections(self) -> None:
+        """A nudge does not wait for it; that keeps nobody from waiting who has the time."""
+        with socket.socket() as listener, socket.socket() as one, socket.socket() as two:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for sock in (one, two):
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            with Client([address], connect_timeout=0.5) as client:
+                assert client.claim() is False
+                began = time.monotonic()
+                with pytest.raises(ConnectionFailed, match="timed out"):
+                    client.echo(b"x")
+                assert time.monotonic() - began > 0.4
+
     @pytest.mark.parametrize(
         "script", [play(), play(b"HTTP/1.1 400\r\n"), play(None), play((P.NO_JOB,), None)]
     )

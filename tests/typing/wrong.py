@@ -30,6 +30,7 @@ add.using(queue="x")  # error: call-arg
 add_later.enqueue("1")  # error: arg-type
 report.enqueue()  # error: call-arg
 report.enqueue("3")  # error: arg-type
+add.enqueue(1).retyr()  # error: attr-defined
 add.stream("1")  # error: arg-type
 add.astream()  # error: call-arg
 add.enqueue_many([1, 2])  # error: list-item
