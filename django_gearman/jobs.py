@@ -1279,16 +1279,21 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     reset_queries()
     close_old_connections()
     try:
-        context = JobContext(
-            assigned.handle.decode(errors="replace"),
-            assigned.unique.decode(errors="replace"),
-            assigned,
-            assigned.attempt,
-            assigned.max_attempts or job.max_attempts,
-        )
-        return job.perform(assigned.workload, context)
+        return attempt_assigned(job, assigned)
     finally:
         close_old_connections()
+
+
+def attempt_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned job, on the database connections as they are."""
+    context = JobContext(
+        assigned.handle.decode(errors="replace"),
+        assigned.unique.decode(errors="replace"),
+        assigned,
+        assigned.attempt,
+        assigned.max_attempts or job.max_attempts,
+    )
+    return job.perform(assigned.workload, context)
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:

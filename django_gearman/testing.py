@@ -9,6 +9,7 @@ both to ``unittest``, ``pytest_plugin`` gives them to pytest.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from . import conf, jobs
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
 from .exceptions import GearmanError
-from .jobs import Job, JobContext, JobResult, pause_before_retry
+from .jobs import Job, JobResult, attempt_assigned, pause_before_retry
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
 from .protocol.reader import PacketReader
@@ -40,6 +41,7 @@ from .server.core import JobServer, ServerOptions
 from .server.journal import Journal
 from .store import DatabaseStore
 from .testing_process import VARIABLE
+from .worker.loop import AssignedJob
 
 if TYPE_CHECKING:
     from .backends import DummyBackend as DummyBackend
@@ -344,6 +346,7 @@ class _Runner:
         self.say(PacketType.SET_CLIENT_ID, client_id)
         self.say(PacketType.OPTION_REQ, ATTEMPTS)
         self._offered: set[str] = set()
+        self._link: Any = _Link(self)
         self._hear()
 
     def run_next(self) -> str | None:
@@ -402,7 +405,7 @@ class _Runner:
             if batch.error is not None:
                 raise batch.error
 
-    def _grab(self) -> _InHand | None:
+    def _grab(self) -> AssignedJob | None:
         self.say(PacketType.GRAB_JOB_UNIQ)
         attempt, max_attempts = 1, None
         for kind, arguments in self._hear():
@@ -411,26 +414,19 @@ class _Runner:
                 attempt, max_attempts = int(numbers[1]), int(numbers[2]) or None
             elif kind == PacketType.JOB_ASSIGN_UNIQ:
                 handle, function, unique, workload = arguments
-                return _InHand(self, handle, function, unique, workload, attempt, max_attempts)
+                return AssignedJob(self._link, handle, function, unique, workload, attempt, max_attempts)
         return None
 
-    def _perform(self, assigned: _InHand) -> None:
+    def _perform(self, assigned: AssignedJob) -> None:
         """Run the function and report, as a worker does."""
-        job = jobs.registry[assigned.function.decode()]
-        context = JobContext(
-            assigned.handle.decode(),
-            assigned.unique.decode(errors="replace"),
-            assigned,
-            assigned.attempt,
-            assigned.max_attempts or job.max_attempts,
-        )
+        job = offered = jobs.registry[assigned.function.decode()]
+        if job.name in self._raised:
+            job = copy.copy(offered)
+            job.function = _raising(self._raised[job.name])
         error: BaseException | None = None
         with _kept_transactions() as broken:
             try:
-                raised = self._raised.get(job.name)
-                if raised is not None:
-                    raise raised
-                result = job.perform(assigned.workload, context)
+                result = attempt_assigned(job, assigned)
             except KeyboardInterrupt:
                 raise
             except BaseException as caught:  # whatever a job raises ends the job, not the test
@@ -439,43 +435,26 @@ class _Runner:
         if error is None:
             self.say(PacketType.WORK_COMPLETE, assigned.handle, result)
             return
-        pause = pause_before_retry(job, assigned, error)
+        pause = pause_before_retry(offered, assigned, error)
         if pause is not None:
             self.say(PacketType.OPTION_REQ, RETRY + b"%d %s" % (pause * 1000, assigned.handle))
         self.say(PacketType.WORK_EXCEPTION, assigned.handle, describe_exception(error))
 
 
-class _InHand:
-    """The job that the worker has: what ``AssignedJob`` is at a real one."""
+class _Link:
+    """What an ``AssignedJob`` speaks to: the connection of a real worker."""
 
-    may_return = True
+    tells_attempts = True
 
-    def __init__(
-        self,
-        runner: _Runner,
-        handle: bytes,
-        function: bytes,
-        unique: bytes,
-        workload: bytes,
-        attempt: int,
-        max_attempts: int | None,
-    ) -> None:
-        self._runner = runner
-        self.handle = handle
-        self.function = function
-        self.unique = unique
-        self.workload = workload
-        self.attempt = attempt
-        self.max_attempts = max_attempts
+    def __init__(self, runner: _Runner) -> None:
+        self.report = runner.say
 
-    def send_status(self, numerator: int, denominator: int) -> None:
-        self._runner.say(PacketType.WORK_STATUS, self.handle, b"%d" % numerator, b"%d" % denominator)
 
-    def send_data(self, data: bytes) -> None:
-        self._runner.say(PacketType.WORK_DATA, self.handle, data)
+def _raising(error: BaseException) -> Callable[..., None]:
+    def function(*args: object, **kwargs: object) -> None:
+        raise error
 
-    def send_warning(self, data: bytes) -> None:
-        self._runner.say(PacketType.WORK_WARNING, self.handle, data)
+    return function
 
 
 @contextmanager
