@@ -619,7 +619,12 @@ def _environment() -> dict[str, str]:
                 "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}"
             )
         names[alias] = str(name)
-    told = {"databases": names, "gearman": getattr(settings, "GEARMAN", {}), "path": sys.path}
+    told = {
+        "databases": names,
+        "gearman": getattr(settings, "GEARMAN", {}),
+        "path": sys.path,
+        "parent": os.getpid(),
+    }
     module = os.environ.get("DJANGO_SETTINGS_MODULE") or settings.SETTINGS_MODULE
     return os.environ | {VARIABLE: json.dumps(told, default=os.fspath), "DJANGO_SETTINGS_MODULE": module}
 

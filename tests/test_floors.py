@@ -59,7 +59,7 @@ MAY_USE: dict[str, set[str]] = {
         # Where the event loop is chosen and run.
         "management/commands/gearman_server.py",
     },
-    "signal": {"worker/supervisor.py", "management/daemon.py"},
+    "signal": {"worker/supervisor.py", "management/daemon.py", "testing_process.py"},
     "os.fork": {"worker/supervisor.py", "management/daemon.py"},
 }
 """{module or function: files that may use it}; commands may use the last two as well."""

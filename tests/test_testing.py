@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +32,10 @@ from django_gearman.testing import (
     GearmanJobsMixin,
     override_gearman,
 )
+from django_gearman.testing_process import VARIABLE
 
 from .app import jobs
-from .harness import is_running
+from .harness import environment, free_port, is_running, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -401,6 +404,33 @@ class TestCluster:
         ):
             pass
         assert conf.settings_for().servers == ("127.0.0.1:9",)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own")
+    def test_its_processes_end_with_a_test_that_is_killed(self) -> None:
+        port = free_port()
+        server = ["gearman_server", "--store", "memory", "--listen", "127.0.0.1", "--port", str(port)]
+        code = f"""
+            import json, os, signal, subprocess, sys
+            told = dict(databases={{}}, gearman={{}}, path=[], parent=os.getpid())
+            started = subprocess.Popen(
+                [sys.executable, "-m", "django_gearman.testing_process", *{server!r}],
+                env=os.environ | {{{VARIABLE!r}: json.dumps(told)}},
+                stdout=subprocess.PIPE,
+            )
+            assert b"listens" in started.stdout.readline()
+            print(started.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+        killed = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        wait_until(lambda: not is_running(int(killed.stdout)), 10.0, "the end of the server")
 
     def test_a_database_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if connection.vendor != "sqlite":
