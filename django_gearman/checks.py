@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.utils.module_loading import import_string
 
 from . import conf
 from .addresses import split_address
@@ -69,6 +72,85 @@ def check_databases(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
                     id="django_gearman.W001",
                 )
             )
+        if _lacks_log(database):
+            messages.append(
+                Warning(
+                    f"The SQLite database {alias!r} has no write-ahead log: "
+                    "views cannot read while the job server writes.",
+                    hint=(
+                        "Add 'init_command': 'PRAGMA journal_mode=WAL' to its OPTIONS. "
+                        "(A job server turns it on when it starts, for good.)"
+                    ),
+                    id="django_gearman.W007",
+                )
+            )
+    return messages
+
+
+def _lacks_log(database: Mapping[str, Any]) -> bool:
+    """Whether an SQLite file is there that has no write-ahead log, and no setting turns it on."""
+    command = str(database.get("OPTIONS", {}).get("init_command", ""))
+    if re.search(r"journal_mode\s*=\s*['\"]?wal", command, re.IGNORECASE):
+        return False
+    try:
+        # Not by a connection, which a plain check must not open. https://www.sqlite.org/fileformat.html
+        with open(str(database.get("NAME", "")), "rb") as file:
+            header = file.read(20)
+    except (OSError, ValueError):
+        return False  # in memory, or not made yet
+    return len(header) == 20 and header[18:20] != b"\2\2"
+
+
+@register("gearman")
+def check_transactions(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """``enqueue`` and what a view changes beside it are one transaction."""
+    return [
+        Warning(
+            f"GEARMAN[{alias!r}]['DATABASE'] is {options.database!r}, another database than 'default': "
+            "a job may exist though what belongs to it was rolled back, or the other way round.",
+            hint=(
+                "Keep jobs in 'default', or enqueue in transaction.on_commit() and silence this check by "
+                "SILENCED_SYSTEM_CHECKS."
+            ),
+            id="django_gearman.W008",
+        )
+        for alias, options in _readable_aliases()
+        if options.enqueue == "database"
+        and options.database != DEFAULT_DB_ALIAS
+        and options.database in settings.DATABASES
+    ]
+
+
+@register("gearman")
+def check_task_backends(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """The backends of ``TASKS`` can be imported, and Django looks at them."""
+    messages: list[CheckMessage] = []
+    for alias, path in conf.task_backend_paths():
+        try:
+            import_string(path)
+        except ImportError as error:
+            messages.append(
+                Error(
+                    f"TASKS[{alias!r}]['BACKEND'] is {path!r}, which cannot be imported: {error}.",
+                    hint='Ours is "django_gearman.backends.GearmanBackend"; see docs/tasks.md.',
+                    id="django_gearman.E017",
+                )
+            )
+            continue
+        if (
+            path.startswith("django_gearman.")
+            and find_spec("django.tasks") is None
+            and not apps.is_installed("django_tasks")
+        ):
+            messages.append(
+                Warning(
+                    "TASKS is there, but the app of the django-tasks package is not: "
+                    "backends are not checked, and what becomes of tasks is not logged.",
+                    hint='Add "django_tasks" to INSTALLED_APPS.',
+                    id="django_gearman.W009",
+                )
+            )
+            break
     return messages
 
 

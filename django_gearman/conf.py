@@ -290,6 +290,19 @@ def client_tls(options: GearmanSettings) -> ssl.SSLContext | None:
         raise ImproperlyConfigured(f"TLS does not work: {error}") from error
 
 
+def task_backend_paths() -> list[tuple[str, str]]:
+    """Alias and import path of each backend of ``settings.TASKS`` that is not Django's own."""
+    tasks = getattr(settings, "TASKS", None)
+    if not isinstance(tasks, Mapping):
+        return []
+    paths = [(alias, params.get("BACKEND")) for alias, params in tasks.items() if isinstance(params, Mapping)]
+    return [
+        (str(alias), path)
+        for alias, path in paths
+        if isinstance(path, str) and not path.startswith(("django.", "django_tasks."))
+    ]
+
+
 def _days(where: str, value: object) -> float | None:
     if value is None:
         return None

@@ -1427,25 +1427,30 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     """Run an assigned job, with the database connections tended as around a request."""
     reset_queries()
     close_old_connections()
-    attempt = _Attempt(job, assigned)
     try:
-        with attempt.in_hand():
-            attempt.tell_start()
-            try:
-                result = job.perform(assigned.workload, attempt.context, run=_run_on_kept_loop)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                attempt.tell_failure(error)
-                raise
-            attempt.tell_success()
-            return result
+        return attempt_assigned(job, assigned)
     except (JobTimedOut, JobCancelled):
         # It may have been in the middle of a query.
         connections.close_all()
         raise
     finally:
         close_old_connections()
+
+
+def attempt_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned job, on the database connections as they are."""
+    attempt = _Attempt(job, assigned)
+    with attempt.in_hand():
+        attempt.tell_start()
+        try:
+            result = job.perform(assigned.workload, attempt.context, run=_run_on_kept_loop)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            attempt.tell_failure(error)
+            raise
+        attempt.tell_success()
+        return result
 
 
 class _Attempt:

@@ -1,5 +1,6 @@
 """Settings of the test suite; ``DATABASE_URL`` chooses another database than SQLite."""
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -81,6 +82,12 @@ GEARMAN: dict[str, dict[str, Any]] = {
 
 # A test that starts a server or worker has settings of its own for it.
 GEARMAN["default"] |= json.loads(os.environ.get("GEARMAN_TEST_SETTINGS", "{}"))
+has_tasks, has_backport = (importlib.util.find_spec(name) for name in ("django.tasks", "django_tasks"))
+if has_tasks or has_backport:
+    TASKS = {"default": {"BACKEND": "django_gearman.backends.GearmanBackend", "QUEUES": ["default", "slow"]}}
+if not has_tasks and has_backport:
+    INSTALLED_APPS.append("django_tasks")
+
 if "GEARMAN_TEST_LEASE" in os.environ:
     GEARMAN["default"]["LEASE"] = float(os.environ["GEARMAN_TEST_LEASE"])
 if "GEARMAN_TEST_TLS" in os.environ:

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.core.checks import run_checks
 from django.db import connection
 
 from django_gearman import cron, every, job
-from django_gearman.checks import check_databases, check_durability, check_settings
+from django_gearman.checks import (
+    check_databases,
+    check_durability,
+    check_settings,
+    check_task_backends,
+    check_transactions,
+)
 from django_gearman.durability import durability_problems
 from django_gearman.jobs import registry
 from django_gearman.models import JobRecord
@@ -64,6 +73,39 @@ class TestDatabases:
         assert "django_gearman.W001" in [message.id for message in run_checks()]
 
     @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
+    def test_sqlite_wants_a_write_ahead_log(self, database: dict[str, Any], tmp_path: Path) -> None:
+        database["OPTIONS"]["transaction_mode"] = "IMMEDIATE"
+        file = tmp_path / "db.sqlite3"
+        for name in (":memory:", "file:memorydb_default?mode=memory&cache=shared", "a\0b", file):
+            database["NAME"] = name
+            assert check_databases(app_configs=None) == []
+        with closing(sqlite3.connect(file)) as plain:
+            plain.execute("CREATE TABLE some (id INT)")
+        (found,) = check_databases(app_configs=None)
+        assert found.id == "django_gearman.W007"
+        assert found.hint
+        assert "journal_mode=WAL" in found.hint
+        database["OPTIONS"]["init_command"] = "PRAGMA synchronous=FULL; pragma JOURNAL_MODE = 'wal'"
+        assert check_databases(app_configs=None) == []
+        del database["OPTIONS"]["init_command"]
+        with closing(sqlite3.connect(file)) as plain:
+            plain.execute("PRAGMA journal_mode=WAL")
+        assert check_databases(app_configs=None) == []
+
+    @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
+    def test_jobs_in_another_database(self, settings: Any) -> None:
+        settings.DATABASES = {"default": {}, "jobs": {}}
+        settings.GEARMAN = {"default": {}, "other": {"DATABASE": "jobs"}}
+        (found,) = check_transactions(app_configs=None)
+        assert found.id == "django_gearman.W008"
+        assert "GEARMAN['other']['DATABASE'] is 'jobs'" in found.msg
+        assert found.hint
+        settings.GEARMAN = {"default": {}, "other": {"DATABASE": "jobs", "ENQUEUE": "wire"}}
+        assert check_transactions(app_configs=None) == []
+        settings.GEARMAN = {"default": {"DATABASE": "nowhere"}}
+        assert check_transactions(app_configs=None) == []  # E009 tells
+
+    @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
     def test_other_databases_are_left_alone(self, settings: Any) -> None:
         settings.DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql"}}
         assert check_databases(app_configs=None) == []
@@ -115,6 +157,34 @@ class TestSchedules:
         (found,) = run_checks(tags=["gearman"])
         assert found.id == "django_gearman.E011"
         assert "pip install 'django-gearman[schedules]'" in found.msg
+
+
+@pytest.mark.skipif(not hasattr(settings, "TASKS"), reason="needs django.tasks or django-tasks")
+class TestTaskBackends:
+    def test_one_that_is_not_there(self, settings: Any) -> None:
+        settings.TASKS = {
+            "default": {"BACKEND": "django_gearman.backends.GearmanBackend"},
+            "misspelt": {"BACKEND": "django_gearman.backends.GaermanBackend"},
+            "missing": {"BACKEND": "does.not.exist"},
+        }
+        found = check_task_backends(app_configs=None)
+        assert [message.id for message in found] == ["django_gearman.E017"] * 2
+        assert "TASKS['misspelt']['BACKEND'] is 'django_gearman.backends.GaermanBackend'" in found[0].msg
+        assert "No module named 'does'" in found[1].msg
+
+    def test_settings_that_are_not_ours(self, settings: Any) -> None:
+        for tasks in (None, {}, [], {"default": None}, {"default": {}}, {"default": {"BACKEND": 3}}):
+            settings.TASKS = tasks
+            assert check_task_backends(app_configs=None) == []
+
+    def test_the_backport_without_its_app(self, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings.TASKS = {"default": {"BACKEND": "django_gearman.backends.GearmanBackend"}}
+        assert check_task_backends(app_configs=None) == []
+        monkeypatch.setattr("django_gearman.checks.find_spec", lambda name: None)
+        monkeypatch.setattr("django.apps.apps.is_installed", lambda name: name != "django_tasks")
+        (found,) = check_task_backends(app_configs=None)
+        assert found.id == "django_gearman.W009"
+        assert found.hint == 'Add "django_tasks" to INSTALLED_APPS.'
 
 
 class TestTLS:

@@ -41,13 +41,14 @@ FLOORS: dict[str, int] = {
     "jobs": 4,
     "store": 4,
     "admin": 5,
-    "backends": 4,
-    "testing": 5,
-    "pytest_plugin": 5,
+    "backends": 5,
     "checks": 5,
     "management": 5,
     "apps": 6,
     "health": 6,
+    "testing_process": 5,
+    "testing": 7,
+    "pytest_plugin": 8,
 }
 """{first part of a module's name: its floor}; names on one floor do not import each other."""
 
@@ -63,7 +64,12 @@ MAY_USE: dict[str, set[str]] = {
         # Where the event loop is chosen and run.
         "management/commands/gearman_server.py",
     },
-    "signal": {"worker/supervisor.py", "worker/pool.py", "management/daemon.py"},
+    "signal": {
+        "worker/supervisor.py",
+        "worker/pool.py",
+        "management/daemon.py",
+        "testing_process.py",
+    },
     "os.fork": {"worker/supervisor.py", "management/daemon.py"},
 }
 """{module or function: files that may use it}; commands may use the last two as well."""

@@ -692,6 +692,7 @@ class TestPerform:
         ):
             jobs.return_a_set.perform(b'{"args": [], "kwargs": {}}', JobContext())
 
+    @pytest.mark.django_db(transaction=True)
     def test_context(self) -> None:
         reports = Reports(b'{"args": [2], "kwargs": {}}')
         assert json.loads(perform_assigned(jobs.report, reports)) == ["H:one:1.1"]

@@ -1,0 +1,281 @@
+"""
+``django.tasks`` on Gearman: what ``settings.TASKS`` names, and the ``Task`` that ``@task`` makes for it.
+
+Django has ``django.tasks`` from 6.0 on; before, the ``django-tasks`` package is
+the same. Nothing else in the package imports either. A backend may be made
+while the apps are loading, so what needs models is in ``performing``, and is
+imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import ModuleType
+from typing import Any, Final, TypeAlias
+
+from django.apps import apps
+from django.conf import settings
+from django.core.checks import CheckMessage, Error
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import autodiscover_modules
+
+from .. import conf
+
+try:
+    from django.tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
+    from django.tasks.backends.base import BaseTaskBackend
+    from django.tasks.backends.dummy import DummyBackend as _DummyBackend
+    from django.tasks.backends.immediate import ImmediateBackend as _ImmediateBackend
+    from django.tasks.base import Task, TaskError
+    from django.tasks.exceptions import InvalidTask, InvalidTaskBackend, TaskResultDoesNotExist
+    from django.tasks.signals import task_enqueued, task_finished, task_started
+    from django.utils.json import normalize_json
+except ImportError:
+    try:
+        from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends  # type: ignore[no-redef]
+        from django_tasks.backends.base import BaseTaskBackend  # type: ignore[no-redef]
+        from django_tasks.backends.dummy import DummyBackend as _DummyBackend  # type: ignore[no-redef]
+        from django_tasks.backends.immediate import ImmediateBackend as _ImmediateBackend  # type: ignore[no-redef]
+        from django_tasks.base import Task, TaskError  # type: ignore[no-redef]
+        from django_tasks.exceptions import InvalidTaskBackendError as InvalidTaskBackend  # type: ignore[no-redef]
+        from django_tasks.exceptions import InvalidTaskError as InvalidTask  # type: ignore[no-redef]
+        from django_tasks.exceptions import TaskResultDoesNotExist  # type: ignore[no-redef]
+        from django_tasks.signals import task_enqueued, task_finished, task_started  # type: ignore[no-redef]
+        from django_tasks.utils import normalize_json  # type: ignore[no-redef]
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the task backends of django_gearman need Django 6 or the django-tasks package: "
+            "pip install 'django-gearman[tasks]'"
+        ) from error
+
+__all__ = [
+    "DummyBackend",
+    "GearmanBackend",
+    "GearmanTask",
+    "ImmediateBackend",
+    "InvalidTask",
+    "InvalidTaskBackend",
+    "Task",
+    "TaskContext",
+    "TaskError",
+    "TaskResult",
+    "TaskResultDoesNotExist",
+    "TaskResultStatus",
+    "discover",
+    "normalize_json",
+    "task_backends",
+    "task_enqueued",
+    "task_finished",
+    "task_started",
+]
+
+Backoff: TypeAlias = "Callable[[BaseException, TaskResult[Any, Any]], float | timedelta | None]"
+"""Seconds until the next attempt of a task that raised; None when there is to be none."""
+
+MODULES: Final = ("tasks", "jobs")
+"""Modules of each app that are looked through for tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time before it is subscripted
+    """What ``@task`` makes of a function for our backends: a ``Task`` with three options more."""
+
+    max_attempts: int | None = None
+    """How often it is run at the most, when it raises or its worker is lost; None as for ``@job``."""
+
+    backoff: Backoff | None = None
+    """Called with the exception and the ``TaskResult``; None for about 2, 4, 8, ... seconds up to an hour."""
+
+    timeout: int | None = None
+    """Seconds that one attempt may take; None for no limit."""
+
+    def __post_init__(self) -> None:
+        # Of the class by name: dataclasses make another class for the slots, which super() does not know.
+        Task.__post_init__(self)
+        if isinstance(self.get_backend(), GearmanBackend):
+            _declare(self)
+
+
+class _WithOptions(BaseTaskBackend):
+    """A backend whose tasks have our options."""
+
+    task_class = GearmanTask
+
+    def validate_task(self, task: Task[Any, Any]) -> None:
+        """
+        Whether the task can be run by this backend.
+
+        Raises:
+            InvalidTask: It cannot; the sentence says why.
+        """
+        super().validate_task(task)
+        path = task.module_path
+        for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
+            number = getattr(task, option, None)
+            if number is not None and (type(number) is not int or not 1 <= number <= highest):
+                raise InvalidTask(
+                    f"{option} of {path} must be a whole number from 1 to {highest}, not {number!r}"
+                )
+        backoff = getattr(task, "backoff", None)
+        if backoff is not None and not callable(backoff):
+            raise InvalidTask(
+                f"backoff of {path} must be a function of the exception and the TaskResult, not {backoff!r}"
+            )
+
+
+class GearmanBackend(_WithOptions):
+    """
+    Tasks are jobs: rows of the same table, run by the same workers, seen in the same admin.
+
+    ``enqueue`` inserts a row in the caller's transaction, as ``@job`` does: the
+    task is run exactly if that commits. A worker runs only functions that its
+    own code declares; what comes over the wire is looked up, never imported.
+    """
+
+    supports_defer = True
+    supports_async_task = True
+    supports_priority = True
+
+    @property
+    def supports_get_result(self) -> bool:  # type: ignore[override]  # a class attribute there
+        """Whether results are kept; they are, unless jobs go to foreign servers by ``ENQUEUE = "wire"``."""
+        return conf.settings_for().enqueue == "database"
+
+    def validate_task(self, task: Task[Any, Any]) -> None:
+        super().validate_task(task)
+        if not 0 < len(task.queue_name) <= 100:
+            raise InvalidTask(
+                f"queue_name of {task.module_path} must be 1 to 100 characters, not {task.queue_name!r}"
+            )
+
+    def enqueue(self, task: Task[Any, Any], args: Any, kwargs: Any) -> TaskResult[Any, Any]:
+        """
+        Have the task run by a worker.
+
+        Raises:
+            InvalidTask: This backend cannot run it.
+            TypeError: The arguments do not fit the function, or JSON cannot carry one.
+        """
+        self.validate_task(task)
+        result: TaskResult[Any, Any] = _performing().enqueue(self, task, args, kwargs)
+        return result
+
+    def get_result(self, result_id: str) -> TaskResult[Any, Any]:
+        """
+        The result with that id, of any task.
+
+        Raises:
+            TaskResultDoesNotExist: There is none, or this process does not know its task.
+            NotImplementedError: With ``ENQUEUE = "wire"`` nothing is kept.
+        """
+        if not self.supports_get_result:
+            return super().get_result(result_id)
+        result: TaskResult[Any, Any] = _performing().get_result(self, result_id)
+        return result
+
+    def check(self, **kwargs: Any) -> list[CheckMessage]:
+        """What `manage.py check` says of the alias."""
+        return list(self._problems())
+
+    def _problems(self) -> Iterable[CheckMessage]:
+        where = f"TASKS[{self.alias!r}]"
+        if not apps.is_installed("django_gearman"):
+            yield Error(
+                f"{where} is a backend of django_gearman, which is not in INSTALLED_APPS: it has no tables.",
+                hint='Add "django_gearman" to INSTALLED_APPS and run `manage.py migrate`.',
+                id="django_gearman.E014",
+            )
+        if self.options:
+            names = ", ".join(map(repr, self.options))
+            yield Error(
+                f"{where}['OPTIONS'] has {names}, which the backend does not know: it has no options.",
+                hint="Servers, database and time limits are in the setting GEARMAN.",
+                id="django_gearman.E015",
+            )
+        queues: list[object] = sorted(self.queues, key=str)
+        for queue in queues:
+            if not isinstance(queue, str) or not queue.isprintable() or not 0 < len(queue) <= 100:
+                yield Error(
+                    f"{where}['QUEUES'] has {queue!r}, which is no name for a queue.",
+                    hint="Use 1 to 100 characters, without control characters.",
+                    id="django_gearman.E016",
+                )
+
+
+class ImmediateBackend(_WithOptions, _ImmediateBackend):
+    """Django's, for tasks with our options, which have no effect: a task runs at once, and once."""
+
+
+class DummyBackend(_WithOptions, _DummyBackend):
+    """Django's, for tasks with our options: it remembers what was enqueued, and runs nothing."""
+
+
+# Which functions a worker may run.
+
+_waiting: dict[str, Task[Any, Any]] = {}
+"""Tasks that were declared before models could be imported, by import path."""
+
+
+def _declare(task: Task[Any, Any]) -> None:
+    """Let the workers of this process run the task's function."""
+    if not apps.apps_ready:
+        _waiting.setdefault(task.module_path, task)
+    elif apps.is_installed("django_gearman"):
+        _performing().register(task, gearman_backends())
+
+
+def discover(*, import_modules: bool) -> None:
+    """
+    Declare the tasks in the ``tasks.py`` and ``jobs.py`` of every installed app.
+
+    Those of other backends too: ``using(backend=...)`` may send them to ours.
+
+    Args:
+        import_modules: Whether a ``tasks.py`` that nobody has imported is imported.
+    """
+    if import_modules:
+        # An error inside a tasks.py is the developer's to see: it is not caught.
+        autodiscover_modules("tasks")
+    for task in _waiting.values():
+        _declare(task)
+    _waiting.clear()
+    for config in apps.get_app_configs():
+        for name in MODULES:
+            module = sys.modules.get(f"{config.name}.{name}")
+            for task in _tasks_of(module) if module is not None else ():
+                _declare(task)
+
+
+def _tasks_of(module: ModuleType) -> list[Task[Any, Any]]:
+    return [
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, Task) and thing.func.__module__ == module.__name__
+    ]
+
+
+def gearman_backends() -> list[GearmanBackend]:
+    """Our backends among those of ``TASKS``, in its order."""
+    found = []
+    for alias in getattr(settings, "TASKS", None) or ():
+        try:
+            backend = task_backends[alias]
+        except InvalidTaskBackend:
+            continue  # Django's own check tells
+        if isinstance(backend, GearmanBackend):
+            found.append(backend)
+    return found
+
+
+def _performing() -> Any:
+    if not apps.is_installed("django_gearman"):
+        raise ImproperlyConfigured(
+            'TASKS names a backend of django_gearman: add "django_gearman" to INSTALLED_APPS '
+            "and run `manage.py migrate`"
+        )
+    from . import performing
+
+    return performing

@@ -1,0 +1,688 @@
+"""
+What the tests of a project need: jobs that are recorded and run in the test's process, or by real processes.
+
+``GearmanJobs`` looks at the rows that ``enqueue`` made, and runs them through a
+job server without sockets on the test's own database connection.
+``GearmanCluster`` starts a job server and workers as processes. The mixins give
+both to ``unittest``, ``pytest_plugin`` gives them to pytest.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, connections
+from django.test import override_settings
+
+from . import conf, jobs
+from .client.admin_client import AdminClient
+from .encoding import describe_exception
+from .exceptions import GearmanError
+from .jobs import Job, JobResult, attempt_assigned, pause_before_retry
+from .models import JobRecord
+from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
+from .protocol.reader import PacketReader
+from .server.core import JobServer, ServerOptions
+from .server.journal import Journal
+from .store import DatabaseStore
+from .testing_process import VARIABLE
+from .worker.loop import AssignedJob
+
+if TYPE_CHECKING:
+    from .backends import DummyBackend as DummyBackend
+    from .backends import ImmediateBackend as ImmediateBackend
+    from .backends import Task
+
+    Which: TypeAlias = Job[Any, Any] | Task[Any, Any] | str
+    """A function: as ``@job`` or ``@task`` made it, or its name on the wire."""
+
+__all__ = [
+    "DummyBackend",
+    "GearmanCluster",
+    "GearmanClusterMixin",
+    "GearmanJobs",
+    "GearmanJobsMixin",
+    "ImmediateBackend",
+    "RecordedJob",
+    "override_gearman",
+]
+
+NOBODY: Final = "127.0.0.1:9"
+"""Where no job server listens: a test that has none of its own must not reach a developer's."""
+
+START_LIMIT: Final = 60.0
+"""Seconds in which a cluster is up."""
+
+STOP_LIMIT: Final = 20.0
+"""Seconds in which a process of a cluster ends after TERM, before it is killed."""
+
+
+def __getattr__(name: str) -> object:
+    # Only who names them needs django.tasks.
+    if name in ("DummyBackend", "ImmediateBackend"):
+        from . import backends
+
+        return getattr(backends, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class override_gearman(override_settings):  # as override_settings
+    """
+    Settings of ``GEARMAN["default"]`` for a test: a decorator of functions and test classes, and a context.
+
+        @override_gearman(RUN_TIMEOUT=1)
+
+    What is not named stays as it is.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._given = options
+
+    def enable(self) -> None:
+        self.options = {"GEARMAN": self._changed(getattr(settings, "GEARMAN", {}))}
+        super().enable()
+
+    def save_options(self, test_func: Any) -> None:
+        already = test_func._overridden_settings or {}
+        self.options = {"GEARMAN": self._changed(already.get("GEARMAN", getattr(settings, "GEARMAN", {})))}
+        super().save_options(test_func)
+
+    def _changed(self, configured: Mapping[str, Any]) -> dict[str, Any]:
+        default = configured.get(conf.DEFAULT_ALIAS, {})
+        return {**configured, conf.DEFAULT_ALIAS: {**default, **self._given}}
+
+
+class RecordedJob(JobResult[Any]):
+    """A ``JobResult``, and how the job was called."""
+
+    @property
+    def args(self) -> list[Any]:
+        """Positional arguments, as they travelled; of a raw job its workload."""
+        return self._envelope[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Named arguments, as they travelled."""
+        return self._envelope[1]
+
+    @property
+    def queue_name(self) -> str:
+        return self._record.queue_name
+
+    @property
+    def priority(self) -> int:
+        return self._record.priority
+
+    @property
+    def run_after(self) -> Any:
+        """The moment before which it does not run; None for none."""
+        return self._record.run_after
+
+    @property
+    def unique(self) -> str:
+        return self._record.unique
+
+    @property
+    def _envelope(self) -> tuple[list[Any], dict[str, Any]]:
+        workload = bytes(self._record.workload)
+        known = jobs.registry.get(self.function)
+        if known is None or not known.raw:
+            try:
+                envelope = json.loads(workload)
+                return list(envelope["args"]), dict(envelope["kwargs"])
+            except (ValueError, TypeError, KeyError):
+                pass  # of another language
+        return [workload], {}
+
+    def __str__(self) -> str:
+        given = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
+        return f"{self.function}({', '.join(given)}) [{self.id}, {self.status}]"
+
+
+class GearmanJobs:
+    """
+    The jobs that a test enqueued: what they are, and what becomes of them.
+
+    They are the rows that ``enqueue`` inserted since this was made: no ``on_commit``
+    is needed to see them, and they are gone when the test's transaction is rolled
+    back. While it is open (a context), no job server is reached.
+    """
+
+    def __init__(self) -> None:
+        self._after = 0
+        self._runner: _Runner | None = None
+        self._raised: dict[str, BaseException] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> GearmanJobs:
+        self._stack.enter_context(override_gearman(SERVERS=[NOBODY], ENQUEUE="database"))
+        self.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    # What was enqueued.
+
+    def enqueued(self, job: Which | None = None) -> list[RecordedJob]:
+        """The jobs of a function, or of all, in the order in which they were enqueued."""
+        records = self._records().order_by("pk")
+        if job is not None:
+            name = _name_of(job)
+            # Of a task, those in other queues too.
+            records = records.filter(function__startswith=name)
+            return [
+                RecordedJob(record)
+                for record in records
+                if record.function == name or record.function.startswith(f"{name}@")
+            ]
+        return [RecordedJob(record) for record in records]
+
+    @property
+    def pending(self) -> list[RecordedJob]:
+        """Those that have not ended yet."""
+        return [job for job in self.enqueued() if not job.is_finished]
+
+    def assert_enqueued(self, job: Which, *args: Any, **kwargs: Any) -> RecordedJob:
+        """
+        Fail unless the function was enqueued with these arguments, however they were written.
+
+        Without arguments, any will do. ``unittest.mock.ANY`` stands for any single one.
+
+        Returns:
+            The last such job, to look at its ``priority``, ``queue_name``, ``run_after``.
+        """
+        __tracebackhide__ = True
+        candidates = self.enqueued(job)
+        wanted = _bound(job, args, kwargs)
+        for candidate in reversed(candidates):
+            if not (args or kwargs) or wanted == _bound(job, candidate.args, candidate.kwargs):
+                return candidate
+        call = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+        wish = f"{_name_of(job)}({call})" if args or kwargs else _name_of(job)
+        raise AssertionError(f"{wish} was not enqueued.\n{_told(self.enqueued())}")
+
+    def assert_not_enqueued(self, job: Which | None = None) -> None:
+        """Fail if the function, or without one any function, was enqueued."""
+        __tracebackhide__ = True
+        found = self.enqueued(job)
+        if found:
+            what = "A job" if job is None else _name_of(job)
+            raise AssertionError(f"{what} was enqueued.\n{_told(found)}")
+
+    def clear(self) -> None:
+        """Forget what was enqueued so far: the rows stay, and are not looked at any more."""
+        last = JobRecord.objects.using(self._using).order_by("-pk").first()
+        self._after = last.pk if last is not None else 0
+
+    # What becomes of it.
+
+    def run_all(self, *, scheduled: bool = False, check: bool = False) -> list[RecordedJob]:
+        """
+        Run what is to do, and what that enqueues, until nothing is left.
+
+        A job server takes the rows, hands them out by priority and writes their
+        outcomes; a job that is to be tried again is, without the pause before.
+        Jobs that raise end as they would anywhere: look at their results.
+
+        Args:
+            scheduled: Run jobs for later too, as if their time had come.
+            check: Raise ``JobFailed``, with the traceback, for the first that ended without a value.
+        Returns:
+            Those that ended, in the order of their ends.
+        """
+        __tracebackhide__ = True
+        if scheduled:
+            waiting = self._records().filter(status=JobRecord.Status.SCHEDULED, server=None)
+            waiting.update(status=JobRecord.Status.READY)
+        ended = []
+        while (handle := self._run_next()) is not None:
+            record = JobRecord.objects.using(self._using).get(handle=handle)
+            if record.is_finished:
+                ended.append(RecordedJob(record))
+                if check:
+                    _ = ended[-1].return_value
+        return ended
+
+    async def arun_all(self, *, scheduled: bool = False, check: bool = False) -> list[RecordedJob]:
+        """As ``run_all``."""
+        return await sync_to_async(self.run_all)(scheduled=scheduled, check=check)
+
+    def run_one(self) -> RecordedJob | None:
+        """Make one attempt at the job that is next; None when nothing is to do."""
+        handle = self._run_next()
+        if handle is None:
+            return None
+        return RecordedJob(JobRecord.objects.using(self._using).get(handle=handle))
+
+    def fail_with(self, job: Which, error: BaseException) -> None:
+        """From now on, every attempt at the function raises this instead of running it."""
+        self._raised[_name_of(job)] = error
+
+    def _run_next(self) -> str | None:
+        if self._runner is None:
+            self._runner = _Runner(self._using, self._raised)
+        return self._runner.run_next()
+
+    @property
+    def _using(self) -> str:
+        return conf.settings_for().database
+
+    def _records(self) -> Any:
+        return JobRecord.objects.using(self._using).filter(pk__gt=self._after)
+
+
+def _name_of(job: Which) -> str:
+    if isinstance(job, str):
+        return job
+    return job.name if isinstance(job, Job) else job.module_path
+
+
+def _bound(job: Which, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments by name, so that it does not matter how they were given."""
+    known = jobs.registry.get(_name_of(job))
+    plain = [list(args), dict(kwargs)]
+    if known is None or known.raw:
+        return plain
+    try:
+        bound = known._signature.bind(*args, **kwargs)
+    except TypeError:
+        return plain
+    bound.apply_defaults()
+    # As JSON hands them on.
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in bound.arguments.items()
+    }
+
+
+def _told(found: Sequence[RecordedJob]) -> str:
+    if not found:
+        return "Nothing was."
+    return "\n".join(["These were:", *(f"  {each}" for each in found)])
+
+
+# A job server and a worker without sockets.
+
+
+class _Runner:
+    """
+    The core of the job server on a store, and one worker that says and hears its packets.
+
+    All in the calling thread, on its own connection to the database: in the
+    transaction of a test.
+    """
+
+    def __init__(self, using: str, raised: Mapping[str, BaseException]) -> None:
+        self._using = using
+        self._raised = raised
+        name = "tests"
+        self._store = DatabaseStore(using, name, queue_of=jobs.queue_of)
+        epoch = self._store.take_lease("")
+        self._core = JobServer(
+            ServerOptions(name=name, epoch=epoch, durable=True, job_retries=conf.settings_for().job_retries)
+        )
+        self._journal = Journal(self._core)
+        self._answers = PacketReader(RESPONSE)
+        self._requests = PacketReader()
+        self._set_clock()
+        self._peer = self._core.connected(1, "127.0.0.1")
+        client_id = f"{socket.gethostname()}:{os.getpid()}".encode()
+        self.say(PacketType.SET_CLIENT_ID, client_id)
+        self.say(PacketType.OPTION_REQ, ATTEMPTS)
+        self._offered: set[str] = set()
+        self._link: Any = _Link(self)
+        self._hear()
+
+    def run_next(self) -> str | None:
+        """Make one attempt at one job; its handle, or None when nothing is to do."""
+        for name in jobs.registry.keys() - self._offered:
+            self.say(PacketType.CAN_DO, name.encode())
+            self._offered.add(name)
+        self._set_clock()
+        self._journal.claim_soon()
+        self._settle()
+        assigned = self._grab()
+        if assigned is None and self._end_pause():
+            self._settle()
+            assigned = self._grab()
+        if assigned is None:
+            return None
+        self._settle()
+        self._perform(assigned)
+        self._settle()
+        return assigned.handle.decode()
+
+    def _end_pause(self) -> bool:
+        """As if the pause before the next attempt of a job had passed; whether one was between two."""
+        records = JobRecord.objects.using(self._using)
+        waiting = records.filter(status=JobRecord.Status.RETRYING, server=None).order_by("run_after", "pk")
+        id = waiting.values_list("pk", flat=True).first()
+        if id is None:
+            return False
+        records.filter(pk=id).update(status=JobRecord.Status.READY)
+        self._journal.claim_soon()
+        return True
+
+    def say(self, kind: PacketType, *arguments: bytes) -> None:
+        """A packet of the worker."""
+        self._requests.feed(encode_request(kind, *arguments))
+        packet = self._requests.take()
+        assert packet is not None, "encode_request makes whole packets"
+        self._core.receive(self._peer, packet)
+
+    def _set_clock(self, at_least: float = 0.0) -> None:
+        self._core.now = max(self._core.now, time.time(), at_least)
+        self._core.clock = time.monotonic()
+
+    def _hear(self) -> list[tuple[int, list[bytes]]]:
+        """The packets that came for the worker."""
+        output, self._peer.output = self._peer.output, []
+        self._answers.feed(b"".join(output))
+        heard = []
+        while (packet := self._answers.take()) is not None:
+            heard.append(packet)
+        return heard
+
+    def _settle(self) -> None:
+        """Write what happened and take new rows, until there is neither."""
+        while True:
+            if self._core.entries:
+                entries, self._core.entries = self._core.entries, []
+                self._journal.append(entries, time.monotonic())
+            batch = self._journal.next_batch(time.monotonic())
+            if batch is None:
+                return
+            batch.perform(self._store)
+            self._journal.done(batch, time.monotonic())
+            if batch.error is not None:
+                raise batch.error
+
+    def _grab(self) -> AssignedJob | None:
+        self.say(PacketType.GRAB_JOB_UNIQ)
+        attempt, max_attempts = 1, None
+        for kind, arguments in self._hear():
+            if kind == PacketType.OPTION_RES and arguments[0].startswith(b"attempt "):
+                numbers = arguments[0].split(b" ")
+                attempt, max_attempts = int(numbers[1]), int(numbers[2]) or None
+            elif kind == PacketType.JOB_ASSIGN_UNIQ:
+                handle, function, unique, workload = arguments
+                return AssignedJob(self._link, handle, function, unique, workload, attempt, max_attempts)
+        return None
+
+    def _perform(self, assigned: AssignedJob) -> None:
+        """Run the function and report, as a worker does."""
+        job = offered = jobs.registry[assigned.function.decode()]
+        if job.name in self._raised:
+            job = copy.copy(offered)
+            job.function = _raising(self._raised[job.name])
+        error: BaseException | None = None
+        with _kept_transactions() as broken:
+            try:
+                result = attempt_assigned(job, assigned)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as caught:  # whatever a job raises ends the job, not the test
+                error = caught
+                broken(caught)
+        if error is None:
+            self.say(PacketType.WORK_COMPLETE, assigned.handle, result)
+            return
+        pause = pause_before_retry(offered, assigned, error)
+        if pause is not None:
+            self.say(PacketType.OPTION_REQ, RETRY + b"%d %s" % (pause * 1000, assigned.handle))
+        self.say(PacketType.WORK_EXCEPTION, assigned.handle, describe_exception(error))
+
+
+class _Link:
+    """What an ``AssignedJob`` speaks to: the connection of a real worker."""
+
+    tells_attempts = True
+    takes_logs = True
+
+    def __init__(self, runner: _Runner) -> None:
+        self.report = runner.say
+
+    def listen(self) -> None:
+        """Nobody cancels while a job runs: all is in one thread."""
+
+
+def _raising(error: BaseException) -> Callable[..., None]:
+    def function(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return function
+
+
+@contextmanager
+def _kept_transactions() -> Iterator[Callable[[BaseException], None]]:
+    """
+    Keep the test's transactions whole, whatever the job does to its own.
+
+    A worker's job begins outside of any transaction. In a test's, an error of the
+    database would break all that follows: then what the job wrote is undone. A
+    real worker would keep what was written before the error.
+    """
+    points: dict[str, str] = {}
+    for alias in connections:
+        connection = connections[alias]
+        if connection.in_atomic_block and not connection.needs_rollback and (point := connection.savepoint()):
+            points[alias] = point
+    failures: list[BaseException] = []
+    try:
+        yield failures.append
+    finally:
+        is_broken = any(isinstance(failure, DatabaseError) for failure in failures)
+        for alias, point in points.items():
+            if is_broken or connections[alias].needs_rollback:
+                connections[alias].needs_rollback = False
+                connections[alias].savepoint_rollback(point)
+            else:
+                connections[alias].savepoint_commit(point)
+
+
+# Real processes.
+
+
+class GearmanCluster:
+    """
+    A real job server and real workers on a free port, on the test's database. A context.
+
+    Tests must see what the processes write: use ``TransactionTestCase``, or
+    ``gearman_cluster`` with pytest.
+
+    Args:
+        processes: How many processes the worker has.
+        options: More options of ``gearman_worker``, such as ``--queues video``.
+        database: Alias of the database; None for that of ``GEARMAN``.
+    """
+
+    def __init__(
+        self, *, processes: int = 2, options: Sequence[str] = (), database: str | None = None
+    ) -> None:
+        self._processes = processes
+        self._options = list(options)
+        self._database = database
+        self._stack = ExitStack()
+        self.address = ""
+        """``host:port`` of the job server."""
+
+    def __enter__(self) -> GearmanCluster:
+        with self._stack:
+            port = _free_port()
+            self.address = f"127.0.0.1:{port}"
+            changes: dict[str, Any] = {"SERVERS": [self.address], "ENQUEUE": "database"}
+            if self._database is not None:
+                changes["DATABASE"] = self._database
+            self._stack.enter_context(override_gearman(**changes))
+            environment = _environment()
+            server = ["gearman_server", "--listen", "127.0.0.1", "--port", str(port)]
+            worker = ["gearman_worker", "--processes", str(self._processes), *self._options]
+            # Both at once: a worker waits for its server.
+            self._running = [
+                self._stack.enter_context(_Process(arguments, environment)) for arguments in (server, worker)
+            ]
+            self._wait()
+            stack, self._stack = self._stack.pop_all(), ExitStack()
+        self._stack = stack
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        error = exception[1]
+        if isinstance(error, BaseException):
+            error.add_note(self.log())
+        self._stack.close()
+
+    def log(self) -> str:
+        """All that the server and the worker said."""
+        return "\n".join(process.story() for process in self._running)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while True:
+            ended = [process for process in self._running if not process.is_running]
+            if ended:
+                raise AssertionError(f"A process of the cluster ended at once.\n{self.log()}")
+            if self._workers() >= self._processes:
+                return
+            if time.monotonic() >= deadline:
+                raise AssertionError(f"The cluster was not up after {START_LIMIT:g} s.\n{self.log()}")
+            time.sleep(0.02)
+
+    def _workers(self) -> int:
+        """How many workers the server knows."""
+        options = conf.settings_for()
+        try:
+            with AdminClient(
+                self.address, connect_timeout=1.0, timeout=5.0, tls=conf.client_tls(options)
+            ) as admin:
+                return sum(bool(worker.functions) for worker in admin.workers())
+        except GearmanError:
+            return 0
+
+
+class _Process:
+    """A command of ``manage.py`` on the test's databases and settings; ends with the block."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._arguments = list(arguments)
+        self._environment = environment
+
+    def __enter__(self) -> _Process:
+        self._output: IO[bytes] = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "django_gearman.testing_process", *self._arguments],
+            env=dict(self._environment),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_LIMIT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        finally:
+            self._output.close()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def story(self) -> str:
+        # At a place of its own: the descriptor is the process's too, which appends by it.
+        size = os.fstat(self._output.fileno()).st_size
+        said = os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+        return f"$ manage.py {' '.join(self._arguments)}\n{said}"
+
+
+def _environment() -> dict[str, str]:
+    """Variables of a process that is to work on the test's databases."""
+    names = {}
+    for alias in connections:
+        name = connections[alias].settings_dict["NAME"]
+        if connections[alias].vendor == "sqlite" and (
+            not name or "mode=memory" in str(name) or name == ":memory:"
+        ):
+            raise ImproperlyConfigured(
+                f"A cluster's processes cannot open the test database {alias!r}, which is in this process's "
+                f"memory: give DATABASES[{alias!r}] a file for it, such as "
+                "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}"
+            )
+        names[alias] = str(name)
+    told = {
+        "databases": names,
+        "gearman": getattr(settings, "GEARMAN", {}),
+        "path": sys.path,
+        "parent": os.getpid(),
+    }
+    module = os.environ.get("DJANGO_SETTINGS_MODULE") or settings.SETTINGS_MODULE
+    return os.environ | {VARIABLE: json.dumps(told, default=os.fspath), "DJANGO_SETTINGS_MODULE": module}
+
+
+def _free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, outside of those that the kernel gives to clients."""
+    # In the kernel's range, a worker that tries again before its server is up may connect to itself.
+    for _ in range(1000):
+        port = random.randrange(12_000, 32_000)  # noqa: S311
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError("no port of 127.0.0.1 is free")
+
+
+# unittest.
+
+
+class GearmanJobsMixin:
+    """For ``TestCase``: ``self.gearman_jobs``, and assertions in the style of ``unittest``."""
+
+    gearman_jobs: GearmanJobs
+
+    def setUp(self) -> None:
+        cast(Any, super()).setUp()
+        self.gearman_jobs = cast(Any, self).enterContext(GearmanJobs())
+
+    def assertJobEnqueued(self, job: Which, *args: Any, **kwargs: Any) -> RecordedJob:
+        """As ``GearmanJobs.assert_enqueued``."""
+        return self.gearman_jobs.assert_enqueued(job, *args, **kwargs)
+
+    def assertJobNotEnqueued(self, job: Which | None = None) -> None:
+        """As ``GearmanJobs.assert_not_enqueued``."""
+        self.gearman_jobs.assert_not_enqueued(job)
+
+
+class GearmanClusterMixin:
+    """For ``TransactionTestCase``: a cluster for each test, ``self.gearman_cluster``."""
+
+    gearman_cluster: GearmanCluster
+    gearman_processes = 2
+    """How many processes the worker has."""
+
+    def setUp(self) -> None:
+        cast(Any, super()).setUp()
+        self.gearman_cluster = cast(Any, self).enterContext(GearmanCluster(processes=self.gearman_processes))
