@@ -252,6 +252,8 @@ class DatabaseStore:
                 look.rows.append(row)
             if len(rows) >= share:
                 look.cut(name)
+        # Functions that nobody was served of take turns in the order in which their first jobs came.
+        look.rows.sort(key=lambda row: (-row.job.priority, row.ready_at, row.id))
         return look
 
     def _functions(self, statement: str, after: str) -> list[Any]:
@@ -308,8 +310,11 @@ class DatabaseStore:
             # Those that are ready have the order of their ids, whatever the clocks said.
             ready_at = max(ready_at if job.priority == priority else 0.0, _seconds(enqueued_at))
             priority = job.priority
-            was_due = status != _READY
-            rows.append(_Row(id, size, job, job.run_after if was_due else ready_at))
+            if status == _READY:
+                # Its time has come, whatever it was.
+                rows.append(_Row(id, size, job._replace(run_after=0.0), ready_at))
+            else:
+                rows.append(_Row(id, size, job, job.run_after))
         return rows
 
     def _count(self) -> dict[tuple[bytes, int], Waiting]:

@@ -524,9 +524,9 @@ class TestTakeOver:
         self.silence(other)
         taken = other.claim(10, {}).jobs
         assert [(job.handle, job.attempts, job.interruptions) for job in taken] == [
-            (claimed.handle, 0, 0),
             (queued(1).handle, 0, 0),
             (queued(2).handle, 1, 1),
+            (claimed.handle, 0, 0),
         ]
         assert JobRecord.objects.get(handle="H:one:1.3").server is None
         (attempt,) = row(2).past_attempts.all()

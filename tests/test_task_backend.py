@@ -570,6 +570,10 @@ class Assigned:
 
     handle, unique, workload = b"H:x:1.1", b"", b'{"args": [], "kwargs": {}}'
     attempt, max_attempts = 1, None
+    takes_log, may_return, cancelled, decision = False, True, False, None
+
+    def as_told(self, error: BaseException) -> BaseException:
+        return error
 
 
 def count_records() -> int:
