@@ -300,6 +300,17 @@ class TestDoor:
         (job,) = house.store.claim(10, {}).jobs
         assert (job.handle, job.attempts, job.run_after) == (queued().handle, 1, AT + 5)
 
+    def test_also_one_of_which_all_is_written_at_once(self, house: House) -> None:
+        write(
+            house.store,
+            queued(background=False),
+            JobKept(queued().handle),
+            started(),
+            requeued(run_after=AT + 5, unclaimed=True),
+        )
+        (job,) = house.store.claim(10, {}).jobs
+        assert (job.handle, job.attempts) == (queued().handle, 1)
+
     def test_due_jobs_come_in_the_order_of_their_times(self, house: House) -> None:
         for number, run_after in enumerate((AT + 3, AT + 1, AT + 2, AT + 1)):
             write(house.store, later(number, run_after))

@@ -319,6 +319,8 @@ class SimulatedStore:
                 refused[index] = "bad"
             else:
                 self._change(row, entry)
+                if queued is not None and kind is JobRequeued and entry.unclaimed:
+                    laid[handle] = True
         for handle, row in new.items():
             if row.key is not None:
                 other = database.keys.get(row.key)
