@@ -1551,8 +1551,9 @@ class JobServer:
             job.function.tally.retried += 1
         log = self._logs.pop(job, None)
         self._unsaved.pop(job, None)
-        # Who waits for it must hear of it here.
-        unclaimed = due > self.now and job.recorded and job.background and not job.listeners
+        # Who waits for it, or for its being kept, must hear of it here.
+        is_awaited = bool(job.listeners) or job.answers is not None
+        unclaimed = due > self.now and job.recorded and job.background and not is_awaited
         if job.recorded:
             entry = JobRequeued(
                 job.handle,

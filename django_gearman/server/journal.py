@@ -427,6 +427,10 @@ class Journal:
         """Whether everything is written."""
         return not (self._gathering or self._in_flight or self._failed)
 
+    def renewed(self, at: float) -> None:
+        """At that monotonic time the store has proved that the jobs are this server's; first at the start."""
+        self._server.hand_out_until = at + self._hold
+
     def append(self, entries: Sequence[Entry], now: float, *, urgent: bool = True) -> None:
         """Take entries over from the core, in order; ``urgent`` when they must not wait for company."""
         held = self._held + sum(map(_weight, entries))
@@ -527,7 +531,7 @@ class Journal:
         """The writer is back: tell the core what became of it."""
         self._in_flight = None
         server = self._server
-        server.hand_out_until = batch.renewed + self._hold
+        self.renewed(batch.renewed)
         if batch.error is None:
             self._pause = 0.0
         else:

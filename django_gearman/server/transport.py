@@ -479,6 +479,7 @@ class GearmanServer:
         self.loop.set_exception_handler(self._handle_error)
         if self._store is not None:
             self._journal.tend_at = self.loop.time() + TEND_AFTER
+            self._journal.renewed(self._store.renewed)
             self._thread = JournalThread(
                 self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
             )

@@ -272,6 +272,8 @@ class Server:
             backlog=shape.backlog,
             tend_at=world.clock + 3.0,
         )
+        if store is not None:
+            self.journal.renewed(store.renewed)
         self.batch: Batch | None = None
         self.performed = False
         """Whether the store did what the batch is for, though the server does not know."""
@@ -404,7 +406,8 @@ class Server:
             self.world.came_to_nothing(self, job)
         else:
             job.attempts -= 1
-        if due > self.core.now and job.recorded and job.background and not job.listeners:
+        is_awaited = bool(job.listeners) or job.slots is not None
+        if due > self.core.now and job.recorded and job.background and not is_awaited:
             # Until then it lies at the door.
             self.remove(job)
             return
