@@ -524,6 +524,7 @@ class Server:
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         self.world.out_of_line(entry.handle)
         self.disowned[entry.handle] = None
+        self.world.kept_late.add(entry.handle)
         job = self.jobs.get(entry.handle)
         if job is None or self.is_overtaken(job, entry):
             return

@@ -175,6 +175,8 @@ class Database:
         self.leases: dict[str, Lease] = {}
         self.by_lease: dict[int, Lease] = {}
         self.rewritten: list[bytes] = []
+        self.asked_for: set[int] = set()
+        """Ids of rows that were taken for somebody who waits, and need not wait for others."""
         """Handles of jobs whose outcome was written over by another one."""
 
     def insert(self, row: Row) -> None:
@@ -540,6 +542,7 @@ class SimulatedStore:
         elif row.server is not None:
             return None
         taken.append(row)
+        database.asked_for.add(row.id)
         self._take(row, row.status if row.status in LATER and row.run_after > self._wall() else "READY")
         self._fault("after")
         return row.stored()

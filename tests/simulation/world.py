@@ -155,6 +155,9 @@ class World:
         self.disowned: dict[bytes, None] = {}
         self.late: dict[bytes, Server] = {}
         """Submissions that were refused, though the store may have them."""
+        self.kept_late: set[bytes] = set()
+        """Jobs that may have run before they were kept, since their unique was another's at first: what they
+        did before then is in no record."""
         self.escaped: dict[bytes, None] = {}
         """Those of them that another server claimed before they were undone."""
         self.broken: list[tuple[bytes, int]] = []
@@ -600,6 +603,10 @@ class World:
         waiting = self.fifo.get((job.function, job.priority))
         if waiting is None or job.handle not in waiting:
             return
+        row = self.database.by_handle.get(job.handle)
+        if row is not None and row.id in self.database.asked_for:
+            del waiting[job.handle]
+            return
         submitted, _ = waiting[job.handle]
         for handle, (_, acknowledged) in waiting.items():
             if handle == job.handle:
@@ -774,13 +781,15 @@ class World:
                 outcome, data = "FAILED", b""
             if (row.status, row.data) != (outcome, data):
                 continue
+            if handle in self.kept_late:
+                break
             if row.attempts == attempts and (not worker or row.worker == worker):
                 break
         else:
             told = row.status, row.data, row.attempts, row.worker
             raise Broken(f"the record of {handle!r} lies: {told}, and it was {self.decisions.get(handle)}")
         for number, server in self.fruitless.get(handle, {}).items():
-            if server in self.servers:
+            if server in self.servers and handle not in self.kept_late:
                 promise(number in row.kept_attempts, f"attempt {number} of {handle!r} was forgotten")
         promise(len(set(row.kept_attempts)) == len(row.kept_attempts), f"{handle!r} has an attempt twice")
 
