@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -31,6 +31,7 @@ from .core import JobServer
 from .entries import (
     Claimed,
     Entry,
+    JobDue,
     JobFinished,
     JobKept,
     JobLogged,
@@ -464,6 +465,7 @@ class Journal:
                 batch.late.add(index)
                 undone += self._refuse(entry)
         gathered = self._without_overdue(self._gathering, tried=False)
+        gathered = _without_sequels(gathered, {entry.handle for entry in undone})
         if undone or len(gathered) != len(self._gathering):
             self._gathering = deque([*undone, *gathered])
             self._weigh_again()
@@ -613,7 +615,13 @@ class Journal:
             return
         waiting = [entry for index, entry in enumerate(batch.entries) if index not in batch.late]
         entries = self._without_overdue(waiting, tried=True)
-        self._gathering = deque(self._without_overdue(self._gathering, tried=False))
+        late = [batch.entries[index] for index in batch.late]
+        refused = {entry.handle for entry in late if type(entry) is JobQueued}
+        refused |= {entry.handle for entry in waiting if type(entry) is JobQueued}
+        refused -= {entry.handle for entry in entries if type(entry) is JobQueued}
+        gathered = self._without_overdue(self._gathering, tried=False)
+        entries = _without_sequels(entries, refused)
+        self._gathering = deque(_without_sequels(gathered, refused))
         self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
         self._weigh_again()
 
@@ -684,6 +692,24 @@ class Journal:
             entries.append(entry)
             weight += _weight(entry)
         return Batch(entries, weight=weight)
+
+
+def _without_sequels(entries: Iterable[Entry], handles: Collection[bytes]) -> list[Entry]:
+    """
+    Leave out what happened to jobs whose record is undone, but for their ends.
+
+    It would have them run, or wait, in a record that has ended.
+    """
+    undone = set(handles)
+    kept: list[Entry] = []
+    for entry in entries:
+        if entry.handle in undone:
+            if type(entry) is JobQueued:
+                undone.discard(entry.handle)
+            elif type(entry) in (JobStarted, JobDue, JobProgress, JobRequeued):
+                continue
+        kept.append(entry)
+    return kept
 
 
 def _is_submission(entry: Entry) -> TypeGuard[JobQueued | JobKept]:

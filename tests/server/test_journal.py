@@ -730,6 +730,33 @@ class TestClaims:
         assert office.store.unclaimed == []
 
 
+class TestUndone:
+    def test_what_happened_to_a_job_that_is_undone_is_not_written(self):
+        """It would make a record go on that has ended."""
+        office = Office(submit_limit=3.0, record_foreground=False)
+        assert office.trip() is not None
+        client = office.wire.connect()
+        client(P.SUBMIT_JOB, b"f", b"u", b"w")
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"w")
+        batch = office.begin()
+        assert batch is not None
+        worker = office.wire.worker(b"f")
+        assert worker.grabs() == handle(1)
+        office.gather()
+        office.pass_time(5.0)
+        office.wire.core.clock = office.now
+        office.journal.refuse_overdue()
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        office.trip()
+        written = [entry for entries, _ in office.store.writes for entry in entries]
+        assert [type(entry) for entry in written] == [JobQueued, JobFinished]
+        # It is run all the same, for the client that waits for it.
+        client.hears()
+        worker(P.WORK_COMPLETE, handle(1), b"done")
+        assert client.hears() == [(P.WORK_COMPLETE, handle(1), b"done")]
+
+
 class TestMemoryStore:
     """The contract of ``JobStore`` in its shortest form."""
 
