@@ -1291,6 +1291,7 @@ class _Folded:
             "run_after": _moment(entry.run_after) if entry.run_after else None,
             "status": _SCHEDULED if entry.run_after > entry.at else _READY,
             "enqueued_at": _moment(entry.at),
+            "attempts": entry.attempts,
         }
 
 

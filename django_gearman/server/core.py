@@ -1785,6 +1785,7 @@ class JobServer:
                 job.due,
                 job.spilled,
                 self.clock,
+                job.attempts - (job.worker is not None),
             )
         )
 

@@ -43,6 +43,9 @@ class JobQueued(NamedTuple):
     clock: float = 0.0
     """Monotonic time of the submission: its client does not wait for the store for ever."""
 
+    attempts: int = 0
+    """How often it was handed out before it was to be kept."""
+
 
 class JobDue(NamedTuple):
     """The time of a job for later has come; it waits as others do."""

@@ -208,7 +208,7 @@ class MemoryStore:
             entry.unique,
             entry.workload,
             entry.priority,
-            0,
+            entry.attempts,
             None,
             entry.reducer,
             entry.run_after,

@@ -166,11 +166,12 @@ class TestWorkers:
             assert f"workers of {host} are connected" in command("--servers", server.address, "--here")
 
     def test_queues(self, server: harness.GearmanServerProcess):
-        assert "No worker serves tests.app.jobs.report:" in refusal(
-            "--servers", server.address, "--queues", "slow"
-        )
-        with harness.worker_thread({"tests.app.jobs.report": lambda job: b""}, server):
-            harness.wait_until(lambda: server.status().get("tests.app.jobs.report", (0, 0, 0))[2])
+        said = refusal("--servers", server.address, "--queues", "slow")
+        # Tasks that may go to the queue are named beside the job that does.
+        names = said.split("No worker serves ")[1].split(":")[0].split(", ")
+        assert "tests.app.jobs.report" in names
+        with harness.worker_thread(dict.fromkeys(names, lambda job: b""), server):
+            harness.wait_until(lambda: all(server.status().get(name, (0, 0, 0))[2] for name in names))
             assert "workers serve tests.app.jobs.report" in command(
                 "--servers", server.address, "--queues", "slow"
             )

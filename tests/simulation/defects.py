@@ -171,7 +171,7 @@ DEFECTS: Final = [
     Defect(
         "handed out though the lease may be lost",
         JOURNAL,
-        "        server.hand_out_until = batch.renewed + self._hold\n",
+        "        self.renewed(batch.renewed)\n",
         "",
     ),
     Defect(
@@ -255,8 +255,8 @@ DEFECTS: Final = [
     Defect(
         "worker comes back to a job that was handed out since",
         CREWS,
-        " or int(number[:6]) - job.attempts not in (0, 1):",
-        ":",
+        " and int(number[:6]) - job.attempts in (0, 1)",
+        "",
     ),
     Defect(
         "jobs that have ended fill the window",

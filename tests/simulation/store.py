@@ -346,7 +346,7 @@ class SimulatedStore:
         return refused
 
     def _new_row(self, entry: JobQueued) -> Row:
-        return Row(
+        row = Row(
             entry.function,
             entry.unique,
             entry.workload,
@@ -358,6 +358,8 @@ class SimulatedStore:
             later=entry.run_after > entry.at,
             enqueued_at=entry.at,
         )
+        row.attempts = entry.attempts
+        return row
 
     def _change(self, row: Row, entry: Entry) -> None:
         kind = type(entry)
