@@ -35,8 +35,10 @@ _trace = os.open(os.environ["BENCH_TRACE"], os.O_CREAT | os.O_APPEND | os.O_WRON
 TICKS = os.sysconf("SC_CLK_TCK")
 TITLES = {
     "rate": "jobs/s, 2 processes",
+    "each": "jobs/s per process",
     "cpu": "CPU of the workers, us per job",
-    "memory": "PSS when idle, MB",
+    "memory": "PSS of all when idle, MB",
+    "child": "PSS per process, MB",
 }
 
 
@@ -124,11 +126,18 @@ def measure(scene: client.Scene, jobs: int) -> dict[str, float]:
         wait_for(trace, jobs)
         seconds, spent = time.monotonic() - began, workers.cpu_seconds() - cpu
         time.sleep(1.0)  # nothing to wait for: what they need when they have nothing to do
-        megabytes = workers.megabytes()
+        megabytes, processes = workers.megabytes(), len(workers.processes())
         assert trace.stat().st_size == jobs, "a job was run twice"
     finally:
         workers.stop()
-    return {"rate": (jobs - done) / seconds, "cpu": spent / (jobs - done) * 1e6, "memory": megabytes}
+    rate = (jobs - done) / seconds
+    return {
+        "rate": rate,
+        "each": rate / 2,
+        "cpu": spent / (jobs - done) * 1e6,
+        "memory": megabytes,
+        "child": megabytes / processes,
+    }
 
 
 def main() -> None:
