@@ -80,6 +80,8 @@ def test_a_database_that_hangs() -> None:
     limit = 1.5
     with harness.server(options=["--store-timeout", str(limit)]) as server, Talker(server.port) as early:
         assert early.ask(P.SUBMIT_JOB_BG, b"kept", b"", b"kept")[0] == P.JOB_CREATED
+        # Until the server has looked at the store's door, what comes is laid there.
+        harness.wait_until(lambda: "H:" in server.ask("show jobs"), what="the job in the server's hands")
         with locked(), Talker(server.port) as client, Talker(server.port) as other:
             client.say(P.SUBMIT_JOB_BG, b"refused", b"", b"refused")
             asked = time.monotonic()
