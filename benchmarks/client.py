@@ -53,7 +53,8 @@ DATABASES = {{"default": {{
 INSTALLED_APPS = {apps!r}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 GEARMAN = {{"default": {{"SERVERS": ["127.0.0.1:{port}"]}}}}
-TASKS = {{"default": {{"BACKEND": "django_tasks_db.DatabaseBackend"}}}}
+if "django_tasks_db" in INSTALLED_APPS:
+    TASKS = {{"default": {{"BACKEND": "django_tasks_db.DatabaseBackend"}}}}
 REDIS = "redis://127.0.0.1:{redis}/0"
 """
 
