@@ -184,6 +184,15 @@ class DatabaseStore:
             self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
         return jobs
 
+    def count_unfinished(self) -> int:
+        """How many background jobs are to do that no other server has; for the start, after ``resume``."""
+        with self._database_errors():
+            at_door = sum(waiting.ready + waiting.later for waiting in self._count().values())
+            ours = self._records().filter(server_id=self.lease_id, status__in=JobRecord.LIVE)
+            # The first claim is to tell the core what lies there.
+            self._count_at = 0.0
+            return at_door + ours.count()
+
     def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
         if self._resuming:

@@ -425,6 +425,18 @@ class TestDoorOfTheDatabase:
         assert set(found) == names
         assert len(found) == 12
 
+    def test_what_is_to_do_is_counted(self, database: DatabaseHouse) -> None:
+        database.put()
+        in_an_hour = time.time() + 3600
+        write(
+            database.store, queued(1), queued(2), started(2), queued(3, unclaimed=True), later(4, in_an_hour)
+        )
+        write(database.store, queued(5), started(5), finished(5), queued(6, background=False))
+        DatabaseHouse("two").store.write([queued(7, handle=b"H:two:1.7")], again=False)
+        store = database.restart()
+        store.resume()
+        assert store.count_unfinished() == 5
+
     def test_orderly_stop_lays_there_what_waits(self, database: DatabaseHouse) -> None:
         write(database.store, queued(1), queued(2), started(2), queued(3, background=False))
         database.store.close()

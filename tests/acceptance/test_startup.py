@@ -152,7 +152,7 @@ class TestGreeting:
         with harness.worker(database_server, processes=1, functions=["shout", "reverse"]) as worker:
             assert database_server.stdout.count("\n") == 1
             assert f"listens on {database_server.address}" in database_server.stdout
-            assert "jobs are kept in the database" in database_server.stdout
+            assert "jobs are kept in the database 'default', 0 jobs replayed." in database_server.stdout
             assert worker.stdout == (
                 f"gearman_worker: 1 process serves reverse, shout for {database_server.address}.\n"
             )
@@ -174,6 +174,7 @@ class TestTwoServersOfOneName:
             client = Client([first.address], timeout=20.0)
             kept = client.do_background("later", b"kept")
             with second:
+                assert "1 jobs replayed" in second.stdout
                 harness.wait_until(lambda: "later\t1" in second.ask("status"), what="the first one's job")
                 try:
                     # It has lost the lease: what it cannot keep it must not acknowledge.

@@ -126,7 +126,7 @@ class Command(BaseCommand):
                 )
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
-            core = _core(store, name, _shown(sockets[0]), options, settings)
+            core, replayed = _core(store, name, _shown(sockets[0]), options, settings)
             server = GearmanServer(
                 core,
                 store,
@@ -144,7 +144,7 @@ class Command(BaseCommand):
                 doors += f", for metrics on {_shown(metrics_sockets[0])}"
             kept = "in memory only"
             if store is not None:
-                kept = f"in the database {settings.database!r}"
+                kept = f"in the database {settings.database!r}, {replayed} jobs replayed"
 
             def greet() -> None:
                 if pid_file is not None:
@@ -228,12 +228,17 @@ def _core(
     address: str,
     options: dict[str, Any],
     settings: conf.GearmanSettings,
-) -> JobServer:
-    """The core, with the lease; what the store kept of earlier runs is claimed beside everything else."""
+) -> tuple[JobServer, int]:
+    """
+    The core, with the lease, and how many jobs it goes on with.
+
+    Those that ran are its own before it listens; the others are claimed beside everything else.
+    """
     try:
         # What is not in a database must have handles that no earlier run gave either: tenths of a second.
         epoch = store.take_lease(address) if store else int(time.time() * 10)
         interrupted = store.resume() if store else []
+        replayed = store.count_unfinished() if store else 0
         if store:
             _synchronise(settings)
             _warn_of_database(settings.database, settings.max_packet)
@@ -267,7 +272,7 @@ def _core(
     # What earlier runs have left goes before what comes now.
     core.door_seen = store is None
     core.adopt_interrupted(interrupted)
-    return core
+    return core, replayed
 
 
 async def _serve(
