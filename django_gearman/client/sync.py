@@ -31,7 +31,7 @@ from ..exceptions import (
     ResponseTimeout,
     ServerError,
 )
-from ..protocol.packets import CLAIM, CLAIMED, PacketType
+from ..protocol.packets import CLAIM, CLAIMED, ROW, PacketType
 from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
@@ -124,6 +124,54 @@ def _close_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
+
+
+class Watch:
+    """
+    Waits for what a server says of a row; made by ``Client.watch``, and closed by who made it.
+    """
+
+    def __init__(self, client: Client, row: str) -> None:
+        self._client = client
+        self._request = client._listening(f"{ROW.decode()}{row}")
+        self._session: _Session | None = None
+        servers = [name for name in client._servers.order() if name not in client._deaf]
+        try:
+            self._session = client._take(servers, nudge=True)
+            self._session.connection.send(self._session.protocol.submit(self._request), NUDGE_TIMEOUT)
+        except (ConnectionFailed, ConnectionLost):
+            self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a server may tell something; if not, ``wait`` does not."""
+        return self._session is not None
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the server says that the row has its end, for so long at the most; whether it did."""
+        deadline = monotonic() + seconds
+        while self._session is not None and self._request.outcome is None:
+            try:
+                self._session.protocol.receive(self._session.connection.receive(deadline))
+            except ResponseTimeout:
+                return False
+            except (ConnectionLost, ProtocolError):
+                self.close()
+            if self._request.error is not None and self._session is not None:
+                if self._request.error[0] != b"JOB_NOT_FOUND":
+                    self._client._deaf.add(self._session.server)
+                self.close()
+        return self._request.outcome is not None
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if session.protocol.has_jobs or session.protocol.awaits_answer:
+            # The server forgets who leaves; nothing else can be taken back.
+            session.close()
+        else:
+            self._client._give_back(session)
 
 
 class Client(Submitter):
@@ -373,6 +421,18 @@ class Client(Submitter):
                 continue
             return True
         return False
+
+    def watch(self, row: str) -> Watch:
+        """
+        Have a server that keeps its jobs in a database tell when a row of it says how its job ended.
+
+        Never raises and never takes long, as ``claim``. Our own server's
+        extension, see ``protocol.packets.ROW``.
+
+        Args:
+            row: The row's number.
+        """
+        return Watch(self, row)
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""

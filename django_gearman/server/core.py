@@ -39,6 +39,7 @@ from ..protocol.packets import (
     LOGS,
     MAX_LOG,
     RETRY,
+    ROW,
     PacketType,
     encode_response,
 )
@@ -65,6 +66,7 @@ from .entries import (
 )
 from .jobs import HIGHEST, Function, Job, JobState, UniqueKey
 from .metrics import SECONDS, Histogram
+from .watchers import Watchers
 
 HIGH: Final = 50
 NORMAL: Final = 0
@@ -378,6 +380,8 @@ class JobServer:
         self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        row_prefix = f"{self.options.handle_prefix or f'H:{self.options.name}'}:r"
+        self._watchers = Watchers(row_prefix.encode())
         self.crews = Crews(self)
         self._handlers = self._make_handlers()
 
@@ -405,6 +409,8 @@ class JobServer:
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
             self._drop_if_abandoned(job)
+        if self._watchers:
+            self._watchers.forget(peer)
         if not self.crews.waits_for_word(peer):
             self.lose_jobs_of(peer)
         self.crews.peer_left(peer)
@@ -425,6 +431,9 @@ class JobServer:
 
     def committed(self, entries: Iterable[Entry]) -> None:
         """The journal has written these: acknowledge and hand out what waited for it."""
+        if self._watchers:
+            entries = list(entries)
+            self._tell_watchers(entries)
         for entry in entries:
             if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
                 job = self.jobs.get(entry.handle)
@@ -436,6 +445,13 @@ class JobServer:
                         self._lay(job)
                     else:
                         self._admit(job)
+
+    def _tell_watchers(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if type(entry) is JobFinished:
+                row, peers = self._watchers.ended(entry.handle)
+                for peer in peers:
+                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, b""))
 
     def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
         """
@@ -719,6 +735,7 @@ class JobServer:
             if function.sleepers:
                 self._wake(function)
         self._answer_impatient()
+        self._watchers.tick(self.clock)
 
     def _answer_impatient(self) -> None:
         """Whoever has waited too long for what only the store knows is told what can be said without it."""
@@ -1303,6 +1320,11 @@ class JobServer:
             self._log(peer, handle, text)
         elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif option.startswith(LISTEN + ROW) and self._durable:
+            if self._watchers.add(peer, option.removeprefix(LISTEN), self.clock):
+                self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            else:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
         elif option.startswith(LISTEN):
             job = self.jobs.get(option.removeprefix(LISTEN))
             if job is None or job.state is PENDING:
