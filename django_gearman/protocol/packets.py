@@ -36,8 +36,8 @@ ROW = b"row "
 OPTION_REQ ``listen row NUMBER``, to a job server that keeps its jobs in a database: hear of a row's end.
 
 For who inserted the row and cannot know its handle yet. Answered by OPTION_RES at once, and by
-WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way. Nothing
-follows when another server has it; who waits looks at the row now and then.
+WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way.
+Nothing follows when another server has it; who waits looks at the row now and then.
 """
 
 ATTEMPTS = b"attempts"

@@ -1,4 +1,4 @@
-"""``listen HANDLE`` and ``listen row NUMBER``: our extensions by which one hears of jobs that others submitted."""
+"""``listen HANDLE`` and ``listen row NUMBER``: our extensions by which one hears of others' jobs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TestListenToARow:
         worker(P.WORK_COMPLETE, NAME, b"r")
         assert listener.hears() == []
         wire.commit()
-        assert listener.hears() == [(P.WORK_COMPLETE, ROW_5)]
+        assert listener.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
         assert not wire.core._watchers
 
     @pytest.mark.parametrize("how", ["failed", "cancelled"])
@@ -102,7 +102,7 @@ class TestListenToARow:
             worker(P.GRAB_JOB)
             worker(P.WORK_FAIL, NAME)
         wire.commit()
-        assert first.hears() == second.hears() == [(P.WORK_COMPLETE, ROW_5)]
+        assert first.hears() == second.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
 
     def test_another_row(self):
         wire = Wire(durable=True)
@@ -126,7 +126,7 @@ class TestListenToARow:
         wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
         wire.core.cancel(NAME)
         wire.commit()
-        assert other.hears() == [(P.WORK_COMPLETE, ROW_5)]
+        assert other.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
         other.leaves()
         last = watching(wire)
         last.leaves()
