@@ -13,6 +13,8 @@ check), ``test_utils.py``, and what is not in a released Django yet: order and
 hash of a ``TaskResult``, and metadata.
 """
 
+# ruff: noqa: E402  (what is imported last may not be there)
+
 from __future__ import annotations
 
 import asyncio
@@ -34,7 +36,9 @@ from django.test import override_settings
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
-pytest.importorskip("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
+from tests import needs
+
+needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, job
 from django_gearman import jobs as machinery
