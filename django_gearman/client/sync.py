@@ -753,6 +753,8 @@ class Client(Submitter):
         try:
             return self._take(route.candidates())
         except ConnectionFailed as failure:
+            if route.may_return():
+                return self._take_on(route)
             raise route.unreachable(failure) from None
 
     def _take(self, servers: list[str], *, nudge: bool = False) -> _Session:
