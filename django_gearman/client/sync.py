@@ -412,7 +412,7 @@ class Client(Submitter):
             try:
                 with self._session([server]) as session:
                     self._acknowledged(session, request, deadline)
-                    self._outlast(session, request, deadline, f"job {handle}")
+                    self._outlast(session, request, timeout, deadline, f"job {handle}")
             except ConnectionFailed:
                 continue
             except ServerError as error:
@@ -511,7 +511,7 @@ class Client(Submitter):
             try:
                 with self._using(session):
                     self._acknowledged(session, request, deadline)
-                    self._outlast(session, request, deadline, f"job {request.function.decode()}")
+                    self._outlast(session, request, timeout, deadline, f"job {request.function.decode()}")
                 return result_of(request)
             except ConnectionLost as error:
                 route.lost(session.server, error)
@@ -536,7 +536,7 @@ class Client(Submitter):
             while request.outcome is None:
                 while parts:
                     yield parts.popleft()
-                self._hear(session, request, deadline, what)
+                self._hear(session, request, timeout, deadline, what)
         yield from parts
         yield Value(result_of(request))
 
@@ -554,17 +554,23 @@ class Client(Submitter):
                 raise
         return request.handle
 
-    def _outlast(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+    def _outlast(
+        self, session: _Session, request: JobRequest, timeout: float | None, deadline: float | None, what: str
+    ) -> None:
         """Receive until the job has ended."""
         while request.outcome is None:
-            self._hear(session, request, deadline, what)
+            self._hear(session, request, timeout, deadline, what)
         if request.raised is not None:
             raise request.raised
 
-    def _hear(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+    def _hear(
+        self, session: _Session, request: JobRequest, timeout: float | None, deadline: float | None, what: str
+    ) -> None:
         try:
             session.protocol.receive(session.connection.receive(deadline, what))
         except ResponseTimeout as error:
+            # What the caller allowed, and not what was left of it when the server last said something.
+            error.timeout = timeout or 0.0
             # Before the connection is closed, and the job dropped with it.
             if request.function and (better := self._nobody_came(session.server, request, error)):
                 raise better from None
