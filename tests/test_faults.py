@@ -405,7 +405,10 @@ class World:
             assert (row.status, bytes(row.result or b"") or row.message.encode()) == self.reported[name]
             assert row.attempts == self.handed_out[name] or (kind and kind.crashes), f"attempts of {name}"
         for name in self.refused:
-            assert name not in rows or rows[name].status == Status.CANCELLED, f"{name} was refused and kept"
+            # Others may have joined one with a unique: should it be written, it runs.
+            allowed = JobRecord.Status if name in rows and rows[name].unique else [Status.CANCELLED]
+            assert name not in rows or rows[name].status in allowed, f"{name} was refused and kept"
+            assert name not in rows or rows[name].is_finished
             assert not self.handed_out[name], f"{name} was refused and run"
         for name in self.unanswered:
             assert name not in rows or rows[name].is_finished, f"{name} is left behind"

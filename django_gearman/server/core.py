@@ -437,18 +437,21 @@ class JobServer:
                     else:
                         self._admit(job)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """
         The journal could not keep a submission: its clients get ERROR instead of JOB_CREATED.
 
         Args:
             entry: As it was left in ``entries``.
             reason: Shown to the client; must not contain secrets.
+            perhaps_kept: It may be written all the same. A job that runs here for others then stays what
+                its record may say, since whoever saw that may have joined it.
         """
         job = self.jobs.get(entry.handle)
         if job is None or self._is_overtaken(job, entry):
             return
-        if type(entry) is JobQueued:
+        stays = perhaps_kept and job.state is not PENDING
+        if type(entry) is JobQueued and not stays:
             job.recorded = False
         if job.answers is None:
             return
@@ -459,6 +462,10 @@ class JobServer:
                 peer.listens.discard(job)
             job.listeners = None
             self._remove(job)
+        elif stays:
+            # Who joins it now is not told that it is kept before it is.
+            job.answers = []
+            job.awaited = entry
         else:
             # It was foreground before somebody wanted it kept, and is again.
             job.background = False

@@ -134,8 +134,14 @@ DEFECTS: Final = [
     Defect(
         "late refusal not undone",
         JOURNAL,
-        '        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]',
-        "        return []",
+        '        return JobFinished(entry.handle, Outcome.CANCELLED, b"", OUT_OF_REACH, server.now)',
+        "        return JobDue(entry.handle)",
+    ),
+    Defect(
+        "late refusal undone though others joined",
+        JOURNAL,
+        "        if has_key(entry.unique, entry.workload):\n            # Another",
+        "        if not entry.unique and has_key(entry.unique, entry.workload):\n            # Another",
     ),
     Defect(
         "submissions wait for ever",
