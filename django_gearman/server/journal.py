@@ -532,8 +532,8 @@ class Journal:
                 self._next_claim = now + self._claim_interval
                 self._claimed_at = now
                 batch.claim = True
-                batch.full = self._server.full()
-        batch.questions = [question for question in self._questions if self._server.is_open(question)]
+                batch.full = self._server.window.full()
+        batch.questions = [question for question in self._questions if self._server.window.is_open(question)]
         self._questions = []
         self._in_flight = batch
         return batch
@@ -575,7 +575,7 @@ class Journal:
                 if question.number in batch.replies:
                     reply = batch.replies[question.number]
                     has_ended = isinstance(reply, StoredJob) and reply.handle in self._ended(batch)
-                    server.replied(question, None if has_ended else reply)
+                    server.window.replied(question, None if has_ended else reply)
             if batch.claimed is not None:
                 self._adopt(batch, batch.claimed, now)
         if batch.error is None:
@@ -593,7 +593,7 @@ class Journal:
         ended = self._ended(batch)
         if ended:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
-        self._server.claimed(claimed)
+        self._server.window.claimed(claimed)
         if claimed.more:
             self._next_claim = 0.0
         self._next_claim = min(self._next_claim, now + claimed.due_in)

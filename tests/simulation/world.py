@@ -16,7 +16,7 @@ from typing import Any
 
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server import core, journal
+from django_gearman.server import core, journal, window
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
 from django_gearman.server.entries import (
     Entry,
@@ -120,8 +120,8 @@ class World:
         core.CANCELLED_LIMIT = shape.cancelled_limit
         journal.MAX_BATCH = shape.batch
         journal.CLAIM_LIMIT = shape.claim
-        core.LEAST_SHARE = 700
-        core.MAX_QUESTIONS = shape.questions
+        window.LEAST_SHARE = 700
+        window.MAX_QUESTIONS = shape.questions
         journal.COMPACT_AT = shape.compact_at
         self.events = 0
         self.clock = 1000.0
