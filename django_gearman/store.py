@@ -44,6 +44,7 @@ from .server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -1365,6 +1366,8 @@ def _change(row: Row, entry: Entry) -> None:
                 row.update(server=None, server_epoch=None)
         case JobDue():
             row["status"] = _READY
+        case JobUnclaimed():
+            row.update(server=None, server_epoch=None)
         case JobKept():
             row["background"] = True
             row["unique_key"] = _key_of(entry)
