@@ -534,6 +534,9 @@ class JobServer:
         for function in list(self._away):
             self._note_if_all_here(function)
         self.adopt(claim.jobs)
+        for handle in claim.cancelled:
+            # Those that have ended meanwhile are not here.
+            self.cancel(handle)
 
     def _take_from_door(self, job: StoredJob) -> None:
         """Count one less there."""

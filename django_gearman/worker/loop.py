@@ -345,7 +345,7 @@ class _Link:
 
     @property
     def flush_at(self) -> float:
-        """The monotonic time at which ``flush`` is to be called, if the kernel does not call for it before."""
+        """The monotonic time at which to ``flush``, if the kernel does not call for it before."""
         if not self.unsent:
             return math.inf
         return self._taken_at + SEND_LIMIT if self.is_stuck else self.flushed_at + GATHER
@@ -554,9 +554,9 @@ class Worker:
             is_first = link.put(data)
             if self._runs_here:
                 # The worker's thread is in the job, and leaves the connection alone meanwhile.
-                if link.unsent >= ENOUGH or monotonic() - link.flushed_at >= GATHER:
-                    if not link.is_stuck:
-                        link.flush()
+                is_time = link.unsent >= ENOUGH or monotonic() - link.flushed_at >= GATHER
+                if is_time and not link.is_stuck:
+                    link.flush()
                 if is_first and link.unsent:
                     self._pump.start()
                 return

@@ -263,7 +263,9 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         assert receive(peer) == (P.WORK_COMPLETE, [b"H:y:1", b"1"])
         answer_until_end(peer)
 
-    with fake_server(slow) as first, fake_server(other) as second:
-        with harness.worker_thread({"say": say}, first, second):
-            assert arrived.wait(10)
-
+    with (
+        fake_server(slow) as first,
+        fake_server(other) as second,
+        harness.worker_thread({"say": say}, first, second),
+    ):
+        assert arrived.wait(10)
