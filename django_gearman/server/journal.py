@@ -49,6 +49,7 @@ from .entries import (
     Waiting,
 )
 from .metrics import StoreCounts
+from .permits import Book
 
 logger = logging.getLogger(__name__)
 
@@ -149,16 +150,22 @@ class MemoryStore:
 
     Args:
         clock: Wall time in seconds since 1970.
+        monotonic: The core's clock.
     """
 
     renewed = math.inf
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = monotonic
+    ) -> None:
         self.jobs: dict[bytes, StoredJob] = {}
         """Unfinished background jobs that the server has, in the order they came."""
         self.unclaimed: list[StoredJob] = []
         """What lies at the door, in the order it came."""
+        self.book = Book()
+        """Limits of functions, and who has permits."""
         self._clock = clock
+        self._monotonic = monotonic
         self._foreground: dict[bytes, StoredJob] = {}
         self._running: dict[bytes, Standing] = {}
         self.finished: dict[bytes, JobFinished] = {}
@@ -212,6 +219,7 @@ class MemoryStore:
             None,
             entry.reducer,
             entry.run_after,
+            limit_key=entry.limit_key,
         )
         if entry.unclaimed:
             self.unclaimed.append(job)
@@ -252,7 +260,8 @@ class MemoryStore:
             is_later = job.run_after > now
             left[job.function, job.priority] = Waiting(ready + (not is_later), later + is_later)
         due_in = min((job.run_after - now for job in self.unclaimed if job.run_after > now), default=math.inf)
-        return Claimed(claimed, more=len(wanted) > limit, left=left, due_in=due_in)
+        limits = dict(self.book.limits)
+        return Claimed(claimed, more=len(wanted) > limit, left=left, due_in=due_in, limits=limits)
 
     def _claim(self, job: StoredJob) -> None:
         self.unclaimed.remove(job)
@@ -281,6 +290,10 @@ class MemoryStore:
                 there = any(job.handle == handle for job in self.unclaimed)
                 self._forget(handle)
                 return there or None
+            case Topic.PERMITS:
+                assert question.request is not None, "it says what is wanted"
+                now = self._clock()
+                return self.book.decide(question.function, question.request, "", now, self._monotonic())
 
     def resume(self) -> list[StoredJob]:
         self._foreground.clear()

@@ -198,9 +198,9 @@ class Page:
 
 def _states(function: Function) -> dict[str, int]:
     return {
-        "pending": function.held - function.waiting - function.delayed - function.running,
+        "pending": function.held - function.waiting - function.blocked - function.delayed - function.running,
         "delayed": function.delayed + function.later,
-        "waiting": function.waiting + sum(function.left.values()),
+        "waiting": function.waiting + function.blocked + sum(function.left.values()),
         "running": function.running,
     }
 

@@ -75,6 +75,7 @@ class Office:
 
     def gather(self) -> None:
         core = self.wire.core
+        core.limits.settle()
         self.journal.ask(core.questions)
         core.questions = []
         if core.claim_wanted:
