@@ -31,7 +31,9 @@ from django.utils import timezone
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
+from .limiting import SWEEP_INTERVAL, Asked, LeaseNow, Permits
 from .models import JobAttempt, JobRecord, ServerLease, unique_key_of
+from .permits import Limit
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Claimed,
@@ -76,6 +78,9 @@ CLAIM_BYTES: Final = 16 * 1024 * 1024
 
 COUNT_SHARE: Final = 20
 """Counting what lies at the door may take one part in so many of the writer's time."""
+
+LIMITS_INTERVAL: Final = 0.9
+"""Seconds between two looks at the limits; there is a claim each second."""
 
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
@@ -142,6 +147,10 @@ class DatabaseStore:
         self._look_for_due_at = 0.0
         """Monotonic time at which jobs for later are looked at again."""
         self._has_later = False
+        self._permits = Permits(using, self._leases_now)
+        self._look_for_limits_at = 0.0
+        """Monotonic time from which limits are read again."""
+        self._sweep_at = 0.0
         self._count_at = 0.0
         """Monotonic time from which what lies at the door is counted again."""
         self.epoch = 0
@@ -225,7 +234,50 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
+        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in, self._limits())
+
+    def read_limits(self) -> dict[bytes, Limit]:
+        """Every limit that is in force; for the start, and then with claims."""
+        with self._database_errors():
+            limits = self._permits.look()
+        self._look_for_limits_at = monotonic() + LIMITS_INTERVAL
+        return limits
+
+    def _limits(self) -> dict[bytes, Limit] | None:
+        """So too, when it is time for it; None when it is not, or nobody can tell now."""
+        now = monotonic()
+        if now < self._look_for_limits_at:
+            return None
+        try:
+            if now >= self._sweep_at and self._permits.limits:
+                self._sweep_at = now + SWEEP_INTERVAL
+                with self._transaction():
+                    self._prove_lease()
+                    self._permits.sweep(self.lease_id)
+            return self.read_limits()
+        except StoreError as error:
+            # What was claimed must be told of all the same.
+            logger.warning("The limits could not be read: %s", error)
+            return None
+
+    def _leases_now(self) -> tuple[dict[int, LeaseNow], float]:
+        leases: dict[int, LeaseNow] = {}
+        now = 0.0
+        for id, epoch, started_at, renewed_at, at in self._execute(self._sql.leases, []):
+            now = _seconds(at)
+            silent = now - _seconds(renewed_at) > self._lease
+            leases[id] = LeaseNow(epoch, _seconds(started_at), silent)
+        return leases, now
+
+    def _give_permits(self, questions: list[Question]) -> dict[int, Reply]:
+        asked = [
+            Asked(question.number, question.function.decode(), question.request)
+            for question in questions
+            if question.request is not None
+        ]
+        with self._transaction():
+            self._prove_lease()
+            return dict(self._permits.decide(self.lease_id, self.epoch, asked, monotonic()))
 
     def _resume_more(self) -> None:
         with self._transaction():
@@ -351,6 +403,9 @@ class DatabaseStore:
                     found = live.filter(unique=text_of_unique(question.unique)).order_by("-pk")
                     for columns in found.values_list("status", "numerator", "denominator")[:1]:
                         replies[question.number] = _standing(*columns)
+        wanted = [question for question in questions if question.topic is Topic.PERMITS]
+        if wanted:
+            replies.update(self._give_permits(wanted))
         taken: list[int] = []
         try:
             for question in questions:
@@ -1120,6 +1175,10 @@ class _Statements:
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(_Now())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
+        self.leases = (
+            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "  # noqa: S608
+            f"FROM {quote(ServerLease._meta.db_table)}"
+        )
         self.renew = (
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
@@ -1149,6 +1208,7 @@ _JOB_FIELDS: Final = (
     "run_after",
     "timeout",
     "interruptions",
+    "limit_key",
 )
 
 
@@ -1285,7 +1345,9 @@ class _Folded:
     def _new_row(self, entry: JobQueued) -> Row:
         function = entry.function.decode()
         unique = text_of_unique(entry.unique)
-        where = {"server": None, "server_epoch": None} if entry.unclaimed else {}
+        where: Row = {"server": None, "server_epoch": None} if entry.unclaimed else {}
+        if entry.limit_key is not None:
+            where["limit_key"] = text_of(entry.limit_key)[:64]
         return where | {
             "handle": text_of(entry.handle),
             "function": function,
@@ -1405,9 +1467,8 @@ class _Look:
 
 def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
     """A job of the columns ``_JOB_FIELDS``; with no workload where that was not read."""
-    _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, interruptions = (
-        columns
-    )
+    _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, *more = columns
+    interruptions, limit_key = more
     return StoredJob(
         handle.encode(),
         function.encode(),
@@ -1420,6 +1481,7 @@ def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
         _seconds(run_after),
         timeout,
         interruptions,
+        None if limit_key is None else limit_key.encode(),
     )
 
 

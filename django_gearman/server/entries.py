@@ -12,7 +12,7 @@ from __future__ import annotations
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
-from .permits import Granted, Limit, Request
+from ..permits import Granted, Limit, Request
 
 
 class Outcome(StrEnum):

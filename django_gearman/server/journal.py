@@ -27,6 +27,7 @@ from time import monotonic
 from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
+from ..permits import Book
 from .core import JobServer
 from .entries import (
     Claimed,
@@ -49,7 +50,6 @@ from .entries import (
     Waiting,
 )
 from .metrics import StoreCounts
-from .permits import Book
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
+from ..permits import Book, Granted, Limit, Request
 from .entries import Question, Reply, Topic
 from .jobs import Function, Job, JobState
-from .permits import Book, Granted, Limit, Request
 
 if TYPE_CHECKING:
     from .core import JobServer, Peer

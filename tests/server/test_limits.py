@@ -7,8 +7,8 @@ import json
 import pytest
 
 from django_gearman.exceptions import StoreError
+from django_gearman.permits import Limit
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.permits import Limit
 
 from .harness import Caller, Wire, handle
 from .test_journal import Office

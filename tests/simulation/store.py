@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.limiting import GRACE
+from django_gearman.permits import Book, Granted, Limit
 from django_gearman.server.entries import (
     Claimed,
     Entry,
@@ -56,6 +58,7 @@ class Row:
         "interruptions",
         "kept_attempts",
         "key",
+        "limit_key",
         "max_attempts",
         "numerator",
         "outcome",
@@ -87,6 +90,7 @@ class Row:
         max_attempts: int | None = None,
         timeout: int | None = None,
         enqueued_at: float = 0.0,
+        limit_key: bytes | None = None,
     ) -> None:
         self.id = 0
         self.handle = handle
@@ -100,6 +104,7 @@ class Row:
         self.max_attempts = max_attempts
         self.timeout = timeout
         self.enqueued_at = enqueued_at
+        self.limit_key = limit_key
         self.wanted = key_of(function, unique, workload)
         self.key: Key | None = self.wanted if background else None
         """Its place in the index of uniques, which only one job to do can have."""
@@ -137,6 +142,7 @@ class Row:
             self.run_after,
             self.timeout,
             self.interruptions,
+            self.limit_key,
         )
 
 
@@ -150,7 +156,7 @@ def key_of(function: bytes, unique: bytes, workload: bytes) -> Key | None:
 
 
 class Lease:
-    __slots__ = ("epoch", "id", "name", "renewed", "taken_over")
+    __slots__ = ("epoch", "id", "name", "renewed", "started", "taken_over")
 
     def __init__(self, id: int, name: str) -> None:
         self.id = id
@@ -158,6 +164,7 @@ class Lease:
         self.epoch = 0
         self.renewed = 0.0
         """By the database's clock."""
+        self.started = 0.0
         self.taken_over = 0
         """The last epoch that another server ended, because it was silent."""
 
@@ -174,6 +181,7 @@ class Database:
         self.keys: dict[Key, Row] = {}
         self.leases: dict[str, Lease] = {}
         self.by_lease: dict[int, Lease] = {}
+        self.book = Book()
         self.rewritten: list[bytes] = []
         self.asked_for: set[int] = set()
         """Ids of rows that were taken for somebody who waits, and need not wait for others."""
@@ -188,6 +196,15 @@ class Database:
             self.by_handle[row.handle] = row
         if row.key is not None:
             self.keys[row.key] = row
+
+    @property
+    def limits(self) -> dict[bytes, Limit]:
+        """{function: what is allowed of it}."""
+        return self.book.limits
+
+    @limits.setter
+    def limits(self, limits: dict[bytes, Limit]) -> None:
+        self.book.limits = limits
 
     def free_key(self, row: Row) -> None:
         if row.key is not None:
@@ -259,7 +276,7 @@ class SimulatedStore:
             lease = database.leases[self.name] = Lease(len(database.leases) + 1, self.name)
             database.by_lease[lease.id] = lease
         lease.epoch += 1
-        lease.renewed = database.now
+        lease.renewed = lease.started = database.now
         self._fault("after")
         self.lease_id = lease.id
         self.epoch = lease.epoch
@@ -357,6 +374,7 @@ class SimulatedStore:
             run_after=entry.run_after,
             later=entry.run_after > entry.at,
             enqueued_at=entry.at,
+            limit_key=entry.limit_key,
         )
         row.attempts = entry.attempts
         return row
@@ -435,7 +453,7 @@ class SimulatedStore:
         # At first nothing is known of it.
         counted = left if not self._has_counted or self._is_counted() else None
         self._has_counted = True
-        return Claimed(jobs, more, frozenset(emptied), counted, due_in)
+        return Claimed(jobs, more, frozenset(emptied), counted, due_in, dict(database.limits))
 
     def _look(self, limit: int, full: Mapping[bytes, int], wall: float) -> tuple[list[Row], set[bytes], bool]:
         """Rows to take, functions of which nothing ready will be left, and whether there may be more."""
@@ -522,6 +540,36 @@ class SimulatedStore:
                 return self._take_one(question, taken)
             case Topic.CANCEL:
                 return self._cancel(question.handle)
+            case Topic.PERMITS:
+                return self._give_permits(question)
+
+    def _give_permits(self, question: Question) -> Granted:
+        assert question.request is not None
+        self._prove_lease()
+        database = self.database
+        granted = database.book.decide(
+            question.function,
+            question.request,
+            f"{self.lease_id}.{self.epoch}",
+            database.now,
+            self._clock(),
+            self._is_alive,
+        )
+        self._fault("after")
+        return granted
+
+    def _is_alive(self, name: str) -> bool:
+        id, epoch = map(int, name.split("."))
+        database = self.database
+        lease = database.by_lease[id]
+        if epoch != lease.epoch:
+            # It was started again, or it was silent and others have its jobs.
+            return epoch == lease.epoch - 1 and 0 <= database.now - lease.started < GRACE
+        if lease.renewed >= database.now - self._lease or id == self.lease_id:
+            return True
+        lease.taken_over = lease.epoch
+        lease.epoch += 1
+        return False
 
     def _standing(self, row: Row | None) -> Standing | None:
         if row is None or row.id not in self.database.live:

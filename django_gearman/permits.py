@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 EXACT: Final = 1_000
-"""Starts that are kept one by one; of more, neighbours count from the last of them: never more, a few less."""
+"""Starts that are kept one by one; of more, neighbours count from the last of them, so never more."""
 
 TURN: Final = 1.0
 """Seconds for which a server may take permits again and again while another has none."""
@@ -34,6 +35,34 @@ STILL_WAITS: Final = 3.0
 
 ASK_AGAIN: Final = 0.25
 """Seconds after which a server asks again that others were in the way of; they do not tell when they end."""
+
+
+MOST: Final = 1_000_000
+"""The largest numbers that a limit may have."""
+
+LONGEST: Final = 366 * 86_400
+"""Seconds of the longest period."""
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_RATE: Final = re.compile(r"([0-9]{1,9})/([0-9]{0,6})([smhd])")
+
+
+def parse_rate(rate: str) -> tuple[int, int]:
+    """
+    How many, and in how many seconds: ``10/m``, ``5/30s``.
+
+    Raises:
+        ValueError: It says something else.
+    """
+    match = _RATE.fullmatch(rate.strip())
+    if match is not None:
+        count, period = int(match[1]), int(match[2] or "1") * _UNITS[match[3]]
+        if 1 <= count <= MOST and 1 <= period <= LONGEST:
+            return count, period
+    raise ValueError(
+        f"{rate!r} is no rate: a whole number from 1 to {MOST:,}, a slash, and s, m, h or d, with a number "
+        'before it for several of them, such as "10/m" or "5/30s"'
+    )
 
 
 class Limit(NamedTuple):
@@ -110,6 +139,14 @@ class Use:
         self._forget_starts(limit, now)
         return not self.starts and not any(h.held or h.waits_since is not None for h in self.holders.values())
 
+    def drop_dead(self, is_alive: Callable[[str], bool], now: float) -> None:
+        """Take their permits from runs of servers that are no more."""
+        for name in [name for name in self.holders if not is_alive(name)]:
+            # Perhaps it used them in its last moment.
+            unused = self.holders.pop(name).unused
+            if unused:
+                self.starts.append((now, unused))
+
     def count(self, limit: Limit, now: float) -> tuple[int, int]:
         """Permits that are in use, and starts of the last period."""
         self._forget_starts(limit, now)
@@ -132,11 +169,7 @@ class Use:
             clock: The server's monotonic time, as of ``Request.started``.
             is_alive: Whether jobs of a run may still run under its permits.
         """
-        for name in [name for name in self.holders if name != me and not is_alive(name)]:
-            # Perhaps it used them in its last moment.
-            unused = self.holders.pop(name).unused
-            if unused:
-                self.starts.append((now, unused))
+        self.drop_dead(lambda name: name == me or is_alive(name), now)
         mine = self.holders.setdefault(me, Holder())
         self._note_starts(mine, request, now, clock)
         self._forget_starts(limit, now)
