@@ -16,12 +16,9 @@ from django.db import transaction
 from django.db.models import F, QuerySet
 
 from .models import FunctionLimit, LimitUse, ServerLease
-from .permits import Granted, Limit, Request, Use
+from .permits import GRACE, Granted, Limit, Request, Use
 
 logger = logging.getLogger(__name__)
-
-GRACE: Final = 10.0
-"""Seconds for which the permits of a server that was started again stay in use: its workers may be at it."""
 
 SWEEP_INTERVAL: Final = 60.0
 """Seconds between two looks for uses that are over."""

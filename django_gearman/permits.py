@@ -37,6 +37,9 @@ ASK_AGAIN: Final = 0.25
 """Seconds after which a server asks again that others were in the way of; they do not tell when they end."""
 
 
+GRACE: Final = 10.0
+"""Seconds for which the permits of a server that was started again stay in use: its workers may be at it."""
+
 MOST: Final = 1_000_000
 """The largest numbers that a limit may have."""
 

@@ -249,9 +249,9 @@ class Limits:
         after = self._worse_than(gate, job, first=first)
         self._block(gate, job, first=first)
         if after is not None:
-            # It goes first, by the permit of one that nobody has taken yet.
+            # The permit of one that nobody has taken yet is for the first.
+            self.expose(gate.front())
             self._conceal(after, give_back=False)
-            self.expose(job)
         self._unsettle(limiter)
 
     def _worse_than(self, gate: Gate, job: Job, *, first: bool) -> Job | None:
@@ -285,11 +285,15 @@ class Limits:
         job.gate = None
         gate.held.pop(job, None)
         gate.free.pop(job, None)
+        self._has_room(gate)
+        self._unsettle(gate.limiter)
+
+    def _has_room(self, gate: Gate) -> None:
+        """A permit of it is free."""
         self._untold[gate] = None
         if gate.limiter.limit.concurrency is not None:
             gate.not_before = min(gate.not_before, self._server.clock)
             self._line_up(gate)
-        self._unsettle(gate.limiter)
 
     def take_out(self, job: Job) -> None:
         """Take one out that is ready, wherever it waits."""
@@ -319,7 +323,7 @@ class Limits:
         del gate.free[job], gate.held[job]
         self._block(gate, job, first=True)
         if give_back:
-            self._untold[gate] = None
+            self._has_room(gate)
 
     def _withdraw(self, job: Job) -> None:
         function = job.function
@@ -481,8 +485,8 @@ class Limits:
         for _ in range(granted.permits):
             if gate.blocked:
                 self.expose(gate.front())
-        if len(gate.held) < request.held and gate.not_before == math.inf:
-            # One was given back meanwhile.
+        if len(gate.held) < gate.told and gate.not_before == math.inf:
+            # Some were given back meanwhile.
             gate.not_before = 0.0
         if len(gate.held) != gate.told or gate.started:
             self._untold[gate] = None

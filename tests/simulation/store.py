@@ -14,8 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.limiting import GRACE
-from django_gearman.permits import Book, Granted, Limit
+from django_gearman.permits import GRACE, Book, Granted, Limit
 from django_gearman.server.entries import (
     Claimed,
     Entry,
