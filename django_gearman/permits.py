@@ -30,6 +30,9 @@ EXACT: Final = 1_000
 TURN: Final = 1.0
 """Seconds for which a server may take permits again and again while another has none."""
 
+RESOLUTION: Final = 0.002
+"""Seconds by which a start counts as later: SQLite's clock tells whole milliseconds."""
+
 STILL_WAITS: Final = 3.0
 """Seconds after its last request in which a server counts as waiting."""
 
@@ -207,7 +210,7 @@ class Use:
         for number, at in request.started:
             if number > mine.told:
                 mine.told = number
-                new.append((now - max(clock - at, 0.0), 1))
+                new.append((now - max(clock - at, 0.0) + RESOLUTION, 1))
         if new:
             self.starts = sorted([*self.starts, *new])
 
@@ -216,7 +219,7 @@ class Use:
             self.starts = []
             return
         # What a clock that was set back makes late counts from now.
-        starts = [(min(at, now), count) for at, count in self.starts if at > now - limit.period]
+        starts = [(min(at, now + RESOLUTION), count) for at, count in self.starts if at > now - limit.period]
         if len(starts) > EXACT:
             slots: dict[float, tuple[float, int]] = {}
             for at, count in starts:

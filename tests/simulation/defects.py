@@ -16,8 +16,10 @@ from typing import Final
 CORE: Final = "django_gearman.server.core"
 CREWS: Final = "django_gearman.server.crews"
 JOBS: Final = "django_gearman.server.jobs"
+LIMITS: Final = "django_gearman.server.limits"
 JOURNAL: Final = "django_gearman.server.journal"
 WINDOW: Final = "django_gearman.server.window"
+PERMITS: Final = "django_gearman.permits"
 STORE: Final = "tests.simulation.store"
 
 
@@ -276,6 +278,54 @@ DEFECTS: Final = [
         CORE,
         "                if job is None or job.awaited is not entry:",
         "                if job is None or job.answers is None:",
+    ),
+    Defect(
+        "permits of other servers not counted",
+        PERMITS,
+        "limit.concurrency - taken - request.held",
+        "limit.concurrency - request.held",
+    ),
+    Defect(
+        "starts that were not told of not counted",
+        PERMITS,
+        "limit.rate - begun - unused - request.unused",
+        "limit.rate - begun",
+    ),
+    Defect(
+        "starts of a server that died not counted",
+        PERMITS,
+        "            if unused:\n                self.starts.append((now, unused))\n",
+        "",
+    ),
+    Defect(
+        "permits of a server that died stay in use",
+        PERMITS,
+        "[name for name in self.holders if not is_alive(name)]",
+        "()",
+    ),
+    Defect(
+        "permit not given back at the end of an attempt",
+        CORE,
+        "            if job.gate is not None:\n                self.limits.give_back(job)\n\n    def _fail",
+        "            job.gate = None\n\n    def _fail",
+    ),
+    Defect(
+        "refused permits not asked for again",
+        LIMITS,
+        "                heapq.heappush(self._retries, (gate.not_before, self._numbers, gate))\n",
+        "                pass\n",
+    ),
+    Defect(
+        "unused permits kept",
+        LIMITS,
+        "if clock - at >= UNUSED]",
+        "if False]",
+    ),
+    Defect(
+        "limited foreground jobs handed out without the store",
+        CORE,
+        "for each in abilities.values() if each.limiter is None)",
+        "for each in abilities.values())",
     ),
 ]
 
