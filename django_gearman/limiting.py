@@ -156,6 +156,41 @@ def _text(key: bytes) -> str:
     return key.decode(errors="replace").replace("\0", "\ufffd")[:64]
 
 
+class Standing(NamedTuple):
+    """What is in use of one key; of all jobs together where there are none."""
+
+    key: str
+    held: int
+    """Permits."""
+
+    begun: int
+    """Jobs that began in the last period."""
+
+
+def standings(rows: Sequence[FunctionLimit], now: float) -> dict[str, list[Standing]]:
+    """
+    What is in use of some limits of one database, as far as the servers have told it.
+
+    Args:
+        now: Seconds since 1970.
+    Returns:
+        {function: what is in use of each key}.
+    """
+    found: dict[str, list[Standing]] = {row.function: [] for row in rows}
+    limits: dict[str, Limit] = {}
+    for row in rows:
+        try:
+            limits[row.function] = row.limit
+        except ValueError:
+            limits[row.function] = Limit()
+    if rows:
+        for use in LimitUse.objects.using(rows[0]._state.db).filter(function__in=list(found)):
+            if use.function in found:
+                counts = Use.load(use.book).count(limits[use.function], now)
+                found[use.function].append(Standing(use.key, *counts))
+    return found
+
+
 # What the code says.
 
 Declared = Mapping[str, Mapping[str, Any]]

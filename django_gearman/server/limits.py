@@ -520,8 +520,8 @@ class Limits:
 
     # What is told of it.
 
-    def running(self) -> Iterator[tuple[Limiter, int, int]]:
+    def standing(self) -> Iterator[tuple[Limiter, int, int]]:
         """(limiter, how many permits this server has, how many jobs wait for one) of each function."""
         for limiter in self.limiters.values():
-            held = sum(len(gate.held) for gate in limiter.gates.values())
-            yield limiter, held, sum(gate.blocked for gate in limiter.gates.values())
+            gates = limiter.gates.values()
+            yield limiter, sum(len(gate.held) for gate in gates), sum(gate.blocked for gate in gates)

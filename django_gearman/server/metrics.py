@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from .. import __version__
@@ -113,6 +114,8 @@ class Page:
         busy = sum(bool(peer.running) for peer in workers)
         yield from _family("workers_busy", "gauge", "Workers that have a job.", [({}, busy)])
         yield from self._functions()
+        if self._core.limits.limiters:
+            yield from self._limits()
         if self._journal is not None:
             yield from self._store(self._journal)
 
@@ -172,6 +175,24 @@ class Page:
             "job_run_seconds",
             "From when a worker had a job to its end.",
             [(label, function.tally.ran) for label, function in rows],
+        )
+
+    def _limits(self) -> Iterator[str]:
+        rows = [
+            ({"function": limiter.name.decode()}, held, blocked)
+            for limiter, held, blocked in islice(self._core.limits.standing(), LISTED)
+        ]
+        yield from _family(
+            "limit_permits",
+            "gauge",
+            "Permits of limited functions that this server has: their jobs run, or are about to.",
+            [(label, held) for label, held, _ in rows],
+        )
+        yield from _family(
+            "limit_waiting",
+            "gauge",
+            "Jobs of limited functions that wait for a permit here.",
+            [(label, blocked) for label, _, blocked in rows],
         )
 
     def _store(self, journal: Journal) -> Iterator[str]:
