@@ -50,6 +50,7 @@ class Gate:
         "key",
         "limiter",
         "not_before",
+        "overdue",
         "queues",
         "started",
         "told",
@@ -69,6 +70,8 @@ class Gate:
         """{job that has one and waits for a worker: the clock's time from which}."""
         self.started: list[tuple[int, float]] = []
         """(number, the clock's time) of starts that the store may not know of."""
+        self.overdue = False
+        """Whether it is time to tell of them: until then they count as if they happened later."""
         self.asked = False
         """Whether a question is open."""
         self.not_before = 0.0
@@ -277,6 +280,8 @@ class Limits:
             self._starts += 1
             gate.started.append((self._starts, self._server.clock))
             self._untold[gate] = None
+            if len(gate.started) == 1:
+                self._look_again(gate, self._server.clock + min(gate.limiter.limit.period / 20, 1.0))
 
     def give_back(self, job: Job) -> None:
         """Its attempt is over, or there is none."""
@@ -391,6 +396,7 @@ class Limits:
         clock = self._server.clock
         while self._retries and self._retries[0][0] <= clock:
             gate = heapq.heappop(self._retries)[2]
+            gate.overdue = bool(gate.started)
             self._line_up(gate)
             self._unsettle(gate.limiter)
 
@@ -404,7 +410,8 @@ class Limits:
         for gate in list(self._untold):
             if gate.asked:
                 continue
-            if len(gate.held) != gate.told and gate.limiter.limit.concurrency is not None:
+            is_given_back = len(gate.held) != gate.told and gate.limiter.limit.concurrency is not None
+            if is_given_back or gate.overdue:
                 # Others may wait for it.
                 self._ask(gate, 0)
 
@@ -444,6 +451,7 @@ class Limits:
 
     def _ask(self, gate: Gate, wanted: int) -> None:
         self._untold.pop(gate, None)
+        gate.overdue = False
         request = Request(gate.key, len(gate.held), len(gate.free), wanted, tuple(gate.started))
         name = gate.limiter.name
         gate.asked = True
@@ -480,8 +488,7 @@ class Limits:
         if granted.permits < request.wanted:
             gate.not_before = clock + granted.again_in
             if granted.again_in < math.inf:
-                self._numbers -= 1
-                heapq.heappush(self._retries, (gate.not_before, self._numbers, gate))
+                self._look_again(gate, gate.not_before)
         for _ in range(granted.permits):
             if gate.blocked:
                 self.expose(gate.front())
@@ -513,6 +520,10 @@ class Limits:
                 gate.turn = turn
                 self._numbers -= 1
                 heapq.heappush(gate.limiter.turns, (turn, self._numbers, gate))
+
+    def _look_again(self, gate: Gate, at: float) -> None:
+        self._numbers -= 1
+        heapq.heappush(self._retries, (at, self._numbers, gate))
 
     def _unsettle(self, limiter: Limiter) -> None:
         if limiter.function is not None:

@@ -312,7 +312,7 @@ DEFECTS: Final = [
     Defect(
         "refused permits not asked for again",
         LIMITS,
-        "                heapq.heappush(self._retries, (gate.not_before, self._numbers, gate))\n",
+        "                self._look_again(gate, gate.not_before)\n",
         "                pass\n",
     ),
     Defect(

@@ -261,12 +261,16 @@ class WatchedLimits(Limits):
         self.model.learn(limits)
         super().learn(limits)
 
+    def hold(self, job: Job, *, first: bool = False) -> None:
+        self.model.moves.append(("hold", job.handle, first))
+        super().hold(job, first=first)
+
     def expose(self, job: Job) -> None:
-        self.model.moves.append((job.handle, True))
+        self.model.moves.append(("show", job.handle, False))
         super().expose(job)
 
     def _conceal(self, job: Job, *, give_back: bool) -> None:
-        self.model.moves.append((job.handle, False))
+        self.model.moves.append(("hide", job.handle, False))
         super()._conceal(job, give_back=give_back)
 
 
@@ -286,8 +290,11 @@ class Server:
         self.limited: dict[bytes, Limit] = {}
         self.blocked: dict[bytes, dict[bytes, dict[int, list[ModelJob]]]] = {}
         """{function: {key: {priority: jobs that wait for a permit, in order}}}"""
-        self.moves: list[tuple[bytes, bool]] = []
-        """Jobs that the core has shown to workers, or hidden from them again, since the model last looked."""
+        self.to_block: dict[bytes, bool] = {}
+        """{job that is to wait for a permit: whether before all others}."""
+        self.seen: set[bytes] = set()
+        self.moves: list[tuple[str, bytes, bool]] = []
+        """Jobs that the core has let wait, shown to workers, or hidden again, since the model last looked."""
         epoch = store.epoch if store is not None else world.next_epoch()
         self.epoch = epoch
         self.label = f"{name}/{epoch}"
@@ -370,7 +377,6 @@ class Server:
         self.put(job)
 
     def put(self, job: ModelJob, *, first: bool = False) -> None:
-        self.look_at_permits()
         job.state = "ready"
         if job.function in self.limited:
             self.block(job, first=first)
@@ -404,8 +410,12 @@ class Server:
         return key_in(job.workload) if job.limit_key is None else job.limit_key
 
     def block(self, job: ModelJob, *, first: bool = False) -> None:
-        """It waits for a permit."""
+        """It is to wait for a permit, which the core says next, in its order."""
         job.blocked = self.limit_key_of(job)
+        self.to_block[job.handle] = first
+
+    def wait_for_permit(self, job: ModelJob, *, first: bool) -> None:
+        assert job.blocked is not None
         queues = self.blocked.setdefault(job.function, {}).setdefault(job.blocked, {})
         queue = queues.setdefault(job.priority, [])
         if first:
@@ -415,7 +425,8 @@ class Server:
 
     def unblock(self, job: ModelJob) -> None:
         assert job.blocked is not None
-        self.blocked[job.function][job.blocked][job.priority].remove(job)
+        if self.to_block.pop(job.handle, None) is None:
+            self.blocked[job.function][job.blocked][job.priority].remove(job)
         job.blocked = None
 
     def next_blocked(self, job: ModelJob) -> ModelJob:
@@ -432,25 +443,30 @@ class Server:
     def look_at_permits(self) -> None:
         """What the core has shown to workers must be what is next."""
         moves, self.moves = self.moves, []
-        for handle, is_shown in moves:
+        for place, (what, handle, first) in enumerate(moves):
             job = self.jobs.get(handle)
-            if job is None:
+            if handle not in self.seen or (
+                what == "hold" and job is not None and handle not in self.to_block
+            ):
+                # The core was told of it first.
+                self.moves = moves[place:]
+                return
+            if job is None or job.function not in self.limited:
                 continue
-            if not is_shown:
-                if job.state == "ready" and job.blocked is None:
-                    self.take(job)
-                    self.block(job, first=True)
-                continue
-            if job.blocked is None:
-                if job.state in ("pending", "delayed"):
-                    # The core was told of it first.
-                    self.moves.append((handle, is_shown))
-                continue
-            promise(self.next_blocked(job) is job, f"{handle!r} has a permit, and it is not its turn")
-            self.unblock(job)
-            self.queues[job.function][job.priority].append(job)
-            self.waiting[job.function] += 1
-            self.must_wake(job.function)
+            if what == "hold":
+                promise(self.to_block.pop(handle) == first, f"{handle!r} waits in another place")
+                self.wait_for_permit(job, first=first)
+            elif what == "hide":
+                self.queues[job.function][job.priority].remove(job)
+                self.waiting[job.function] -= 1
+                job.blocked = self.limit_key_of(job)
+                self.wait_for_permit(job, first=True)
+            else:
+                promise(self.next_blocked(job) is job, f"{handle!r} has a permit, and it is not its turn")
+                self.unblock(job)
+                self.queues[job.function][job.priority].append(job)
+                self.waiting[job.function] += 1
+                self.must_wake(job.function)
 
     def learn(self, limits: Mapping[bytes, Limit]) -> None:
         """These functions are limited from now on."""
@@ -494,6 +510,7 @@ class Server:
         self.held += 1
         job.serial = self.held
         self.jobs[job.handle] = job
+        self.seen.add(job.handle)
         self.count[job.function] += 1
 
     def remove(self, job: ModelJob) -> None:
@@ -1420,6 +1437,7 @@ class Server:
         """The core's books agree with each other and with the model."""
         core = self.core
         self.look_at_permits()
+        promise(not self.to_block, f"{self.to_block} do not wait for permits")
         self.check_permits()
         promise(core.jobs.keys() == self.jobs.keys(), "the core's jobs are not the model's")
         ready = {function.name for function in core.ready}
