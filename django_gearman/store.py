@@ -37,6 +37,7 @@ from .permits import Limit
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Claimed,
+    Crowd,
     Entry,
     JobDue,
     JobFinished,
@@ -81,6 +82,9 @@ COUNT_SHARE: Final = 20
 
 LIMITS_INTERVAL: Final = 0.9
 """Seconds between two looks at the limits; there is a claim each second."""
+
+MAX_CROWDED: Final = 500
+"""Keys of one limit that a claim passes over at the most."""
 
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
@@ -202,7 +206,7 @@ class DatabaseStore:
             self._count_at = 0.0
             return at_door + ours.count()
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
         if self._resuming:
             self._resume_more()
@@ -215,7 +219,7 @@ class DatabaseStore:
             self._free_jobs_of_the_dead()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
-            door = _Look() if is_time else self._look(limit, full)
+            door = _Look() if is_time else self._look(limit, full, crowded)
         unsure = self._perhaps_taken
         taken = self._found_again()
         if door.rows or is_time or monotonic() - self.renewed >= self._lease / 3:
@@ -224,7 +228,7 @@ class DatabaseStore:
                     self._prove_lease()
                     if is_time and scheduler is not None:
                         scheduler.work(moment)
-                        door = self._look(limit, full)
+                        door = self._look(limit, full, crowded)
                     taken += self._take(door.rows)
             except StoreError:
                 # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
@@ -284,12 +288,14 @@ class DatabaseStore:
             self._prove_lease()
             self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
 
-    def _look(self, limit: int, full: Mapping[bytes, int]) -> _Look:
+    def _look(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd]) -> _Look:
         """What is to be taken from the door, and what is known of the rest."""
         look = _Look()
         now = timezone.now()
         ready = [str(name) for name, *_ in self._functions(self._sql.functions_ready, self._first_function)]
-        look.is_partial = bool(full) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
+        look.is_partial = (
+            bool(full) or bool(crowded) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
+        )
         look.more = len(ready) == FUNCTIONS_AT_ONCE
         self._first_function = ready[-1] if look.more else ""
         due = self._functions_due(now, look)
@@ -298,13 +304,15 @@ class DatabaseStore:
         budget = CLAIM_BYTES
         for name in names:
             above = full.get(name.encode(), -1000)
+            crowd = crowded.get(name.encode())
             rows = []
             if name in ready:
-                rows = self._rows_of(self._sql.ready_of, [name, above, share])
-                if len(rows) < share and name.encode() not in full:
+                statement, but = self._but(self._sql.ready_of, crowd)
+                rows = self._rows_of(statement, [name, above, *but, share])
+                if len(rows) < share and name.encode() not in full and crowd is None:
                     look.emptied.add(name.encode())
             if name in due:
-                rows = self._merge(rows, name, above, share, now)
+                rows = self._merge(rows, name, above, crowd, share, now)
             for row in rows[:share]:
                 if budget <= 0:
                     look.cut(name)
@@ -353,12 +361,28 @@ class DatabaseStore:
         self._look_for_due_at = 0.0 if due or not all_of_them else monotonic() + look.due_in
         return due
 
-    def _merge(self, ready: list[_Row], name: str, above: int, share: int, now: datetime) -> list[_Row]:
+    def _but(self, statement: str, crowd: Crowd | None) -> tuple[str, list[str | int]]:
+        """A statement that looks for rows of other keys of a limit than some; and its parameters for that."""
+        if crowd is None:
+            return statement, []
+        column = self._column("limit_key")
+        keys = sorted(crowd.keys)[:MAX_CROWDED]
+        # Those that do not say have the empty one.
+        unsaid = "" if b"" in keys else f"{column} IS NULL OR "
+        marks = ", ".join(["%s"] * len(keys))
+        wanted = f"({unsaid}{column} NOT IN ({marks}) OR {self._column('priority')} > %s)"
+        parameters: list[str | int] = [*map(text_of, keys), crowd.priority]
+        return statement.replace(" ORDER BY", f" AND {wanted} ORDER BY", 1), parameters
+
+    def _merge(
+        self, ready: list[_Row], name: str, above: int, crowd: Crowd | None, share: int, now: datetime
+    ) -> list[_Row]:
         """Jobs that are ready, and those whose time has come, in the order in which they became ready."""
         at = self._fields["run_after"].get_db_prep_value(now, self._connection)
         due: list[_Row] = []
         for statement in self._sql.due_of:
-            rows = self._rows_of(statement, [name, at, share])
+            statement, but = self._but(statement, crowd)
+            rows = self._rows_of(statement, [name, at, *but, share])
             due += [row for row in rows if row.job.priority > above]
         rows = sorted([*ready, *due], key=lambda row: (-row.job.priority, row.ready_at, row.id))
         return rows[:share]

@@ -24,6 +24,7 @@ from django_gearman.models import FunctionLimit, JobRecord, LimitUse, ServerLeas
 from django_gearman.permits import Granted, Limit, Request
 from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
+    Crowd,
     JobDue,
     JobFinished,
     JobKept,
@@ -1729,3 +1730,24 @@ class TestPermits:
         write(house.store, queued(limit_key=b"7", unclaimed=True))
         (job,) = house.store.claim(10, {}).jobs
         assert job.limit_key == b"7"
+
+    def test_crowded_keys_stay_at_the_door(self, house: House) -> None:
+        for number, key in enumerate((b"a", b"b", None, b"a", b"c")):
+            house.put(b"f", workload=b"%d" % number, limit_key=text_or_bytes(house, key))
+        jobs = house.store.claim(10, {}, {b"f": Crowd(frozenset([b"a", b"b"]), 0)}).jobs
+        assert sorted(job.workload for job in jobs) == [b"2", b"4"]
+        crowded = {b"f": Crowd(frozenset([b"a", b""]), 0)}
+        assert [job.workload for job in house.store.claim(10, {}, crowded).jobs] == [b"1"]
+        # More urgent ones are wanted all the same.
+        crowded = {b"f": Crowd(frozenset([b"a"]), -50)}
+        assert len(house.store.claim(10, {}, crowded).jobs) == 2
+
+    def test_also_those_whose_time_has_come(self, house: House) -> None:
+        for number, key in enumerate((b"a", b"b")):
+            write(house.store, later(number, AT + 1, limit_key=key))
+        jobs = house.store.claim(10, {}, {b"reverse": Crowd(frozenset([b"a"]), 0)}).jobs
+        assert [job.limit_key for job in jobs] == [b"b"]
+
+
+def text_or_bytes(house: House, key: bytes | None) -> Any:
+    return key.decode() if isinstance(house, DatabaseHouse) and key is not None else key

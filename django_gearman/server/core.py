@@ -1018,6 +1018,8 @@ class JobServer:
         if background and recorded:
             job.state = PENDING
             job.spilled = job.due > 0 or self.window.is_behind(function, priority)
+            if function.limiter is not None and self.limits.is_crowded(job):
+                job.spilled = True
             if job.spilled:
                 function.spilling[priority] = function.spilling.get(priority, 0) + 1
             else:

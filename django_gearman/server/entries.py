@@ -207,6 +207,14 @@ class Claimed(NamedTuple):
     """{function: what is allowed of it}, of all that are limited; None when that was not looked at."""
 
 
+class Crowd(NamedTuple):
+    """Of a function with a limit for each key, what need not be claimed: enough of it waits already."""
+
+    keys: frozenset[bytes]
+    priority: int
+    """From which down."""
+
+
 class Topic(Enum):
     """What a question is about."""
 

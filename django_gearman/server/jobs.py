@@ -252,7 +252,11 @@ class Function:
 
     def full_from(self, window: int) -> int | None:
         """The priority from which down as many jobs wait, or come, as fit; None while there is room."""
-        if self.waiting + self.blocked + self.arriving < window:
+        here = self.waiting + self.blocked + self.arriving
+        if self.limiter is not None:
+            # One key must not keep the others away.
+            here -= self.limiter.excess
+        if here < window:
             return None
         if self.arriving >= window:
             return HIGHEST

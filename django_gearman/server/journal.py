@@ -31,6 +31,7 @@ from ..permits import Book
 from .core import JobServer
 from .entries import (
     Claimed,
+    Crowd,
     Entry,
     JobDue,
     JobFinished,
@@ -104,7 +105,7 @@ class JobStore(Protocol):
             {index of an entry that is not kept: why, or which job it joined}; all others are kept.
         """
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = ...) -> Claimed:
         """
         Take about ``limit`` jobs from the door: those that no server has, and that are due.
 
@@ -114,6 +115,7 @@ class JobStore(Protocol):
 
         Args:
             full: {function: priority from which down none of its jobs is wanted}.
+            crowded: {function: keys of its limit of which no more are wanted}.
         """
 
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
@@ -242,12 +244,18 @@ class MemoryStore:
                 return job
         return None
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         now = self._clock()
         wanted = [
             job
             for job in self.unclaimed
-            if job.run_after <= now and (job.function not in full or job.priority > full[job.function])
+            if job.run_after <= now
+            and (job.function not in full or job.priority > full[job.function])
+            and not (
+                job.function in crowded
+                and (job.limit_key or b"") in crowded[job.function].keys
+                and job.priority <= crowded[job.function].priority
+            )
         ]
         # Those for later became ready when they were due; nobody knows that of the others.
         wanted.sort(key=lambda job: (-job.priority, job.run_after))
@@ -323,6 +331,8 @@ class Batch:
     claim: bool = False
     full: dict[bytes, int] = field(default_factory=dict)
     """{function: priority from which down its jobs are to stay at the door}."""
+    crowded: dict[bytes, Crowd] = field(default_factory=dict)
+    """{function: keys of its limit whose jobs are to stay at the door}."""
     questions: list[Question] = field(default_factory=list)
     tend: bool = False
     weight: int = 0
@@ -353,7 +363,7 @@ class Batch:
             if self.questions:
                 self.replies = store.ask(self.questions)
             if self.claim:
-                self.claimed = store.claim(CLAIM_LIMIT, self.full)
+                self.claimed = store.claim(CLAIM_LIMIT, self.full, self.crowded)
             if self.tend:
                 self.tend_after = store.tend()
         except StoreError as error:
@@ -537,6 +547,7 @@ class Journal:
                 self._claimed_at = now
                 batch.claim = True
                 batch.full = self._server.window.full()
+                batch.crowded = self._server.limits.crowded()
         batch.questions = [question for question in self._questions if self._server.window.is_open(question)]
         self._questions = []
         self._in_flight = batch
@@ -635,7 +646,7 @@ class Journal:
         gathered = self._without_overdue(self._gathering, tried=False)
         entries = _without_sequels(entries, refused)
         self._gathering = deque(_without_sequels(gathered, refused))
-        self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
+        self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full, crowded=batch.crowded)
         self._weigh_again()
 
     def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:

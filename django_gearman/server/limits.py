@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from ..permits import Book, Granted, Limit, Request
-from .entries import Question, Reply, Topic
+from .entries import Crowd, Question, Reply, Topic
 from .jobs import Function, Job, JobState
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ UNUSED: Final = 1.0
 MAX_ASKED: Final = 100
 """Gates of which a question is open at a time; the others' turn comes with the replies."""
 
+SHARES: Final = 100
+"""Of so many keys one may take its part of the window; what is more of it stays at the store's door."""
+
 MAX_KEY: Final = 64
 """Bytes of a key; longer ones are hashed by who makes them, and cut here."""
 
@@ -45,6 +48,7 @@ class Gate:
     __slots__ = (
         "asked",
         "blocked",
+        "excess",
         "free",
         "held",
         "key",
@@ -64,6 +68,8 @@ class Gate:
         """{priority: jobs that wait for a permit, in order}, without empty ones."""
         self.blocked = 0
         """How many these are."""
+        self.excess = 0
+        """How many jobs it has beyond its part of the window."""
         self.held: dict[Job, None] = {}
         """Jobs that have a permit."""
         self.free: dict[Job, float] = {}
@@ -112,7 +118,18 @@ class Gate:
 class Limiter:
     """What is limited of one function."""
 
-    __slots__ = ("asking", "counts", "function", "gates", "is_lifted", "limit", "name", "turns")
+    __slots__ = (
+        "asking",
+        "counts",
+        "crowded",
+        "excess",
+        "function",
+        "gates",
+        "is_lifted",
+        "limit",
+        "name",
+        "turns",
+    )
 
     def __init__(self, name: bytes, limit: Limit, function: Function | None) -> None:
         self.name = name
@@ -124,6 +141,10 @@ class Limiter:
         self.gates: dict[bytes, Gate] = {}
         self.counts: dict[int, int] = {}
         """{priority: how many jobs wait for a permit}, without zeros."""
+        self.crowded: dict[bytes, None] = {}
+        """Keys of which so many wait here that no more are taken in."""
+        self.excess = 0
+        """How many jobs these have beyond that."""
         self.asking = 0
         """How many permits the open questions ask for."""
         self.turns: list[tuple[tuple[int, int], int, Gate]] = []
@@ -133,6 +154,11 @@ class Limiter:
     def free(self) -> int:
         """Jobs with a permit that no worker has taken yet."""
         return self.function.waiting if self.function is not None else 0
+
+    def crowded_from(self) -> int:
+        """The priority from which down no more jobs of the crowded keys are taken in."""
+        gates = [self.gates[key] for key in self.crowded]
+        return max(job.priority for gate in gates for job in ((gate.front(),) if gate.blocked else gate.free))
 
     def key_of(self, job: Job) -> bytes:
         """What its limit is counted by."""
@@ -172,6 +198,8 @@ class Limits:
         """Heap of gates by the clock's time at which to ask for them again."""
         self._numbers = 0
         self._starts = 0
+        self._share = max(server.options.window // SHARES, 1)
+        """How many jobs of one key may wait here."""
         self._book = None if durable else Book()
 
     # What is limited.
@@ -235,6 +263,8 @@ class Limits:
         if function is not None:
             function.limiter = None
             function.blocked = 0
+            limiter.crowded.clear()
+            limiter.excess = 0
             self.blocked.pop(function, None)
             for job in sorted(waiting, key=lambda job: job.serial):
                 self._server.offer(job)
@@ -276,6 +306,7 @@ class Limits:
         gate = job.gate
         assert gate is not None, "it was handed out without a permit"
         del gate.free[job]
+        self._note_crowd(gate)
         if gate.limiter.limit.rate is not None:
             self._starts += 1
             gate.started.append((self._starts, self._server.clock))
@@ -289,7 +320,8 @@ class Limits:
         assert gate is not None, "it has none"
         job.gate = None
         gate.held.pop(job, None)
-        gate.free.pop(job, None)
+        if gate.free.pop(job, None) is not None:
+            self._note_crowd(gate)
         self._has_room(gate)
         self._unsettle(gate.limiter)
 
@@ -318,6 +350,7 @@ class Limits:
         self._unblock(gate, job)
         gate.held[job] = None
         gate.free[job] = self._server.clock
+        self._note_crowd(gate)
         self._server.offer(job)
 
     def _conceal(self, job: Job, *, give_back: bool) -> None:
@@ -343,6 +376,7 @@ class Limits:
         counts[job.priority] = counts.get(job.priority, 0) + 1
         function.blocked += 1
         self.blocked[function] = None
+        self._note_crowd(gate)
         if gate.front() is job:
             self._line_up(gate)
 
@@ -356,6 +390,35 @@ class Limits:
         function.blocked -= 1
         if not function.blocked:
             self.blocked.pop(function, None)
+        self._note_crowd(gate)
+
+    def _note_crowd(self, gate: Gate) -> None:
+        limiter = gate.limiter
+        if not limiter.limit.keyed:
+            return
+        here = gate.blocked + len(gate.free)
+        excess = max(here - self._share, 0)
+        limiter.excess += excess - gate.excess
+        gate.excess = excess
+        if here >= self._share:
+            limiter.crowded[gate.key] = None
+        else:
+            limiter.crowded.pop(gate.key, None)
+
+    def is_crowded(self, job: Job) -> bool:
+        """Whether so many of its key wait here that a new one is to wait at the store's door."""
+        limiter = job.function.limiter
+        if limiter is None or not limiter.crowded or limiter.key_of(job) not in limiter.crowded:
+            return False
+        return job.priority <= limiter.crowded_from()
+
+    def crowded(self) -> dict[bytes, Crowd]:
+        """Of each function the keys of which no more jobs are wanted."""
+        return {
+            name: Crowd(frozenset(limiter.crowded), limiter.crowded_from())
+            for name, limiter in self.limiters.items()
+            if limiter.crowded
+        }
 
     def _gate(self, limiter: Limiter, job: Job) -> Gate:
         key = limiter.key_of(job)

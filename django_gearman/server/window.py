@@ -109,6 +109,9 @@ class Window:
         They are about to be claimed. Not when the store is away: then nobody knows for how long.
         """
         best = function.best_priority()
+        if function.limiter is not None and function.limiter.crowded:
+            # Up to there they are to stay where they are.
+            best = max(best, function.limiter.crowded_from())
         if all(priority <= best for priority in function.left):
             return False
         return self._server.clock - self.claimed_at < STORE_AWAY

@@ -340,3 +340,28 @@ class TestStore:
         (use,) = office.store.book.uses.values()
         assert use.count(office.store.book.limits[b"f"], wire.core.now) == (0, 0)
         assert not wire.core.limits.limiters[b"f"].gates
+
+    def test_one_key_does_not_keep_the_others_away(self):
+        office = Office(window=4)
+        office.store._clock = lambda: office.wire.core.now
+        office.store._monotonic = lambda: office.wire.core.clock
+        office.wire.core.clock = office.now
+        office.store.book.limits = {b"f": Limit(concurrency=1, keyed=True)}
+        self.settle(office)
+        wire = office.wire
+        for key in (*"a" * 30, "b"):
+            submit(wire, 1, key=key)
+            self.settle(office)
+        assert len(wire.core.jobs) <= 6
+        assert office.store.unclaimed
+        first, second = worker(wire), worker(wire)
+        began = []
+        for _ in range(4):
+            self.settle(office)
+            for each in (first, second):
+                got = grab(each)
+                if got is not None:
+                    began.append(got)
+            office.pass_time(1.0)
+            wire.core.tick()
+        assert began == [handle(1), handle(31)]

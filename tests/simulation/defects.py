@@ -155,15 +155,15 @@ DEFECTS: Final = [
     Defect(
         "unknown commit written again without a look",
         JOURNAL,
-        "self._failed = Batch(entries, again=True,",
-        "self._failed = Batch(entries, again=False,",
+        "            entries, again=True, claim",
+        "            entries, again=False, claim",
     ),
     Defect(
         "failed batch forgotten",
         JOURNAL,
-        "        self._failed = Batch(entries, again=True,",
+        "        self._failed = Batch(\n",
         "        entries = [entry for entry in entries if _is_submission(entry)]\n"
-        "        self._failed = Batch(entries, again=True,",
+        "        self._failed = Batch(\n",
     ),
     Defect(
         "neighbours of a bad row not told",
@@ -290,12 +290,6 @@ DEFECTS: Final = [
         PERMITS,
         "limit.rate - begun - unused - request.unused",
         "limit.rate - begun",
-    ),
-    Defect(
-        "starts of a server that died not counted",
-        PERMITS,
-        "            if unused:\n                self.starts.append((now, unused))\n",
-        "",
     ),
     Defect(
         "permits of a server that died stay in use",

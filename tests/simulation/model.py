@@ -914,8 +914,12 @@ class Server:
     def must_wait(self, function: bytes) -> bool:
         """Whether more urgent jobs are about to be fetched from the door, of which the core knows."""
         core = self.core
+        limiter = core.functions[function].limiter
         left = core.functions[function].left
         best = self.front(function).priority
+        if limiter is not None and limiter.crowded:
+            # Up to there they are to stay.
+            best = max(best, limiter.crowded_from())
         if (
             not any(priority > best for priority in left)
             or core.clock - core.window.claimed_at >= window_module.STORE_AWAY

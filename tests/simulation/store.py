@@ -17,6 +17,7 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.permits import GRACE, Book, Granted, Limit
 from django_gearman.server.entries import (
     Claimed,
+    Crowd,
     Entry,
     JobDue,
     JobFinished,
@@ -416,7 +417,7 @@ class SimulatedStore:
         row.reason = entry.reason
         self.database.end(row, entry.outcome.value)
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         self._fault("before")
         if self._resuming:
             self._prove_lease()
@@ -430,7 +431,7 @@ class SimulatedStore:
             self._free_jobs_of_the_dead()
         database = self.database
         wall = self._wall()
-        rows, emptied, more = self._look(limit, full, wall)
+        rows, emptied, more = self._look(limit, full, crowded, wall)
         unsure = self._perhaps_taken
         ours = [row for row in unsure if (row.server, row.epoch) == (self.lease_id, self.epoch)]
         # Not what was ended meanwhile, as a submission that was refused.
@@ -454,12 +455,22 @@ class SimulatedStore:
         self._has_counted = True
         return Claimed(jobs, more, frozenset(emptied), counted, due_in, dict(database.limits))
 
-    def _look(self, limit: int, full: Mapping[bytes, int], wall: float) -> tuple[list[Row], set[bytes], bool]:
+    def _look(
+        self,
+        limit: int,
+        full: Mapping[bytes, int],
+        crowded: Mapping[bytes, Crowd],
+        wall: float,
+    ) -> tuple[list[Row], set[bytes], bool]:
         """Rows to take, functions of which nothing ready will be left, and whether there may be more."""
         ready: dict[bytes, list[Row]] = {}
         due: dict[bytes, list[Row]] = {}
         for row in self.database.live.values():
             if row.server is None:
+                crowd = crowded.get(row.function)
+                is_crowded = crowd is not None and (row.limit_key or b"") in crowd.keys
+                if crowd is not None and is_crowded and row.priority <= crowd.priority:
+                    continue
                 if row.status not in LATER:
                     ready.setdefault(row.function, []).append(row)
                 elif row.run_after <= wall:
@@ -480,7 +491,7 @@ class SimulatedStore:
                 at = max(at if row.priority == priority else 0.0, row.enqueued_at)
                 priority = row.priority
                 wanted.append((-row.priority, at, row.id, row))
-            if name in ready and len(wanted) < share and name not in full:
+            if name in ready and len(wanted) < share and name not in full and name not in crowded:
                 emptied.add(name)
             of_name = sorted(due.get(name, ()), key=lambda row: (row.run_after, row.id))[:share]
             wanted += [(-row.priority, row.run_after, row.id, row) for row in of_name if row.priority > above]
