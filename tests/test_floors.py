@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "reports": 2,
     "durability": 3,
     "insertion": 3,
+    "rows": 3,
     "scheduler": 3,
     "limiting": 3,
     "history": 3,

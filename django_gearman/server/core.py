@@ -36,6 +36,7 @@ from ..protocol.packets import (
     LOGS,
     MAX_LOG,
     RETRY,
+    ROW,
     PacketType,
     encode_response,
 )
@@ -62,6 +63,7 @@ from .entries import (
 from .jobs import Function, Job, JobState, UniqueKey
 from .limits import Limits
 from .metrics import SECONDS, Histogram
+from .watchers import Watchers
 from .window import Window
 
 HIGH: Final = 50
@@ -353,6 +355,8 @@ class JobServer:
         self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        row_prefix = f"{self.options.handle_prefix or f'H:{self.options.name}'}:r"
+        self._watchers = Watchers(row_prefix.encode())
         self.crews = Crews(self)
         self.window = Window(self)
         self.limits = Limits(self, durable=self._durable)
@@ -382,6 +386,8 @@ class JobServer:
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
             self.drop_if_abandoned(job)
+        if self._watchers:
+            self._watchers.forget(peer)
         if not self.crews.waits_for_word(peer):
             self.lose_jobs_of(peer)
         self.crews.peer_left(peer)
@@ -402,6 +408,9 @@ class JobServer:
 
     def committed(self, entries: Iterable[Entry]) -> None:
         """The journal has written these: acknowledge and hand out what waited for it."""
+        if self._watchers:
+            entries = list(entries)
+            self._tell_watchers(entries)
         for entry in entries:
             if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
                 job = self.jobs.get(entry.handle)
@@ -414,18 +423,28 @@ class JobServer:
                     else:
                         self.admit(job)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+    def _tell_watchers(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if type(entry) is JobFinished:
+                row, peers = self._watchers.ended(entry.handle)
+                for peer in peers:
+                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, b""))
+
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """
         The journal could not keep a submission: its clients get ERROR instead of JOB_CREATED.
 
         Args:
             entry: As it was left in ``entries``.
             reason: Shown to the client; must not contain secrets.
+            perhaps_kept: It may be written all the same. A job that runs here for others then stays what
+                its record may say, since whoever saw that may have joined it.
         """
         job = self.jobs.get(entry.handle)
         if job is None or self._is_overtaken(job, entry):
             return
-        if type(entry) is JobQueued:
+        stays = perhaps_kept and job.state is not PENDING
+        if type(entry) is JobQueued and not stays:
             job.recorded = False
         if job.answers is None:
             return
@@ -436,6 +455,10 @@ class JobServer:
                 peer.listens.discard(job)
             job.listeners = None
             self.remove(job)
+        elif stays:
+            # Who joins it now is not told that it is kept before it is.
+            job.answers = []
+            job.awaited = entry
         else:
             # It was foreground before somebody wanted it kept, and is again.
             job.background = False
@@ -636,6 +659,7 @@ class JobServer:
                 self.wake(function)
         self.window.tick()
         self.limits.tick()
+        self._watchers.tick(self.clock)
 
     # Packets of workers.
 
@@ -1184,6 +1208,11 @@ class JobServer:
             self._log(peer, handle, text)
         elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif option.startswith(LISTEN + ROW) and self._durable:
+            if self._watchers.add(peer, option.removeprefix(LISTEN), self.clock):
+                self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            else:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
         elif option.startswith(LISTEN):
             job = self.jobs.get(option.removeprefix(LISTEN))
             if job is None or job.state is PENDING:

@@ -173,6 +173,9 @@ class Window:
         if claim.limits is not None:
             server.limits.learn(claim.limits)
         server.adopt(claim.jobs)
+        for handle in claim.cancelled:
+            # Those that have ended meanwhile are not here.
+            server.cancel(handle)
 
     def _take_from_door(self, job: StoredJob) -> None:
         """Count one less there."""

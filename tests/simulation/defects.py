@@ -137,8 +137,14 @@ DEFECTS: Final = [
     Defect(
         "late refusal not undone",
         JOURNAL,
-        '        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]',
-        "        return []",
+        '        return JobFinished(entry.handle, Outcome.CANCELLED, b"", OUT_OF_REACH, server.now)',
+        "        return JobDue(entry.handle)",
+    ),
+    Defect(
+        "late refusal undone though others joined",
+        JOURNAL,
+        "        if has_key(entry.unique, entry.workload):\n            # Another",
+        "        if not entry.unique and has_key(entry.unique, entry.workload):\n            # Another",
     ),
     Defect(
         "submissions wait for ever",
@@ -155,15 +161,15 @@ DEFECTS: Final = [
     Defect(
         "unknown commit written again without a look",
         JOURNAL,
-        "            entries, again=True, claim",
-        "            entries, again=False, claim",
+        "self._failed = Batch(entries, again=True,",
+        "self._failed = Batch(entries, again=False,",
     ),
     Defect(
         "failed batch forgotten",
         JOURNAL,
-        "        self._failed = Batch(\n",
+        "        self._failed = Batch(entries, again=True,",
         "        entries = [entry for entry in entries if _is_submission(entry)]\n"
-        "        self._failed = Batch(\n",
+        "        self._failed = Batch(entries, again=True,",
     ),
     Defect(
         "neighbours of a bad row not told",

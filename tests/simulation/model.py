@@ -223,9 +223,9 @@ class Watched(JobServer):
             self.model.committed(entry)
         super().committed(entries)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
-        self.model.rejected(entry, reason)
-        super().rejected(entry, reason)
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
+        self.model.rejected(entry, reason, perhaps_kept=perhaps_kept)
+        super().rejected(entry, reason, perhaps_kept=perhaps_kept)
 
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         self.model.joined(entry, handle)
@@ -648,11 +648,18 @@ class Server:
             peer.touched = True
             self.touched.append(peer)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool) -> None:
         handle = entry.handle
+        job = self.jobs.get(handle)
+        if job is not None and perhaps_kept and job.state != "pending":
+            # It runs here for others, and stays what its record may say.
+            if job.slots is not None and not self.is_overtaken(job, entry):
+                self.answer(job, encode_response(P.ERROR, b"QUEUE_ERROR", reason.encode()), None)
+                job.slots = []
+                job.awaited = entry
+            return
         self.world.refused(self, entry, reason)
         self.disowned[handle] = None
-        job = self.jobs.get(handle)
         if job is None or self.is_overtaken(job, entry):
             return
         if isinstance(entry, JobQueued):

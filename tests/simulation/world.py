@@ -29,6 +29,7 @@ from django_gearman.server.entries import (
     Joined,
     Outcome,
     StoredJob,
+    has_key,
 )
 from django_gearman.server.journal import Batch
 
@@ -515,8 +516,10 @@ class World:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
             assert server.store is not None
             promise(not server.store.taken, f"{server.label} claimed, though its lease is another's")
+        # Operators come after what is written, in the same trip.
+        cancelled = {q.handle for q in batch.questions if batch.replies.get(q.number) is True}
         for index, other in batch.refused.items():
-            if type(other) is Joined:
+            if type(other) is Joined and other.handle not in cancelled:
                 entry = batch.entries[index]
                 assert isinstance(entry, JobQueued)
                 row = self.database.by_handle[other.handle]
@@ -552,6 +555,9 @@ class World:
         self.disowned[entry.handle] = None
         self.out_of_line(entry.handle)
         self.late[entry.handle] = server
+        if type(entry) is JobQueued and has_key(entry.unique, entry.workload):
+            # Others may have joined it: if it was written all the same, it runs.
+            self.escaped[entry.handle] = None
         self._note_escape(server, entry.handle)
         job = server.jobs.get(entry.handle)
         match reason:
@@ -831,10 +837,6 @@ class World:
         assert row.handle is not None
         decisions = self.decisions.get(row.handle, ())
         if row.handle in self.cancelled_at_door:
-            return
-        if row.handle in self.late:
-            # Not kept today: somebody else's submission joined it in the store, and then its server undid it,
-            # since its own client had been refused. The store would have to note who has joined.
             return
         promise(
             any(decision[1] == "CANCELLED" for decision in decisions),
