@@ -114,8 +114,7 @@ class Page:
         busy = sum(bool(peer.running) for peer in workers)
         yield from _family("workers_busy", "gauge", "Workers that have a job.", [({}, busy)])
         yield from self._functions()
-        if self._core.limits.limiters:
-            yield from self._limits()
+        yield from self._limits()
         if self._journal is not None:
             yield from self._store(self._journal)
 

@@ -125,8 +125,8 @@ DEFECTS: Final = [
     Defect(
         "time of a later job not kept",
         CORE,
-        "                job.due,\n                job.spilled,\n",
-        "                0.0,\n                job.spilled,\n",
+        "            job.due,\n            job.spilled,\n",
+        "            0.0,\n            job.spilled,\n",
     ),
     Defect(
         "late job ready a second early",
@@ -204,8 +204,8 @@ DEFECTS: Final = [
     Defect(
         "row claimed by whoever comes",
         STORE,
-        "            if row.server is None:\n                if row.status not in",
-        "            if row.server != self.lease_id:\n                if row.status not in",
+        "            if row.server is None:\n                crowd = ",
+        "            if row.server != self.lease_id:\n                crowd = ",
     ),
     Defect(
         "claim with unknown outcome not looked up",
@@ -270,8 +270,8 @@ DEFECTS: Final = [
     Defect(
         "jobs that have ended fill the window",
         JOBS,
-        "            if self.counts[-priority] + self.arriving >= window:",
-        "            if len(self.levels[-priority]) + self.arriving >= window:",
+        "            if counts[priority] + self.arriving >= window:",
+        "            if len(self.levels.get(priority, ())) + self.arriving >= window:",
     ),
     Defect(
         "job that was asked for is lost with the reply",
