@@ -61,7 +61,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, logs, reports, rows, schedules, signals, tracing
+from . import conf, logs, permits, reports, rows, schedules, signals, tracing
 from .client.admin_client import AdminClient
 from .client.aio import AsyncClient
 from .client.core import Priority
@@ -568,6 +568,7 @@ class JobResult(Generic[R]):
             priority=old.priority,
             client=_identity(os.getpid()),
             max_attempts=old.max_attempts,
+            limit_key=old.limit_key,
             timeout=old.timeout,
         )
         return JobResult(_insert(again, old._state.db or conf.settings_for().database))
@@ -707,6 +708,9 @@ Unique: TypeAlias = str | Sequence[str] | Callable[..., str]
 
 RunCoroutine: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
 
+MAX_LIMIT_KEY: Final = 64
+"""Bytes of a limit's key that is sent as it is; longer ones are hashed."""
+
 MAX_UNIQUE: Final = 200
 """Bytes of a unique that is sent as it is; longer ones are hashed."""
 
@@ -730,6 +734,9 @@ class JobOptions(TypedDict, total=False):
     backoff: Backoff
     timeout: int
     unique: Unique
+    rate_limit: str
+    concurrency: int
+    limit_key: Unique
     schedule: schedules.Declaration | Sequence[schedules.Declaration]
 
 
@@ -753,6 +760,9 @@ class Job(Generic[P, R]):
         backoff: Backoff | None = None,
         timeout: int | None = None,
         unique: Unique | None = None,
+        rate_limit: str = "",
+        concurrency: int | None = None,
+        limit_key: Unique | None = None,
         schedule: object = None,
     ) -> None:
         thing: object = function
@@ -768,6 +778,9 @@ class Job(Generic[P, R]):
         self.backoff = backoff
         self.timeout = timeout
         self.unique = unique
+        self.rate_limit = rate_limit
+        self.concurrency = concurrency
+        self.limit_key = limit_key
         self.schedules = schedules.declarations(schedule)
         self.run_after: datetime | timedelta | None = None
         self.run_timeout: float | None = None
@@ -877,7 +890,7 @@ class Job(Generic[P, R]):
         pairs = [(tuple(args), kwargs) for args, kwargs in calls]
         if not pairs:
             return []
-        if self.unique is not None or options.enqueue == "wire":
+        if self.unique is not None or self.limit_key is not None or options.enqueue == "wire":
             return self._enqueue_each(pairs, options)
         workloads = self._encode_many(pairs, options.max_packet)
         args, kwargs = pairs[0]
@@ -940,19 +953,31 @@ class Job(Generic[P, R]):
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""
-        if self.unique is None:
+        return self._made_of("unique", self.unique, args, kwargs, MAX_UNIQUE)
+
+    def _limit_key_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """What the limit of a submission is counted by; None where it is counted for all of them."""
+        if self.limit_key is None:
+            return None
+        return self._made_of("limit_key", self.limit_key, args, kwargs, MAX_LIMIT_KEY)
+
+    def _made_of(
+        self, option: str, given: Unique | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int
+    ) -> str:
+        """A text that tells submissions apart by some of their arguments; empty where nothing was given."""
+        if given is None:
             return ""
-        if callable(self.unique):
-            unique: object = self.unique(*args, **kwargs)
-            if not isinstance(unique, str):
-                raise TypeError(f"the unique of {self.name} must be a str, not {unique!r}")
+        if callable(given):
+            made: object = given(*args, **kwargs)
+            if not isinstance(made, str):
+                raise TypeError(f"the {option} of {self.name} must be a str, not {made!r}")
         else:
-            names = [self.unique] if isinstance(self.unique, str) else list(self.unique)
+            names = [given] if isinstance(given, str) else list(given)
             bound = self._signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            unique = dumps([bound.arguments[name] for name in names]).decode()
-        unique = unique.strip()
-        return unique if len(unique.encode()) <= MAX_UNIQUE else hashlib.sha256(unique.encode()).hexdigest()
+            made = dumps([bound.arguments[name] for name in names]).decode()
+        made = made.strip()
+        return made if len(made.encode()) <= limit else hashlib.sha256(made.encode()).hexdigest()
 
     def _new_record(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
@@ -976,6 +1001,7 @@ class Job(Generic[P, R]):
             client=_identity(os.getpid()),
             run_after=run_after,
             max_attempts=self.max_attempts,
+            limit_key=self._limit_key_of(args, kwargs),
             timeout=self.timeout or options.job_timeout,
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
@@ -1175,6 +1201,8 @@ class Job(Generic[P, R]):
             for name, value in bound.items():
                 refuse_unless_json(value, f"argument {name!r} of {self.name}")
             envelope: dict[str, Any] = {"args": args, "kwargs": kwargs}
+            if self.limit_key is not None:
+                envelope["limit"] = self._limit_key_of(args, kwargs)
             if traced and (trace := tracing.current()):
                 envelope[tracing.KEY] = trace
             workload = dumps(envelope)
@@ -1211,23 +1239,41 @@ class Job(Generic[P, R]):
             raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
         return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])
 
-    def _validate_unique(self) -> None:
-        unique: object = self.unique
-        if unique is None or callable(unique):
+    def _validate_names(self, option: str, given: object) -> None:
+        if given is None or callable(given):
             return
-        names = [unique] if isinstance(unique, str) else unique
+        names = [given] if isinstance(given, str) else given
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise InvalidJob(
-                f"unique of {self.name} must be a name of an argument, several, or a function, not {unique!r}"
+                f"{option} of {self.name} must be a name of an argument, several, or a function, "
+                f"not {given!r}"
             )
         known = self._signature.parameters
         for name in names:
             if self.raw or name not in known:
                 has = "its workload, bytes" if self.raw else ", ".join(known) or "none"
                 raise InvalidJob(
-                    f"unique of {self.name} names {name!r}, which is no argument that JSON can carry "
+                    f"{option} of {self.name} names {name!r}, which is no argument that JSON can carry "
                     f"(it has {has})"
                 )
+
+    def _validate_limits(self) -> None:
+        rate: object = self.rate_limit
+        if not isinstance(rate, str):
+            raise InvalidJob(f'rate_limit of {self.name} must be a text such as "10/m", not {rate!r}')
+        if rate:
+            try:
+                permits.parse_rate(rate)
+            except ValueError as error:
+                raise InvalidJob(f"rate_limit of {self.name}: {error}") from error
+        most = self.concurrency
+        if most is not None and (type(most) is not int or not 1 <= most <= permits.MOST):
+            raise InvalidJob(
+                f"concurrency of {self.name} must be a whole number from 1 to {permits.MOST}, not {most!r}"
+            )
+        self._validate_names("limit_key", self.limit_key)
+        if self.limit_key is not None and not rate and most is None:
+            raise InvalidJob(f"limit_key of {self.name} needs a rate_limit or a concurrency that it is for")
 
     def _validate(self) -> None:
         if "<" in self.function.__qualname__:
@@ -1254,7 +1300,8 @@ class Job(Generic[P, R]):
                 raise InvalidJob(
                     f"{option} of {self.name} must be a whole number from 1 to {highest}, not {number!r}"
                 )
-        self._validate_unique()
+        self._validate_names("unique", self.unique)
+        self._validate_limits()
         if self.backoff is not None and not callable(self.backoff):
             raise InvalidJob(
                 f"backoff of {self.name} must be a function of the exception and the JobResult, "
@@ -1367,6 +1414,11 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
             attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
         unique: While a job with the same is to do, a submission is that one: a name of an argument,
             several, or a function of the arguments that returns a str.
+        rate_limit: How many may begin in any period, over all workers and servers: ``"10/m"``, ``"5/30s"``;
+            s, m, h or d.
+        concurrency: How many may run at once, over all workers and servers.
+        limit_key: Lets both hold for each key by itself: a name of an argument, several, or a function
+            of the arguments that returns a str.
         timeout: Seconds that one attempt may take; then ``JobTimedOut`` is raised in it, and its
             process is killed soon after if it goes on. The setting ``JOB_TIMEOUT`` by default.
     Raises:
@@ -1445,6 +1497,22 @@ def scheduled_record(schedule: Schedule) -> JobRecord:
     if schedule.priority is not None:
         record.priority = schedule.priority
     return record
+
+
+# Limits.
+
+
+def declared_limits() -> dict[str, dict[str, Any]]:
+    """{function: what its row says} of every limited job of the process."""
+    return {
+        made.name: {
+            "rate": made.rate_limit.strip(),
+            "concurrency": made.concurrency,
+            "by_key": made.limit_key is not None,
+        }
+        for made in registry.values()
+        if made.rate_limit or made.concurrency is not None
+    }
 
 
 # What a worker runs.

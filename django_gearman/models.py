@@ -25,7 +25,7 @@ from django.db.models import Q
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
-from . import schedules
+from . import permits, schedules
 from .exceptions import InvalidSchedule
 
 _OF_MYSQL_INDEXES = ("models.W037", "models.W043")
@@ -109,6 +109,11 @@ class JobRecord(models.Model):
     max_attempts = models.PositiveSmallIntegerField(_("max attempts"), null=True, blank=True)
     timeout = models.PositiveIntegerField(_("timeout"), null=True, blank=True)
     """Seconds one attempt may take; null for the server's default."""
+
+    limit_key = models.CharField(  # noqa: DJ001
+        _("limit key"), max_length=64, null=True, blank=True, default=None, editable=False
+    )
+    """What the function's limit is counted by; null where that is not by a key, or the job does not say."""
 
     # Where it stands.
     status = models.CharField(_("status"), max_length=10, choices=Status, default=Status.READY)
@@ -508,3 +513,101 @@ class Schedule(models.Model):
             raise ValidationError({"args": _("Arguments are a JSON array.")})
         if not isinstance(self.kwargs, dict):
             raise ValidationError({"kwargs": _("Keyword arguments are a JSON object.")})
+
+
+class FunctionLimit(models.Model):
+    """How many jobs of a function may run, or begin, at a time, over all job servers."""
+
+    function = models.CharField(
+        _("function"),
+        max_length=512,
+        unique=True,
+        help_text=_("Name on the wire: of a @job its import path, unless it was given another."),
+    )
+    rate = models.CharField(
+        _("rate"),
+        max_length=40,
+        blank=True,
+        default="",
+        help_text=_("How many may begin in any period, such as 10/m or 5/30s: s, m, h or d. Empty for any."),
+    )
+    concurrency = models.PositiveIntegerField(
+        _("at once"), null=True, blank=True, help_text=_("How many may run at once. Empty for any.")
+    )
+    by_key = models.BooleanField(
+        _("for each key"),
+        default=False,
+        help_text=_("Whether it holds for each key of the jobs, as limit_key gives it, and not for all."),
+    )
+    enabled = models.BooleanField(_("enabled"), default=True)
+
+    declared = models.JSONField(_("declared"), null=True, editable=False)
+    """What the code said when a server last looked; null for a limit that was made in the admin."""
+
+    withdrawn = models.BooleanField(_("withdrawn"), default=False, editable=False)
+    """The code declared it and does no more: it rests, and keeps what was set here."""
+
+    class Meta:
+        required_db_features = ("supports_json_field",)
+        verbose_name = _("limit")
+        verbose_name_plural = _("limits")
+        constraints = [
+            models.CheckConstraint(
+                condition=~Q(rate="") | Q(concurrency__isnull=False),
+                name="limit_rate_or_concurrency",
+                violation_error_message=_("Give a rate, or how many at once, or both."),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.function
+
+    @property
+    def rests(self) -> bool:
+        return self.withdrawn or not self.enabled
+
+    @property
+    def limit(self) -> permits.Limit:
+        """
+        What it allows.
+
+        Raises:
+            ValueError: It makes no sense.
+        """
+        count, period = permits.parse_rate(self.rate) if self.rate else (None, 60)
+        return permits.Limit(count, float(period), self.concurrency, self.by_key)
+
+    def clean(self) -> None:
+        self.rate = self.rate.strip()
+        try:
+            self.limit  # noqa: B018
+        except ValueError as error:
+            raise ValidationError({"rate": str(error)}) from error
+        if self.concurrency is not None and not 1 <= self.concurrency <= permits.MOST:
+            raise ValidationError({"concurrency": _("A number from 1 to 1,000,000; empty for any.")})
+
+
+class LimitUse(models.Model):
+    """
+    What is in use of one limit, or of one of its keys; nobody's but the job servers'.
+
+    They change it in transactions that lock the row, so that a limit is exact.
+    """
+
+    digest = models.CharField(max_length=64, unique=True)
+    """Of function and key: both together are longer than what every database can have unique."""
+
+    function = models.CharField(_("function"), max_length=512)
+    key = models.CharField(_("key"), max_length=64, blank=True)
+    book = models.TextField(blank=True, default="")
+    """What ``permits.Use`` has written down."""
+
+    touched = models.FloatField(db_index=True)
+    """When it was last written, in seconds since 1970 by the database's clock."""
+
+    class Meta:
+        verbose_name = _("use of a limit")
+        verbose_name_plural = _("uses of limits")
+
+    def __str__(self) -> str:
+        return f"{self.function} {self.key}".strip()

@@ -31,10 +31,13 @@ from django.utils import timezone
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
+from .limiting import SWEEP_INTERVAL, Asked, LeaseNow, Permits
 from .models import Cancellation, JobAttempt, JobRecord, ServerLease, unique_key_of
+from .permits import Limit
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Claimed,
+    Crowd,
     Entry,
     JobDue,
     JobFinished,
@@ -77,6 +80,12 @@ CLAIM_BYTES: Final = 16 * 1024 * 1024
 
 COUNT_SHARE: Final = 20
 """Counting what lies at the door may take one part in so many of the writer's time."""
+
+LIMITS_INTERVAL: Final = 0.9
+"""Seconds between two looks at the limits; there is a claim each second."""
+
+MAX_CROWDED: Final = 500
+"""Keys of one limit that a claim passes over at the most."""
 
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
@@ -146,6 +155,10 @@ class DatabaseStore:
         self._look_for_due_at = 0.0
         """Monotonic time at which jobs for later are looked at again."""
         self._has_later = False
+        self._permits = Permits(using, self._leases_now)
+        self._look_for_limits_at = 0.0
+        """Monotonic time from which limits are read again."""
+        self._sweep_at = 0.0
         self._look_for_cancelled_at = 0.0
         """Monotonic time at which what is to be cancelled is looked at again."""
         self._count_at = 0.0
@@ -201,7 +214,7 @@ class DatabaseStore:
             self._count_at = 0.0
             return at_door + ours.count()
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
         if self._resuming:
             self._resume_more()
@@ -222,7 +235,7 @@ class DatabaseStore:
         cancelled = self._cancelled()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
-            door = _Look() if is_time else self._look(limit, full)
+            door = _Look() if is_time else self._look(limit, full, crowded)
         unsure = self._perhaps_taken
         taken = self._found_again()
         if door.rows or is_time or monotonic() - self.renewed >= self._lease / 3:
@@ -231,7 +244,7 @@ class DatabaseStore:
                     self._prove_lease()
                     if is_time and scheduler is not None:
                         scheduler.work(moment)
-                        door = self._look(limit, full)
+                        door = self._look(limit, full, crowded)
                     taken += self._take(door.rows)
             except StoreError:
                 # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
@@ -241,7 +254,52 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in, cancelled)
+        return Claimed(
+            taken, door.more, frozenset(door.emptied), left, door.due_in, self._limits(), cancelled
+        )
+
+    def read_limits(self) -> dict[bytes, Limit]:
+        """Every limit that is in force; for the start, and then with claims."""
+        with self._database_errors():
+            limits = self._permits.look()
+        self._look_for_limits_at = monotonic() + LIMITS_INTERVAL
+        return limits
+
+    def _limits(self) -> dict[bytes, Limit] | None:
+        """So too, when it is time for it; None when it is not, or nobody can tell now."""
+        now = monotonic()
+        if now < self._look_for_limits_at:
+            return None
+        try:
+            if now >= self._sweep_at and self._permits.limits:
+                self._sweep_at = now + SWEEP_INTERVAL
+                with self._transaction():
+                    self._prove_lease()
+                    self._permits.sweep(self.lease_id)
+            return self.read_limits()
+        except StoreError as error:
+            # What was claimed must be told of all the same.
+            logger.warning("The limits could not be read: %s", error)
+            return None
+
+    def _leases_now(self) -> tuple[dict[int, LeaseNow], float]:
+        leases: dict[int, LeaseNow] = {}
+        now = 0.0
+        for id, epoch, started_at, renewed_at, at in self._execute(self._sql.leases, []):
+            now = _seconds(at)
+            silent = now - _seconds(renewed_at) > self._lease
+            leases[id] = LeaseNow(epoch, _seconds(started_at), silent)
+        return leases, now
+
+    def _give_permits(self, questions: list[Question]) -> dict[int, Reply]:
+        asked = [
+            Asked(question.number, question.function.decode(), question.request)
+            for question in questions
+            if question.request is not None
+        ]
+        with self._transaction():
+            self._prove_lease()
+            return dict(self._permits.decide(self.lease_id, self.epoch, asked, monotonic()))
 
     def _cancelled(self) -> list[bytes]:
         """
@@ -281,12 +339,14 @@ class DatabaseStore:
             self._prove_lease()
             self._resuming = self._free(self.lease_id, self.epoch) == ADOPTED_AT_ONCE
 
-    def _look(self, limit: int, full: Mapping[bytes, int]) -> _Look:
+    def _look(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd]) -> _Look:
         """What is to be taken from the door, and what is known of the rest."""
         look = _Look()
         now = timezone.now()
         ready = [str(name) for name, *_ in self._functions(self._sql.functions_ready, self._first_function)]
-        look.is_partial = bool(full) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
+        look.is_partial = (
+            bool(full) or bool(crowded) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
+        )
         look.more = len(ready) == FUNCTIONS_AT_ONCE
         self._first_function = ready[-1] if look.more else ""
         due = self._functions_due(now, look)
@@ -295,13 +355,15 @@ class DatabaseStore:
         budget = CLAIM_BYTES
         for name in names:
             above = full.get(name.encode(), -1000)
+            crowd = crowded.get(name.encode())
             rows = []
             if name in ready:
-                rows = self._rows_of(self._sql.ready_of, [name, above, share])
-                if len(rows) < share and name.encode() not in full:
+                statement, but = self._but(self._sql.ready_of, crowd)
+                rows = self._rows_of(statement, [name, above, *but, share])
+                if len(rows) < share and name.encode() not in full and crowd is None:
                     look.emptied.add(name.encode())
             if name in due:
-                rows = self._merge(rows, name, above, share, now)
+                rows = self._merge(rows, name, above, crowd, share, now)
             for row in rows[:share]:
                 if budget <= 0:
                     look.cut(name)
@@ -350,12 +412,28 @@ class DatabaseStore:
         self._look_for_due_at = 0.0 if due or not all_of_them else monotonic() + look.due_in
         return due
 
-    def _merge(self, ready: list[_Row], name: str, above: int, share: int, now: datetime) -> list[_Row]:
+    def _but(self, statement: str, crowd: Crowd | None) -> tuple[str, list[str | int]]:
+        """A statement that looks for rows of other keys of a limit than some; and its parameters for that."""
+        if crowd is None:
+            return statement, []
+        column = self._column("limit_key")
+        keys = sorted(crowd.keys)[:MAX_CROWDED]
+        # Those that do not say have the empty one.
+        unsaid = "" if b"" in keys else f"{column} IS NULL OR "
+        marks = ", ".join(["%s"] * len(keys))
+        wanted = f"({unsaid}{column} NOT IN ({marks}) OR {self._column('priority')} > %s)"
+        parameters: list[str | int] = [*map(text_of, keys), crowd.priority]
+        return statement.replace(" ORDER BY", f" AND {wanted} ORDER BY", 1), parameters
+
+    def _merge(
+        self, ready: list[_Row], name: str, above: int, crowd: Crowd | None, share: int, now: datetime
+    ) -> list[_Row]:
         """Jobs that are ready, and those whose time has come, in the order in which they became ready."""
         at = self._fields["run_after"].get_db_prep_value(now, self._connection)
         due: list[_Row] = []
         for statement in self._sql.due_of:
-            rows = self._rows_of(statement, [name, at, share])
+            statement, but = self._but(statement, crowd)
+            rows = self._rows_of(statement, [name, at, *but, share])
             due += [row for row in rows if row.job.priority > above]
         rows = sorted([*ready, *due], key=lambda row: (-row.job.priority, row.ready_at, row.id))
         return rows[:share]
@@ -400,6 +478,9 @@ class DatabaseStore:
                     found = live.filter(unique=text_of_unique(question.unique)).order_by("-pk")
                     for columns in found.values_list("status", "numerator", "denominator")[:1]:
                         replies[question.number] = _standing(*columns)
+        wanted = [question for question in questions if question.topic is Topic.PERMITS]
+        if wanted:
+            replies.update(self._give_permits(wanted))
         taken: list[int] = []
         try:
             for question in questions:
@@ -1199,6 +1280,10 @@ class _Statements:
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(_Now())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
+        self.leases = (
+            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "  # noqa: S608
+            f"FROM {quote(ServerLease._meta.db_table)}"
+        )
         self.renew = (
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
@@ -1228,6 +1313,7 @@ _JOB_FIELDS: Final = (
     "run_after",
     "timeout",
     "interruptions",
+    "limit_key",
 )
 
 
@@ -1364,7 +1450,9 @@ class _Folded:
     def _new_row(self, entry: JobQueued) -> Row:
         function = entry.function.decode()
         unique = text_of_unique(entry.unique)
-        where = {"server": None, "server_epoch": None} if entry.unclaimed else {}
+        where: Row = {"server": None, "server_epoch": None} if entry.unclaimed else {}
+        if entry.limit_key is not None:
+            where["limit_key"] = text_of(entry.limit_key)[:64]
         return where | {
             "handle": text_of(entry.handle),
             "function": function,
@@ -1486,9 +1574,8 @@ class _Look:
 
 def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
     """A job of the columns ``_JOB_FIELDS``; with no workload where that was not read."""
-    _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, interruptions = (
-        columns
-    )
+    _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, *more = columns
+    interruptions, limit_key = more
     return StoredJob(
         handle.encode(),
         function.encode(),
@@ -1501,6 +1588,7 @@ def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
         _seconds(run_after),
         timeout,
         interruptions,
+        None if limit_key is None else limit_key.encode(),
     )
 
 

@@ -33,12 +33,21 @@ from django_gearman.exceptions import (
     Retry,
     WaitInTransaction,
 )
-from django_gearman.jobs import Job, JobResult, pause_before_retry, perform_assigned, queue_of
+from django_gearman.jobs import (
+    Job,
+    JobResult,
+    declared_limits,
+    pause_before_retry,
+    perform_assigned,
+    queue_of,
+)
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 
 from .app import jobs
 from .client.fake_server import Peer, fake_server
+from .docs import block_of
+from .harness import ROOT
 
 Status = JobRecord.Status
 HOUR = datetime.timedelta(hours=1)
@@ -1072,3 +1081,76 @@ class TestUnique:
         once = job(unique=lambda left, right=1: left)(plain)
         with pytest.raises(TypeError, match=r"the unique of .*plain must be a str, not 1"):
             once.enqueue(1)
+
+
+@pytest.mark.django_db
+class TestLimits:
+    def test_key_stands_in_the_row_and_in_the_workload(self, registry: dict[str, Any]) -> None:
+        limited = job(concurrency=1, limit_key="left")(plain)
+        first = JobRecord.objects.get(pk=limited.enqueue(7).id)
+        assert first.limit_key == "[7]"
+        assert json.loads(first.workload)["limit"] == "[7]"
+        second, third = limited.enqueue_many([((8,), {}), ((), {"left": 9})])
+        keys = JobRecord.objects.filter(pk__in=[second.id, third.id]).order_by("pk")
+        assert list(keys.values_list("limit_key", flat=True)) == ["[8]", "[9]"]
+
+    def test_several_names_or_a_function(self, registry: dict[str, Any]) -> None:
+        both = job(rate_limit="5/s", limit_key=("left", "right"))(plain)
+        assert JobRecord.objects.get(pk=both.enqueue(7).id).limit_key == "[7,1]"
+        made = job(rate_limit="5/s", name="other", limit_key=lambda left, right=1: f"half {left // 2}")(plain)
+        assert JobRecord.objects.get(pk=made.enqueue(7).id).limit_key == "half 3"
+
+    def test_long_keys_are_hashed(self, registry: dict[str, Any]) -> None:
+        limited = job(concurrency=1, limit_key=lambda left, right=1: "x" * 65)(plain)
+        assert len(JobRecord.objects.get(pk=limited.enqueue(7).id).limit_key or "") == 64
+
+    def test_without_a_key_there_is_none(self, registry: dict[str, Any]) -> None:
+        record = JobRecord.objects.get(pk=job(concurrency=1)(plain).enqueue(7).id)
+        assert record.limit_key is None
+        assert "limit" not in json.loads(record.workload)
+
+    def test_a_retry_by_hand_keeps_it(self, registry: dict[str, Any]) -> None:
+        result = job(concurrency=1, limit_key="left")(plain).enqueue(7)
+        JobRecord.objects.update(status=Status.FAILED)
+        assert JobRecord.objects.get(pk=result.retry().id).limit_key == "[7]"
+
+    def test_the_key_is_no_argument(self, registry: dict[str, Any]) -> None:
+        limited = job(concurrency=1, limit_key="left")(plain)
+        record = JobRecord.objects.get(pk=limited.enqueue(7).id)
+        assert json.loads(limited.perform(bytes(record.workload), JobContext())) == plain(7)
+
+    def test_what_the_code_declares(self, registry: dict[str, Any]) -> None:
+        job(rate_limit=" 10/m ", concurrency=2, limit_key="left")(plain)
+        declared = declared_limits()[f"{plain.__module__}.{plain.__qualname__}"]
+        assert declared == {"rate": "10/m", "concurrency": 2, "by_key": True}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rate_limit": "10"}, "'10' is no rate: .*such as"),
+            ({"rate_limit": "0/m"}, "is no rate"),
+            ({"rate_limit": "10/fortnight"}, "is no rate"),
+            ({"rate_limit": 10}, "rate_limit of .* must be a text"),
+            ({"concurrency": 0}, "concurrency of .* must be a whole number from 1 to 1000000, not 0"),
+            ({"concurrency": "2"}, "not '2'"),
+            ({"concurrency": True}, "not True"),
+            (
+                {"concurrency": 1, "limit_key": "middle"},
+                r"limit_key of .* names 'middle', .*it has left, right",
+            ),
+            ({"limit_key": "left"}, "limit_key of .* needs a rate_limit or a concurrency"),
+        ],
+    )
+    def test_bad_ones(self, registry: dict[str, Any], options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InvalidJob, match=message):
+            job(**options)(plain)
+
+    def test_the_page_s_code_works(self, registry: dict[str, Any]) -> None:
+        exec(block_of("limits.md", "limits"), {"__name__": "shop"})
+        declared = declared_limits()
+        assert declared["shop.ask_registry"]["rate"] == "10/m"
+        assert declared["shop.transcode"]["concurrency"] == 2
+        assert declared["shop.synchronise"] == {"rate": "100/h", "concurrency": 1, "by_key": True}
+        record = JobRecord.objects.get(pk=registry["shop.synchronise"].enqueue(7, full=True).id)
+        # As the page says it for other languages.
+        assert record.workload.decode() in (ROOT / "docs" / "limits.md").read_text()

@@ -13,15 +13,25 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, connection, connections
+from django.db.models import F
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from django_gearman import store as store_module
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.models import Cancellation, JobRecord, ServerLease, unique_key_of
+from django_gearman.models import (
+    Cancellation,
+    FunctionLimit,
+    JobRecord,
+    LimitUse,
+    ServerLease,
+    unique_key_of,
+)
+from django_gearman.permits import Granted, Limit, Request
 from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
+    Crowd,
     JobDue,
     JobFinished,
     JobKept,
@@ -1508,6 +1518,8 @@ class TestCost:
         monkeypatch.setattr(store_module, "DUE_INTERVAL", 600.0)
         monkeypatch.setattr(store_module, "CANCEL_INTERVAL", 600.0)
         database.store.claim(1, {})
+        # Which are read once in a second.
+        database.store._look_for_limits_at = float("inf")
         counts = []
         for size in (1, 300):
             for _ in range(size):
@@ -1653,3 +1665,186 @@ class TestPlans:
                 find, change = plans
                 assert "job_handle_unique" in find
                 assert '"key": "PRIMARY"' in change
+
+
+class TestPermits:
+    """Limits over all servers: what is given is exact, whoever dies or asks twice."""
+
+    def limit(self, house: House, **columns: Any) -> None:
+        """Limit the function ``f``."""
+        limit = Limit(**columns)
+        if isinstance(house, DatabaseHouse):
+            rate = f"{limit.rate}/{limit.period:.0f}s" if limit.rate else ""
+            FunctionLimit.objects.update_or_create(
+                function="f", defaults={"rate": rate, "concurrency": limit.concurrency}
+            )
+            house.store.read_limits()
+        elif isinstance(house, MemoryHouse):
+            house.store.book.limits = {b"f": limit}
+        else:
+            house._database.limits = {b"f": limit}
+
+    def ask(
+        self,
+        store: Any,
+        wanted: int,
+        *,
+        held: int = 0,
+        unused: int = 0,
+        started: tuple[tuple[int, float], ...] = (),
+        key: bytes = b"",
+    ) -> int:
+        request = Request(key, held, unused, wanted, started)
+        question = Question(Topic.PERMITS, -1, 0.0, function=b"f", request=request)
+        (granted,) = store.ask([question]).values()
+        assert isinstance(granted, Granted)
+        return granted.permits
+
+    def test_claims_tell_the_limits(self, house: House) -> None:
+        self.limit(house, concurrency=2)
+        if isinstance(house, DatabaseHouse):
+            house.store._look_for_limits_at = 0.0
+        assert house.store.claim(10, {}).limits == {b"f": Limit(concurrency=2)}
+
+    def test_no_more_than_there_are(self, house: House) -> None:
+        self.limit(house, concurrency=2)
+        assert self.ask(house.store, 5) == 2
+        assert self.ask(house.store, 5, held=2) == 0
+        assert self.ask(house.store, 5, held=1) == 1
+
+    def test_asked_again_nothing_is_counted_twice(self, house: House) -> None:
+        self.limit(house, concurrency=2, rate=5, period=60.0)
+        now = monotonic()
+        started = ((1, now - 1), (2, now - 1))
+        for _ in range(3):
+            assert self.ask(house.store, 9, held=1, started=started) == 1
+        assert self.ask(house.store, 9) == 2
+
+    def test_no_more_in_a_period(self, house: House) -> None:
+        self.limit(house, rate=3, period=60.0)
+        now = monotonic()
+        assert self.ask(house.store, 9, started=((1, now - 59.0), (2, now - 61.0))) == 2
+        assert self.ask(house.store, 9, held=2, unused=2) == 0
+        assert self.ask(house.store, 9, started=((3, now), (4, now))) == 0
+
+    def test_each_key_has_its_own(self, house: House) -> None:
+        self.limit(house, concurrency=1)
+        assert [self.ask(house.store, 1, key=key) for key in (b"a", b"b")] == [1, 1]
+        assert self.ask(house.store, 1, held=1, key=b"a") == 0
+
+    def test_what_is_no_limit_gives_all(self, house: House) -> None:
+        assert self.ask(house.store, 7) == 7
+
+    def test_two_servers_share(self, database: DatabaseHouse) -> None:
+        self.limit(database, concurrency=2)
+        other = DatabaseHouse("two")
+        other.store.read_limits()
+        assert [self.ask(database.store, 1), self.ask(other.store, 2)] == [1, 1]
+        assert self.ask(database.store, 1, held=1) == 0
+        assert self.ask(database.store, 0) == 0
+        assert self.ask(other.store, 1, held=1) == 1
+
+    def test_a_server_that_is_silent_loses_its_own(self, database: DatabaseHouse) -> None:
+        self.limit(database, concurrency=1)
+        other = DatabaseHouse("two")
+        other.store.read_limits()
+        assert self.ask(other.store, 1) == 1
+        assert self.ask(database.store, 1) == 0
+        ServerLease.objects.filter(name="two").update(renewed_at=timezone.now() - timedelta(seconds=16))
+        assert self.ask(database.store, 1) == 1
+        with pytest.raises(LeaseLost):
+            self.ask(other.store, 0, held=1)
+
+    def test_of_a_server_that_starts_again_they_stay_for_a_moment(self, database: DatabaseHouse) -> None:
+        self.limit(database, concurrency=1)
+        other = DatabaseHouse("two")
+        other.store.read_limits()
+        assert self.ask(other.store, 1) == 1
+        other.restart().read_limits()
+        assert [self.ask(database.store, 1), self.ask(other.store, 1)] == [0, 0]
+        ServerLease.objects.filter(name="two").update(started_at=timezone.now() - timedelta(seconds=11))
+        assert self.ask(database.store, 1) == 1
+
+    def test_uses_that_are_over_are_forgotten(self, database: DatabaseHouse) -> None:
+        self.limit(database, concurrency=2)
+        for key in (b"a", b"b"):
+            self.ask(database.store, 1, key=key)
+        self.ask(database.store, 0, key=b"a")
+        LimitUse.objects.update(touched=F("touched") - 100)
+        database.store._look_for_limits_at = database.store._sweep_at = 0.0
+        database.store.claim(10, {})
+        assert [use.key for use in LimitUse.objects.all()] == ["b"]
+
+    def test_an_edit_is_read_with_a_claim(self, database: DatabaseHouse) -> None:
+        self.limit(database, concurrency=1)
+        FunctionLimit.objects.update(concurrency=3)
+        database.store._look_for_limits_at = 0.0
+        database.store.claim(10, {})
+        assert self.ask(database.store, 9) == 3
+
+    @pytest.mark.parametrize("change", [{"enabled": False}, {"withdrawn": True}, {"rate": "many"}])
+    def test_one_that_rests_is_none(self, database: DatabaseHouse, change: dict[str, Any]) -> None:
+        self.limit(database, concurrency=1)
+        FunctionLimit.objects.update(**change)
+        assert database.store.read_limits() == {}
+
+    def test_many_at_once_never_take_too_many(self, transactional_db: None) -> None:
+        """Four servers, each in a thread of its own, tell what they have and ask for more."""
+        FunctionLimit.objects.create(function="f", concurrency=3)
+        lock, held, most, errors = threading.Lock(), [0], [0], []
+
+        def serve(name: str) -> None:
+            try:
+                store = DatabaseStore("default", name)
+                store.take_lease("127.0.0.1:4730")
+                store.read_limits()
+                for _ in range(25):
+                    try:
+                        got = self.ask(store, 2)
+                        with lock:
+                            held[0] += got
+                            most[0] = max(most[0], held[0])
+                        time.sleep(0.001)
+                        with lock:
+                            held[0] -= got
+                        self.ask(store, 0)
+                    except StoreError:
+                        pass  # it is locked, or a deadlock: nothing was given
+            except Exception as error:
+                errors.append(error)
+            finally:
+                connections["default"].close()
+
+        threads = [threading.Thread(target=serve, args=(f"s{number}",)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert 1 <= most[0] <= 3
+
+    def test_a_key_stays_with_its_record(self, house: House) -> None:
+        write(house.store, queued(limit_key=b"7", unclaimed=True))
+        (job,) = house.store.claim(10, {}).jobs
+        assert job.limit_key == b"7"
+
+    def test_crowded_keys_stay_at_the_door(self, house: House) -> None:
+        for number, key in enumerate((b"a", b"b", None, b"a", b"c")):
+            house.put(b"f", workload=b"%d" % number, limit_key=text_or_bytes(house, key))
+        jobs = house.store.claim(10, {}, {b"f": Crowd(frozenset([b"a", b"b"]), 0)}).jobs
+        assert sorted(job.workload for job in jobs) == [b"2", b"4"]
+        crowded = {b"f": Crowd(frozenset([b"a", b""]), 0)}
+        assert [job.workload for job in house.store.claim(10, {}, crowded).jobs] == [b"1"]
+        # More urgent ones are wanted all the same.
+        crowded = {b"f": Crowd(frozenset([b"a"]), -50)}
+        assert len(house.store.claim(10, {}, crowded).jobs) == 2
+
+    def test_also_those_whose_time_has_come(self, house: House) -> None:
+        for number, key in enumerate((b"a", b"b")):
+            write(house.store, later(number, AT + 1, limit_key=key))
+        jobs = house.store.claim(10, {}, {b"reverse": Crowd(frozenset([b"a"]), 0)}).jobs
+        assert [job.limit_key for job in jobs] == [b"b"]
+
+
+def text_or_bytes(house: House, key: bytes | None) -> Any:
+    return key.decode() if isinstance(house, DatabaseHouse) and key is not None else key

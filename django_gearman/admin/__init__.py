@@ -1,12 +1,13 @@
 """
-What operators see: the jobs and the job servers, to read and not to change, and the schedules, to edit.
+What operators see: the jobs and the job servers, to read and not to change; schedules and limits, to edit.
 
 Django's admin imports this package when it discovers the admins of all apps;
 importing it registers ours. Nothing else of ``django_gearman`` imports it.
 """
 
+from .function_limit import FunctionLimitAdmin
 from .job_record import JobRecordAdmin
 from .schedule import ScheduleAdmin
 from .server_lease import ServerLeaseAdmin
 
-__all__ = ["JobRecordAdmin", "ScheduleAdmin", "ServerLeaseAdmin"]
+__all__ = ["FunctionLimitAdmin", "JobRecordAdmin", "ScheduleAdmin", "ServerLeaseAdmin"]

@@ -109,6 +109,25 @@ class FunctionCounters:
     cancelled: int
 
 
+@dataclass(frozen=True)
+class LimitStanding:
+    """A limited function, as our server's ``limits`` lists it."""
+
+    name: str
+    rate: int
+    """Jobs that may begin in any ``period``; 0 for any number."""
+    period: int
+    """Seconds."""
+    concurrency: int
+    """Jobs that may run at once; 0 for any number."""
+    by_key: bool
+    """Whether both hold for each key by itself."""
+    held: int
+    """Permits that the server has: their jobs run, or are about to."""
+    waiting: int
+    """Jobs that wait for one."""
+
+
 class AdminClient:
     """
     Asks and tells one job server, over one connection that is opened when it is needed.
@@ -178,6 +197,15 @@ class AdminClient:
             CommandNotSupported: By any server but ours.
         """
         return self._list("counters", _function_counters)
+
+    def limits(self) -> list[LimitStanding]:
+        """
+        Which functions are limited, and how it stands at the server.
+
+        Raises:
+            CommandNotSupported: By any server but ours.
+        """
+        return self._list("limits", _limit_standing)
 
     def uniques(self) -> list[str]:
         """The unique of every job that waits or runs, empty where it has none."""
@@ -408,6 +436,12 @@ def _function_counters(line: bytes) -> FunctionCounters:
     name, *numbers = line.rsplit(b"\t", 7)
     submitted, started, retried, successful, failed, dead, cancelled = map(_number, numbers)
     return FunctionCounters(_shown(name), submitted, started, retried, successful, failed, dead, cancelled)
+
+
+def _limit_standing(line: bytes) -> LimitStanding:
+    name, *numbers = line.rsplit(b"\t", 6)
+    rate, period, concurrency, by_key, held, waiting = map(_number, numbers)
+    return LimitStanding(_shown(name), rate, period, concurrency, bool(by_key), held, waiting)
 
 
 def _number(digits: bytes) -> int:

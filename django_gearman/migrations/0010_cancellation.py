@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("django_gearman", "0007_logs"),
+        ("django_gearman", "0009_limits"),
     ]
 
     operations = [

@@ -61,6 +61,7 @@ from .entries import (
     Topic,
 )
 from .jobs import Function, Job, JobState, UniqueKey
+from .limits import Limits
 from .metrics import SECONDS, Histogram
 from .watchers import Watchers
 from .window import Window
@@ -358,6 +359,7 @@ class JobServer:
         self._watchers = Watchers(row_prefix.encode())
         self.crews = Crews(self)
         self.window = Window(self)
+        self.limits = Limits(self, durable=self._durable)
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -532,6 +534,7 @@ class JobServer:
             job.interruptions = stored.interruptions
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
+            job.limit_key = stored.limit_key
             if not stored.attempts and not stored.handle.startswith(self._handle_prefix):
                 # Others came here before, and were counted.
                 function.tally.submitted += 1
@@ -559,6 +562,9 @@ class JobServer:
     def _set_aside(self, job: Job) -> None:
         """Let one that waits wait for its worker to come back."""
         self._take_out(job)
+        if job.function.limiter is not None:
+            # Its worker may be at it.
+            self.limits.force(job)
         job.state = DELAYED
         job.function.delayed += 1
         self._returning[job] = None
@@ -578,6 +584,10 @@ class JobServer:
         self._returning[job] = math.inf if for_ever else self.clock + WORKERS_RETURN
         return True
 
+    def is_returning(self, job: Job) -> bool:
+        """Whether it waits for its worker to come back."""
+        return job in self._returning
+
     def expect_no_more(self, job: Job) -> None:
         """The worker will not come back with the job: it is the next."""
         if self._returning.pop(job, 0.0) != 0.0:
@@ -586,6 +596,9 @@ class JobServer:
 
     def _take_out(self, job: Job) -> None:
         """Take one out that waits."""
+        if job.gate is not None:
+            self.limits.take_out(job)
+            return
         function = job.function
         function.withdraw(job)
         if not function.waiting:
@@ -648,6 +661,7 @@ class JobServer:
             if function.sleepers:
                 self.wake(function)
         self.window.tick()
+        self.limits.tick()
         self._watchers.tick(self.clock)
 
     # Packets of workers.
@@ -723,6 +737,8 @@ class JobServer:
             for function in peer.abilities.values():
                 function.sleepers[peer] = None
             peer.enlisted = True
+        if self.limits.blocked:
+            self.limits.want(peer, sleeps=True)
 
     def _grab_job(self, peer: Peer, arguments: list[bytes]) -> None:
         job = self._hand_out(peer)
@@ -767,10 +783,14 @@ class JobServer:
             self._pass_on_wake(peer, function)
         if function is None:
             self._send(peer, _NO_JOB)
+            if self.limits.blocked:
+                self.limits.want(peer, sleeps=False)
             return None
         job = function.take() if self.clock < self.hand_out_until else function.take_foreground()
         if not function.waiting:
             del self.ready[function]
+        if job.gate is not None:
+            self.limits.started(job)
         self.window.unload(job)
         if function.left and self.window.wants_more(function, job.priority):
             self.claim_wanted = True
@@ -817,7 +837,9 @@ class JobServer:
         if not ready or not self.hands_out:
             return None
         if self.clock >= self.hand_out_until:
-            return next((each for each in abilities.values() if each.has_foreground()), None)
+            # Limits are kept together with others, who may count us out by now.
+            offered = (each for each in abilities.values() if each.limiter is None)
+            return next((each for each in offered if each.has_foreground()), None)
         if len(abilities) == 1:
             (function,) = abilities.values()
             return (
@@ -1023,6 +1045,8 @@ class JobServer:
         if background and recorded:
             job.state = PENDING
             job.spilled = job.due > 0 or self.window.is_behind(function, priority)
+            if function.limiter is not None and self.limits.is_crowded(job):
+                job.spilled = True
             if job.spilled:
                 function.spilling[priority] = function.spilling.get(priority, 0) + 1
             else:
@@ -1313,6 +1337,14 @@ class JobServer:
         job.state = READY
         job.ready_at = self.now
         function = job.function
+        if function.limiter is not None:
+            self.limits.hold(job)
+            return
+        self.offer(job)
+
+    def offer(self, job: Job) -> None:
+        """A job may be handed out: tell who sleeps."""
+        function = job.function
         function.put(job)
         self.ready[function] = None
         if function.sleepers:
@@ -1379,6 +1411,8 @@ class JobServer:
         job.attempts = attempt
         peer.running[job.handle] = job
         self._limit(job, peer)
+        if function.limiter is not None:
+            self.limits.force(job)
         if job.recorded:
             self.entries.append(JobStarted(job.handle, peer.identity, job.attempts, self.now))
 
@@ -1445,6 +1479,9 @@ class JobServer:
         job.state = READY
         job.ready_at = self.now
         function = job.function
+        if function.limiter is not None:
+            self.limits.hold(job, first=self._fair)
+            return
         if self._fair:
             function.put_back(job)
         else:
@@ -1459,6 +1496,8 @@ class JobServer:
             job.worker = None
             job.function.running -= 1
             self._limited.pop(job, None)
+            if job.gate is not None:
+                self.limits.give_back(job)
 
     def _fail(self, job: Job, outcome: Outcome, reason: str) -> None:
         self._tell(job, PacketType.WORK_FAIL, [job.handle])
@@ -1502,6 +1541,10 @@ class JobServer:
         elif job.state is DELAYED:
             function.delayed -= 1
             self._returning.pop(job, None)
+            if job.gate is not None:
+                self.limits.give_back(job)
+        elif job.state is READY and job.gate is not None:
+            self.limits.take_out(job)
         elif job.state is READY:
             function.waiting -= 1
             function.counts[job.priority] -= 1
@@ -1605,23 +1648,25 @@ class JobServer:
         peer.listens.add(job)
 
     def _record(self, job: Job, peer: Peer) -> None:
-        self.entries.append(
-            JobQueued(
-                job.handle,
-                job.function.name,
-                job.unique,
-                job.workload,
-                job.priority,
-                job.background,
-                peer.identity,
-                self.now,
-                job.reducer,
-                job.due,
-                job.spilled,
-                self.clock,
-                job.attempts - (job.worker is not None),
-            )
+        entry = JobQueued(
+            job.handle,
+            job.function.name,
+            job.unique,
+            job.workload,
+            job.priority,
+            job.background,
+            peer.identity,
+            self.now,
+            job.reducer,
+            job.due,
+            job.spilled,
+            self.clock,
+            job.attempts - (job.worker is not None),
         )
+        limiter = job.function.limiter
+        if limiter is not None and limiter.limit.keyed:
+            entry = entry._replace(limit_key=limiter.key_of(job))
+        self.entries.append(entry)
 
     def _unique_key(self, unique: bytes, workload: bytes) -> UniqueKey | None:
         # PROTOCOL is silent on it, but gearmand (job.cc) and Perl's Job.pm agree:
@@ -1652,6 +1697,7 @@ class JobServer:
 
     def add_function(self, name: bytes) -> Function:
         function = self.functions[name] = Function(name)
+        self.limits.attach(function)
         self.note_if_idle(function)
         return function
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
+from ..permits import Granted, Limit, Request
+
 
 class Outcome(StrEnum):
     """How a job ended; each final status of a record but no other."""
@@ -46,6 +48,9 @@ class JobQueued(NamedTuple):
 
     attempts: int = 0
     """How often it was handed out before it was to be kept."""
+
+    limit_key: bytes | None = None
+    """What its function's limit is counted by; None where it is not by a key."""
 
 
 class JobDue(NamedTuple):
@@ -192,6 +197,9 @@ class StoredJob(NamedTuple):
     interruptions: int = 0
     """Attempts that ended with their server, which is no fault of the job's."""
 
+    limit_key: bytes | None = None
+    """What its function's limit is counted by; None where the record does not say."""
+
 
 class Waiting(NamedTuple):
     """How many jobs of one function and priority lie at the store's door."""
@@ -217,8 +225,19 @@ class Claimed(NamedTuple):
     due_in: float = float("inf")
     """Seconds until the next job for later is due; infinite for none."""
 
+    limits: dict[bytes, Limit] | None = None
+    """{function: what is allowed of it}, of all that are limited; None when that was not looked at."""
+
     cancelled: Sequence[bytes] = ()
     """Handles of jobs of this server that somebody wants to end."""
+
+
+class Crowd(NamedTuple):
+    """Of a function with a limit for each key, what need not be claimed: enough of it waits already."""
+
+    keys: frozenset[bytes]
+    priority: int
+    """From which down."""
 
 
 class Topic(Enum):
@@ -233,6 +252,8 @@ class Topic(Enum):
     a ``StoredJob``."""
     CANCEL = "cancel"
     """The job of a handle is to end if it lies at the door: True."""
+    PERMITS = "permits"
+    """What a server has of a limited function's permits, and wants: what it is ``Granted``."""
 
 
 class Question(NamedTuple):
@@ -251,6 +272,9 @@ class Question(NamedTuple):
     workload: bytes = b""
     """The unique's, where that is ``-``."""
 
+    request: Request | None = None
+    """What is said and wanted of permits."""
+
 
 class Standing(NamedTuple):
     """How a job stands that is to do, and that this server does not hold."""
@@ -260,5 +284,5 @@ class Standing(NamedTuple):
     denominator: bytes = b"0"
 
 
-Reply = Standing | StoredJob | bool | None
+Reply = Standing | StoredJob | Granted | bool | None
 """What becomes of a question; None when there is no such job."""

@@ -18,6 +18,7 @@ from .metrics import Counts
 if TYPE_CHECKING:
     from .core import Answer, Peer
     from .entries import Entry
+    from .limits import Gate, Limiter
 
 OVERHEAD: Final = 600
 """About how many bytes a job takes beside its workload."""
@@ -52,9 +53,11 @@ class Job:
         "due",
         "elsewhere",
         "function",
+        "gate",
         "handle",
         "interruptions",
         "key",
+        "limit_key",
         "listeners",
         "max_attempts",
         "numerator",
@@ -130,6 +133,10 @@ class Job:
         """Whether there was some since."""
         self.ready_at = 0.0
         """Wall time from which it could be run."""
+        self.gate: Gate | None = None
+        """Where it waits for a permit, or has one from; None where its function is not limited."""
+        self.limit_key: bytes | None = None
+        """What its function's limit is counted by; None when it was not looked at."""
 
     @property
     def weight(self) -> int:
@@ -142,6 +149,7 @@ class Function:
 
     __slots__ = (
         "arriving",
+        "blocked",
         "counts",
         "delayed",
         "ended",
@@ -149,6 +157,7 @@ class Function:
         "later",
         "left",
         "levels",
+        "limiter",
         "limits",
         "name",
         "priorities",
@@ -175,6 +184,10 @@ class Function:
         """Jobs of any state but GONE: pending ones too."""
         self.waiting = 0
         """Jobs that are ready to be handed out."""
+        self.limiter: Limiter | None = None
+        """What keeps count of it while only so many of its jobs may run, or begin, at a time."""
+        self.blocked = 0
+        """Jobs that are ready, but for a permit; none without a ``limiter``."""
         self.ended = 0
         """At most so many ended jobs still lie in ``levels``."""
         self.running = 0
@@ -203,7 +216,7 @@ class Function:
     @property
     def total(self) -> int:
         """Waiting, delayed and running jobs, as ``status`` counts them: in the store too."""
-        return self.waiting + self.delayed + self.running + self.away
+        return self.waiting + self.blocked + self.delayed + self.running + self.away
 
     @property
     def away(self) -> int:
@@ -226,7 +239,7 @@ class Function:
         """How many jobs wait of high priority, above 0, of normal, delayed ones too, and of low, below 0."""
         high, normal, low = 0, self.delayed + self.later, 0
         counts = dict(self.left)
-        for priority, count in self.counts.items():
+        for priority, count in self.counts_here().items():
             counts[priority] = counts.get(priority, 0) + count
         for priority, count in counts.items():
             if priority > 0:
@@ -239,14 +252,28 @@ class Function:
 
     def full_from(self, window: int) -> int | None:
         """The priority from which down as many jobs wait, or come, as fit; None while there is room."""
-        if self.waiting + self.arriving < window:
+        here = self.waiting + self.blocked + self.arriving
+        if self.limiter is not None:
+            # One key must not keep the others away.
+            here -= self.limiter.excess
+        if here < window:
             return None
         if self.arriving >= window:
             return HIGHEST
-        for priority in self.priorities:
-            if self.counts[-priority] + self.arriving >= window:
-                return -priority
+        counts = self.counts_here()
+        for priority in sorted(counts, reverse=True):
+            if counts[priority] + self.arriving >= window:
+                return priority
         return None
+
+    def counts_here(self) -> dict[int, int]:
+        """{priority: how many jobs are ready}, with those that wait for a permit."""
+        if self.limiter is None or not self.blocked:
+            return self.counts
+        counts = dict(self.counts)
+        for priority, count in self.limiter.counts.items():
+            counts[priority] = counts.get(priority, 0) + count
+        return counts
 
     def put(self, job: Job) -> None:
         """Let a job wait behind those of its priority."""
@@ -297,6 +324,16 @@ class Function:
         self.levels[job.priority].remove(job)
         self.counts[job.priority] -= 1
         self.waiting -= 1
+
+    def take_all(self) -> list[Job]:
+        """Take out all that wait, in order."""
+        levels = (self.levels[-priority] for priority in self.priorities)
+        jobs = [job for level in levels for job in level if job.state is JobState.READY]
+        self.levels.clear()
+        self.counts.clear()
+        self.priorities.clear()
+        self.waiting = self.ended = 0
+        return jobs
 
     def has_foreground(self) -> bool:
         """Whether a job waits that is not kept. Looks through all of them."""

@@ -27,9 +27,11 @@ from time import monotonic
 from typing import Final, Protocol, TypeGuard
 
 from ..exceptions import LeaseLost, StoreError
+from ..permits import Book
 from .core import JobServer
 from .entries import (
     Claimed,
+    Crowd,
     Entry,
     JobFinished,
     JobKept,
@@ -107,7 +109,7 @@ class JobStore(Protocol):
             {index of an entry that is not kept: why, or which job it joined}; all others are kept.
         """
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = ...) -> Claimed:
         """
         Take about ``limit`` jobs from the door: those that no server has, and that are due.
 
@@ -117,6 +119,7 @@ class JobStore(Protocol):
 
         Args:
             full: {function: priority from which down none of its jobs is wanted}.
+            crowded: {function: keys of its limit of which no more are wanted}.
         """
 
     def ask(self, questions: Sequence[Question]) -> dict[int, Reply]:
@@ -153,16 +156,22 @@ class MemoryStore:
 
     Args:
         clock: Wall time in seconds since 1970.
+        monotonic: The core's clock.
     """
 
     renewed = math.inf
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = monotonic
+    ) -> None:
         self.jobs: dict[bytes, StoredJob] = {}
         """Unfinished background jobs that the server has, in the order they came."""
         self.unclaimed: list[StoredJob] = []
         """What lies at the door, in the order it came."""
+        self.book = Book()
+        """Limits of functions, and who has permits."""
         self._clock = clock
+        self._monotonic = monotonic
         self._foreground: dict[bytes, StoredJob] = {}
         self._running: dict[bytes, Standing] = {}
         self.finished: dict[bytes, JobFinished] = {}
@@ -219,6 +228,7 @@ class MemoryStore:
             None,
             entry.reducer,
             entry.run_after,
+            limit_key=entry.limit_key,
         )
         if entry.unclaimed:
             self.unclaimed.append(job)
@@ -241,12 +251,18 @@ class MemoryStore:
                 return job
         return None
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         now = self._clock()
         wanted = [
             job
             for job in self.unclaimed
-            if job.run_after <= now and (job.function not in full or job.priority > full[job.function])
+            if job.run_after <= now
+            and (job.function not in full or job.priority > full[job.function])
+            and not (
+                job.function in crowded
+                and (job.limit_key or b"") in crowded[job.function].keys
+                and job.priority <= crowded[job.function].priority
+            )
         ]
         # Those for later became ready when they were due; nobody knows that of the others.
         wanted.sort(key=lambda job: (-job.priority, job.run_after))
@@ -259,7 +275,8 @@ class MemoryStore:
             is_later = job.run_after > now
             left[job.function, job.priority] = Waiting(ready + (not is_later), later + is_later)
         due_in = min((job.run_after - now for job in self.unclaimed if job.run_after > now), default=math.inf)
-        return Claimed(claimed, more=len(wanted) > limit, left=left, due_in=due_in)
+        limits = dict(self.book.limits)
+        return Claimed(claimed, more=len(wanted) > limit, left=left, due_in=due_in, limits=limits)
 
     def _claim(self, job: StoredJob) -> None:
         self.unclaimed.remove(job)
@@ -288,6 +305,10 @@ class MemoryStore:
                 there = any(job.handle == handle for job in self.unclaimed)
                 self._forget(handle)
                 return there or None
+            case Topic.PERMITS:
+                assert question.request is not None, "it says what is wanted"
+                now = self._clock()
+                return self.book.decide(question.function, question.request, "", now, self._monotonic())
 
     def resume(self) -> list[StoredJob]:
         self._foreground.clear()
@@ -317,6 +338,8 @@ class Batch:
     claim: bool = False
     full: dict[bytes, int] = field(default_factory=dict)
     """{function: priority from which down its jobs are to stay at the door}."""
+    crowded: dict[bytes, Crowd] = field(default_factory=dict)
+    """{function: keys of its limit whose jobs are to stay at the door}."""
     questions: list[Question] = field(default_factory=list)
     tend: bool = False
     weight: int = 0
@@ -347,7 +370,7 @@ class Batch:
             if self.questions:
                 self.replies = store.ask(self.questions)
             if self.claim:
-                self.claimed = store.claim(CLAIM_LIMIT, self.full)
+                self.claimed = store.claim(CLAIM_LIMIT, self.full, self.crowded)
             if self.tend:
                 self.tend_after = store.tend()
         except StoreError as error:
@@ -533,6 +556,7 @@ class Journal:
                 self._claimed_at = now
                 batch.claim = True
                 batch.full = self._server.window.full()
+                batch.crowded = self._server.limits.crowded()
         batch.questions = [question for question in self._questions if self._server.window.is_open(question)]
         self._questions = []
         self._in_flight = batch
@@ -625,7 +649,7 @@ class Journal:
         waiting = [entry for index, entry in enumerate(batch.entries) if index not in batch.late]
         entries = self._without_overdue(waiting, tried=True)
         self._gathering = deque(self._without_overdue(self._gathering, tried=False))
-        self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
+        self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full, crowded=batch.crowded)
         self._weigh_again()
 
     def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:

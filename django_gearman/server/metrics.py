@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from .. import __version__
@@ -113,6 +114,7 @@ class Page:
         busy = sum(bool(peer.running) for peer in workers)
         yield from _family("workers_busy", "gauge", "Workers that have a job.", [({}, busy)])
         yield from self._functions()
+        yield from self._limits()
         if self._journal is not None:
             yield from self._store(self._journal)
 
@@ -174,6 +176,24 @@ class Page:
             [(label, function.tally.ran) for label, function in rows],
         )
 
+    def _limits(self) -> Iterator[str]:
+        rows = [
+            ({"function": limiter.name.decode()}, held, blocked)
+            for limiter, held, blocked in islice(self._core.limits.standing(), LISTED)
+        ]
+        yield from _family(
+            "limit_permits",
+            "gauge",
+            "Permits of limited functions that this server has: their jobs run, or are about to.",
+            [(label, held) for label, held, _ in rows],
+        )
+        yield from _family(
+            "limit_waiting",
+            "gauge",
+            "Jobs of limited functions that wait for a permit here.",
+            [(label, blocked) for label, _, blocked in rows],
+        )
+
     def _store(self, journal: Journal) -> Iterator[str]:
         counts = journal.counts
         yield from _histograms(
@@ -198,9 +218,9 @@ class Page:
 
 def _states(function: Function) -> dict[str, int]:
     return {
-        "pending": function.held - function.waiting - function.delayed - function.running,
+        "pending": function.held - function.waiting - function.blocked - function.delayed - function.running,
         "delayed": function.delayed + function.later,
-        "waiting": function.waiting + sum(function.left.values()),
+        "waiting": function.waiting + function.blocked + sum(function.left.values()),
         "running": function.running,
     }
 

@@ -137,6 +137,28 @@ def _counters(server: JobServer, words: list[bytes]) -> bytes:
     return _listing(rows)
 
 
+def _limits(server: JobServer, words: list[bytes]) -> bytes:
+    """
+    Which functions are limited, and how it stands here; in no other server.
+
+    Function, jobs that may begin in a period, its seconds, jobs that may run at once (0 for any number),
+    whether that is so for each key, permits that this server has, jobs that wait for one.
+    """
+    return _listing(
+        b"%s\t%d\t%d\t%d\t%d\t%d\t%d"
+        % (
+            limiter.name,
+            limiter.limit.rate or 0,
+            limiter.limit.period,
+            limiter.limit.concurrency or 0,
+            limiter.limit.keyed,
+            held,
+            blocked,
+        )
+        for limiter, held, blocked in server.limits.standing()
+    )
+
+
 def _process_id(server: JobServer, words: list[bytes]) -> bytes:
     return b"OK %d\n" % os.getpid()
 
@@ -248,6 +270,7 @@ _QUESTIONS: Final[dict[bytes, Question]] = {
     b"version": _version,
     b"running": _running,
     b"counters": _counters,
+    b"limits": _limits,
 }
 _CHANGES: Final[dict[bytes, Change]] = {
     b"cancel": _cancel,

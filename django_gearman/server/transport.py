@@ -447,6 +447,9 @@ class GearmanServer:
         self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog, hold=hold)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
+        self._permits_timer: asyncio.TimerHandle | None = None
+        self._permits_at = math.inf
+        """When it fires."""
         self._ended: asyncio.Future[None]
         self._emptied: asyncio.Event | None = None
         self._listening: list[asyncio.Server | TLSDoor] = []
@@ -628,6 +631,25 @@ class GearmanServer:
             self._journal.refuse_overdue()
             self.schedule_turn()
 
+    def _settle_limits(self) -> None:
+        """Have the core ask for permits, and be back when it is to ask again."""
+        limits = self.core.limits
+        limits.settle()
+        if limits.due < self._permits_at:
+            if self._permits_timer is not None:
+                self._permits_timer.cancel()
+            self._permits_at = limits.due
+            self._permits_timer = self.loop.call_at(limits.due, self._ask_for_permits)
+
+    def _ask_for_permits(self) -> None:
+        self._permits_timer = None
+        self._permits_at = math.inf
+        core = self.core
+        core.now = time.time()
+        core.clock = self.loop.time()
+        core.limits.ask_again()
+        self.schedule_turn()
+
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""
         if not self._turn_scheduled:
@@ -637,6 +659,8 @@ class GearmanServer:
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
+        if core.limits.limiters:
+            self._settle_limits()
         dirty = core.dirty
         if dirty:
             core.dirty = []

@@ -76,7 +76,7 @@ class Window:
     def full(self) -> dict[bytes, int]:
         """{function: priority from which down no more of its jobs are taken in}."""
         found = {}
-        for function in self._server.ready:
+        for function in {**self._server.ready, **self._server.limits.blocked}:
             priority = self._full_from(function)
             if priority is not None:
                 found[function.name] = priority
@@ -89,14 +89,16 @@ class Window:
         if weight >= LEAST_SHARE and (
             weight >= options.window_bytes // 4 or self.weight >= options.window_bytes
         ):
-            return function.best_priority() if function.waiting else HIGHEST
+            here = (priority for priority, count in function.counts_here().items() if count)
+            return max(here, default=HIGHEST)
         return function.full_from(options.window)
 
     def wants_more(self, function: Function, taken: int) -> bool:
         """Whether it is time to claim more, after a job of some priority was taken; ahead of the need."""
         options = self._server.options
         half = (options.window + 1) // 2
-        if function.waiting >= half and (taken not in function.left or function.counts.get(taken, 0) >= half):
+        ready = function.waiting + function.blocked
+        if ready >= half and (taken not in function.left or function.counts_here().get(taken, 0) >= half):
             return False
         return function.weight < options.window_bytes // 8
 
@@ -107,6 +109,9 @@ class Window:
         They are about to be claimed. Not when the store is away: then nobody knows for how long.
         """
         best = function.best_priority()
+        if function.limiter is not None and function.limiter.crowded:
+            # Up to there they are to stay where they are.
+            best = max(best, function.limiter.crowded_from())
         if all(priority <= best for priority in function.left):
             return False
         return self._server.clock - self.claimed_at < STORE_AWAY
@@ -165,6 +170,8 @@ class Window:
                     server.functions[name].left.clear()
         for function in list(self.away):
             self._note_if_all_here(function)
+        if claim.limits is not None:
+            server.limits.learn(claim.limits)
         server.adopt(claim.jobs)
         for handle in claim.cancelled:
             # Those that have ended meanwhile are not here.
@@ -218,10 +225,15 @@ class Window:
 
     def is_open(self, question: Question) -> bool:
         """Whether somebody still waits for the reply."""
+        if question.topic is Topic.PERMITS:
+            return self._server.limits.is_open(question)
         return question.number in self._open
 
     def replied(self, question: Question, reply: Reply) -> None:
         """The store has answered. A job that it handed over is taken over, also when nobody waits for it."""
+        if question.topic is Topic.PERMITS:
+            self._server.limits.replied(question, reply)
+            return
         if isinstance(reply, StoredJob):
             self._take_from_door(reply)
             # Perhaps it was the last there.

@@ -28,6 +28,8 @@ class Caller:
         self.peer = peer
         self._reader = PacketReader(RESPONSE)
         self._requests = PacketReader()
+        self.woken = False
+        """Whether it was told of a job when it was about to sleep; for tests that look."""
 
     def __call__(self, kind: PacketType, *arguments: bytes) -> list[Heard]:
         """Say one packet; what the connection hears then."""

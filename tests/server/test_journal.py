@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -46,11 +47,11 @@ class ScriptedStore(MemoryStore):
         joined = super().write(entries, again=again)
         return step or joined
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Any] = {}) -> Claimed:
         self.claims.append((limit, dict(full)))
         if self.claim_error is not None:
             raise self.claim_error
-        return super().claim(limit, full)
+        return super().claim(limit, full, crowded)
 
 
 def replayed(store: MemoryStore) -> list[StoredJob]:
@@ -75,6 +76,7 @@ class Office:
 
     def gather(self) -> None:
         core = self.wire.core
+        core.limits.settle()
         self.journal.ask(core.questions)
         core.questions = []
         if core.claim_wanted:

@@ -481,7 +481,7 @@ class TestStore:
     @in_a_loop
     async def test_lost_lease_found_by_a_claim_ends_the_server_too(self):
         class Fenced(MemoryStore):
-            def claim(self, limit: int, full: Sequence[bytes]) -> list[StoredJob]:
+            def claim(self, limit: int, full: object, crowded: object = None) -> list[StoredJob]:
                 raise LeaseLost("taken")
 
         with pytest.raises(LeaseLost):

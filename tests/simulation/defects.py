@@ -16,8 +16,10 @@ from typing import Final
 CORE: Final = "django_gearman.server.core"
 CREWS: Final = "django_gearman.server.crews"
 JOBS: Final = "django_gearman.server.jobs"
+LIMITS: Final = "django_gearman.server.limits"
 JOURNAL: Final = "django_gearman.server.journal"
 WINDOW: Final = "django_gearman.server.window"
+PERMITS: Final = "django_gearman.permits"
 STORE: Final = "tests.simulation.store"
 
 
@@ -123,8 +125,8 @@ DEFECTS: Final = [
     Defect(
         "time of a later job not kept",
         CORE,
-        "                job.due,\n                job.spilled,\n",
-        "                0.0,\n                job.spilled,\n",
+        "            job.due,\n            job.spilled,\n",
+        "            0.0,\n            job.spilled,\n",
     ),
     Defect(
         "late job ready a second early",
@@ -202,8 +204,8 @@ DEFECTS: Final = [
     Defect(
         "row claimed by whoever comes",
         STORE,
-        "            if row.server is None:\n                if row.status not in",
-        "            if row.server != self.lease_id:\n                if row.status not in",
+        "            if row.server is None:\n                crowd = ",
+        "            if row.server != self.lease_id:\n                crowd = ",
     ),
     Defect(
         "claim with unknown outcome not looked up",
@@ -268,8 +270,8 @@ DEFECTS: Final = [
     Defect(
         "jobs that have ended fill the window",
         JOBS,
-        "            if self.counts[-priority] + self.arriving >= window:",
-        "            if len(self.levels[-priority]) + self.arriving >= window:",
+        "            if counts[priority] + self.arriving >= window:",
+        "            if len(self.levels.get(priority, ())) + self.arriving >= window:",
     ),
     Defect(
         "job that was asked for is lost with the reply",
@@ -282,6 +284,48 @@ DEFECTS: Final = [
         CORE,
         "                if job is None or job.awaited is not entry:",
         "                if job is None or job.answers is None:",
+    ),
+    Defect(
+        "permits of other servers not counted",
+        PERMITS,
+        "limit.concurrency - taken - request.held",
+        "limit.concurrency - request.held",
+    ),
+    Defect(
+        "starts that were not told of not counted",
+        PERMITS,
+        "limit.rate - begun - unused - request.unused",
+        "limit.rate - begun",
+    ),
+    Defect(
+        "permits of a server that died stay in use",
+        PERMITS,
+        "[name for name in self.holders if not is_alive(name)]",
+        "()",
+    ),
+    Defect(
+        "permit not given back at the end of an attempt",
+        CORE,
+        "            if job.gate is not None:\n                self.limits.give_back(job)\n\n    def _fail",
+        "            job.gate = None\n\n    def _fail",
+    ),
+    Defect(
+        "refused permits not asked for again",
+        LIMITS,
+        "                self._look_again(gate, gate.not_before)\n",
+        "                pass\n",
+    ),
+    Defect(
+        "unused permits kept",
+        LIMITS,
+        "if clock - at >= UNUSED]",
+        "if False]",
+    ),
+    Defect(
+        "limited foreground jobs handed out without the store",
+        CORE,
+        "for each in abilities.values() if each.limiter is None)",
+        "for each in abilities.values())",
     ),
 ]
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from django_gearman.exceptions import StoreError
+from django_gearman.permits import Limit
 from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, PacketType, encode_response
 from django_gearman.server import text
 from django_gearman.server import window as window_module
@@ -39,8 +40,9 @@ from django_gearman.server.entries import (
     StoredJob,
     Topic,
 )
-from django_gearman.server.jobs import JobState
+from django_gearman.server.jobs import Job, JobState
 from django_gearman.server.journal import Batch, Journal
+from django_gearman.server.limits import Limits, key_in
 from django_gearman.server.window import Window
 
 from .store import SimulatedStore
@@ -132,18 +134,21 @@ class ModelJob:
         "attempts",
         "awaited",
         "background",
+        "blocked",
         "due",
         "elsewhere",
         "function",
         "handle",
         "interruptions",
         "key",
+        "limit_key",
         "listeners",
         "max_attempts",
         "numbers",
         "priority",
         "recorded",
         "reducer",
+        "resumed",
         "serial",
         "slots",
         "state",
@@ -187,6 +192,11 @@ class ModelJob:
         self.taken = 0
         """Serial of its hand-out."""
         self.numbers = (b"0", b"0")
+        self.limit_key: bytes | None = None
+        self.blocked: bytes | None = None
+        """The key of whose permits it waits for one."""
+        self.resumed = False
+        """Whether its worker came back to it, permit or none."""
 
 
 def key_of(unique: bytes, workload: bytes) -> tuple[bytes, ...] | None:
@@ -240,6 +250,30 @@ class WatchedWindow(Window):
         self.model.replied(question, reply)
 
 
+class WatchedLimits(Limits):
+    """So too of permits: the model cannot know what there is, but whose turn it is."""
+
+    def __init__(self, core: Watched, *, durable: bool) -> None:
+        super().__init__(core, durable=durable)
+        self.model = core.model
+
+    def learn(self, limits: Mapping[bytes, Limit]) -> None:
+        self.model.learn(limits)
+        super().learn(limits)
+
+    def hold(self, job: Job, *, first: bool = False) -> None:
+        self.model.moves.append(("hold", job.handle, first))
+        super().hold(job, first=first)
+
+    def expose(self, job: Job) -> None:
+        self.model.moves.append(("show", job.handle, False))
+        super().expose(job)
+
+    def _conceal(self, job: Job, *, give_back: bool) -> None:
+        self.model.moves.append(("hide", job.handle, False))
+        super()._conceal(job, give_back=give_back)
+
+
 class Server:
     """One run of one server: its core, its journal, its connections, and the model."""
 
@@ -253,6 +287,14 @@ class Server:
         self.durable = store is not None
         self.record_foreground = self.durable and shape.record_foreground
         self.functions = shape.functions
+        self.limited: dict[bytes, Limit] = {}
+        self.blocked: dict[bytes, dict[bytes, dict[int, list[ModelJob]]]] = {}
+        """{function: {key: {priority: jobs that wait for a permit, in order}}}"""
+        self.to_block: dict[bytes, bool] = {}
+        """{job that is to wait for a permit: whether before all others}."""
+        self.seen: set[bytes] = set()
+        self.moves: list[tuple[str, bytes, bool]] = []
+        """Jobs that the core has let wait, shown to workers, or hidden again, since the model last looked."""
         epoch = store.epoch if store is not None else world.next_epoch()
         self.epoch = epoch
         self.label = f"{name}/{epoch}"
@@ -271,6 +313,7 @@ class Server:
         self.core = core = Watched(options)
         core.model = self
         core.window = WatchedWindow(core)
+        core.limits = WatchedLimits(core, durable=self.durable)
         core.now = world.wall(name)
         core.clock = world.clock
         core.window.door_seen = not self.durable
@@ -335,6 +378,9 @@ class Server:
 
     def put(self, job: ModelJob, *, first: bool = False) -> None:
         job.state = "ready"
+        if job.function in self.limited:
+            self.block(job, first=first)
+            return
         queue = self.queues[job.function][job.priority]
         if first:
             queue.insert(0, job)
@@ -358,7 +404,105 @@ class Server:
         if function is not None and function.name != taken and self.waiting[function.name]:
             self.must_wake(function.name)
 
+    def limit_key_of(self, job: ModelJob) -> bytes:
+        if not self.limited[job.function].keyed:
+            return b""
+        return key_in(job.workload) if job.limit_key is None else job.limit_key
+
+    def block(self, job: ModelJob, *, first: bool = False) -> None:
+        """It is to wait for a permit, which the core says next, in its order."""
+        job.blocked = self.limit_key_of(job)
+        self.to_block[job.handle] = first
+
+    def wait_for_permit(self, job: ModelJob, *, first: bool) -> None:
+        assert job.blocked is not None
+        queues = self.blocked.setdefault(job.function, {}).setdefault(job.blocked, {})
+        queue = queues.setdefault(job.priority, [])
+        if first:
+            queue.insert(0, job)
+        else:
+            queue.append(job)
+
+    def unblock(self, job: ModelJob) -> None:
+        assert job.blocked is not None
+        if self.to_block.pop(job.handle, None) is None:
+            self.blocked[job.function][job.blocked][job.priority].remove(job)
+        job.blocked = None
+
+    def next_blocked(self, job: ModelJob) -> ModelJob:
+        """Whose turn it is of a job's key."""
+        assert job.blocked is not None
+        queues = self.blocked[job.function][job.blocked]
+        return queues[max(priority for priority, queue in queues.items() if queue)][0]
+
+    def count_blocked(self, function: bytes) -> int:
+        return sum(
+            len(queue) for queues in self.blocked.get(function, {}).values() for queue in queues.values()
+        )
+
+    def look_at_permits(self) -> None:
+        """What the core has shown to workers must be what is next."""
+        moves, self.moves = self.moves, []
+        for place, (what, handle, first) in enumerate(moves):
+            job = self.jobs.get(handle)
+            if handle not in self.seen or (
+                what == "hold" and job is not None and handle not in self.to_block
+            ):
+                # The core was told of it first.
+                self.moves = moves[place:]
+                return
+            if job is None or job.function not in self.limited:
+                continue
+            if what == "hold":
+                promise(self.to_block.pop(handle) == first, f"{handle!r} waits in another place")
+                self.wait_for_permit(job, first=first)
+            elif what == "hide":
+                self.queues[job.function][job.priority].remove(job)
+                self.waiting[job.function] -= 1
+                job.blocked = self.limit_key_of(job)
+                self.wait_for_permit(job, first=True)
+            else:
+                promise(self.next_blocked(job) is job, f"{handle!r} has a permit, and it is not its turn")
+                self.unblock(job)
+                self.queues[job.function][job.priority].append(job)
+                self.waiting[job.function] += 1
+                self.must_wake(job.function)
+
+    def learn(self, limits: Mapping[bytes, Limit]) -> None:
+        """These functions are limited from now on."""
+        self.look_at_permits()
+        for function in self.functions:
+            before, now = self.limited.get(function), limits.get(function)
+            if before is not None and (now is None or now.keyed != before.keyed):
+                del self.limited[function]
+                keys = self.blocked.pop(function, {}).values()
+                jobs = [job for queues in keys for queue in queues.values() for job in queue]
+                for job in sorted(jobs, key=lambda job: job.serial):
+                    job.blocked = None
+                    self.put(job)
+                before = None
+            if now is None:
+                continue
+            self.limited[function] = now
+            if before is None:
+                for priority in (HIGH, NORMAL, LOW):
+                    queue = self.queues[function][priority]
+                    for job in queue:
+                        self.block(job)
+                    queue.clear()
+                self.waiting[function] = 0
+
+    def end_turn(self) -> None:
+        """What has happened is over: the core asks for the permits that it needs."""
+        self.core.limits.ask_again()
+        self.core.limits.settle()
+        self.hear()
+
     def take(self, job: ModelJob) -> None:
+        self.look_at_permits()
+        if job.blocked is not None:
+            self.unblock(job)
+            return
         self.queues[job.function][job.priority].remove(job)
         self.waiting[job.function] -= 1
 
@@ -366,6 +510,7 @@ class Server:
         self.held += 1
         job.serial = self.held
         self.jobs[job.handle] = job
+        self.seen.add(job.handle)
         self.count[job.function] += 1
 
     def remove(self, job: ModelJob) -> None:
@@ -589,6 +734,7 @@ class Server:
         job.timeout = stored.timeout
         job.due = stored.run_after
         job.reducer = stored.reducer
+        job.limit_key = stored.limit_key
         job.recorded = True
         key = key_of(stored.unique, stored.workload)
         if key is not None and (job.function, key) not in self.uniques:
@@ -746,6 +892,7 @@ class Server:
 
     def candidates(self, peer: ModelPeer) -> list[ModelJob]:
         """Of these is the peer's next job."""
+        self.look_at_permits()
         waiting = self.waiting
         able = [function for function in peer.abilities if waiting[function]]
         if not able:
@@ -753,6 +900,8 @@ class Server:
         if self.core.clock >= self.core.hand_out_until:
             self.held_back = True
             for function in able:
+                if function in self.limited:
+                    continue
                 for queue in self.queues[function].values():
                     for job in queue:
                         if not job.background:
@@ -774,8 +923,12 @@ class Server:
     def must_wait(self, function: bytes) -> bool:
         """Whether more urgent jobs are about to be fetched from the door, of which the core knows."""
         core = self.core
+        limiter = core.functions[function].limiter
         left = core.functions[function].left
         best = self.front(function).priority
+        if limiter is not None and limiter.crowded:
+            # Up to there they are to stay.
+            best = max(best, limiter.crowded_from())
         if (
             not any(priority > best for priority in left)
             or core.clock - core.window.claimed_at >= window_module.STORE_AWAY
@@ -831,6 +984,7 @@ class Server:
             peer.abilities.remove(function)
             peer.abilities.insert(0, function)
         job.state = "running"
+        job.resumed = False
         job.worker = peer
         job.attempts += 1
         told = []
@@ -973,6 +1127,7 @@ class Server:
             self.serial += 1
             job.taken = self.serial
             job.state = "running"
+            job.resumed = True
             job.worker = peer
             job.attempts = attempt
             self.limit_time(job, peer)
@@ -1157,6 +1312,7 @@ class Server:
     def turn(self) -> None:
         """The end of the event loop's turn: what happened goes to the journal."""
         core = self.core
+        self.end_turn()
         if core.entries:
             entries, core.entries = core.entries, []
             self.journal.append(entries, core.clock, urgent=core.urgent)
@@ -1227,6 +1383,8 @@ class Server:
     def hear(self) -> None:
         """Compare what was sent with what was expected, of all whom it may concern."""
         core = self.core
+        if self.moves:
+            self.look_at_permits()
         if core.dirty:
             dirty, core.dirty = core.dirty, []
             for each in dirty:
@@ -1274,9 +1432,26 @@ class Server:
 
     # The whole.
 
+    def check_permits(self) -> None:
+        """Whoever of a limited function runs or may be taken has a permit, and nobody else."""
+        core = self.core
+        for limiter in core.limits.limiters.values():
+            for gate in limiter.gates.values():
+                for job in gate.held:
+                    promise(job.gate is gate and job.handle in core.jobs, "a permit is of no job")
+        for job in core.jobs.values():
+            runs = job.state is JobState.RUNNING
+            if runs and job.function.limiter is not None:
+                promise(job.gate is not None and job in job.gate.held, f"{job.handle!r} runs without permit")
+            if job.function.limiter is None:
+                promise(job.gate is None, f"{job.handle!r} has a permit and needs none")
+
     def check_state(self) -> None:
         """The core's books agree with each other and with the model."""
         core = self.core
+        self.look_at_permits()
+        promise(not self.to_block, f"{self.to_block} do not wait for permits")
+        self.check_permits()
         promise(core.jobs.keys() == self.jobs.keys(), "the core's jobs are not the model's")
         ready = {function.name for function in core.ready}
         waiting = {name for name, count in self.waiting.items() if count}
@@ -1315,7 +1490,10 @@ class Server:
                 promise(job.key == key and job.handle in core.jobs, f"the unique {key!r} is of no job")
             promise(set(function.sleepers) <= set(function.workers), "one sleeps who is no worker")
             workers = sum(name in peer.abilities for peer in self.peers)
-            lines.append(b"%s\t%d\t%d\t%d\n" % (name, sum(there[:3]) + function.away, there[1], workers))
+            blocked = self.count_blocked(name)
+            promise(function.blocked == blocked, f"{name!r} counts {function.blocked} without permits")
+            total = sum(there[:3]) + blocked + function.away
+            lines.append(b"%s\t%d\t%d\t%d\n" % (name, total, there[1], workers))
         status = text.answer(core, self.operator.peer, b"status")
         promise(status == b"".join(lines) + b".\n", f"status tells {status!r}")
         running: dict[ModelPeer, set[bytes]] = {}

@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.permits import GRACE, Book, Granted, Limit
 from django_gearman.server.entries import (
     Claimed,
+    Crowd,
     Entry,
     JobDue,
     JobFinished,
@@ -57,6 +59,7 @@ class Row:
         "interruptions",
         "kept_attempts",
         "key",
+        "limit_key",
         "max_attempts",
         "numerator",
         "outcome",
@@ -88,6 +91,7 @@ class Row:
         max_attempts: int | None = None,
         timeout: int | None = None,
         enqueued_at: float = 0.0,
+        limit_key: bytes | None = None,
     ) -> None:
         self.id = 0
         self.handle = handle
@@ -101,6 +105,7 @@ class Row:
         self.max_attempts = max_attempts
         self.timeout = timeout
         self.enqueued_at = enqueued_at
+        self.limit_key = limit_key
         self.wanted = key_of(function, unique, workload)
         self.key: Key | None = self.wanted if background else None
         """Its place in the index of uniques, which only one job to do can have."""
@@ -138,6 +143,7 @@ class Row:
             self.run_after,
             self.timeout,
             self.interruptions,
+            self.limit_key,
         )
 
 
@@ -151,7 +157,7 @@ def key_of(function: bytes, unique: bytes, workload: bytes) -> Key | None:
 
 
 class Lease:
-    __slots__ = ("epoch", "id", "name", "renewed", "taken_over")
+    __slots__ = ("epoch", "id", "name", "renewed", "started", "taken_over")
 
     def __init__(self, id: int, name: str) -> None:
         self.id = id
@@ -159,6 +165,7 @@ class Lease:
         self.epoch = 0
         self.renewed = 0.0
         """By the database's clock."""
+        self.started = 0.0
         self.taken_over = 0
         """The last epoch that another server ended, because it was silent."""
 
@@ -175,6 +182,7 @@ class Database:
         self.keys: dict[Key, Row] = {}
         self.leases: dict[str, Lease] = {}
         self.by_lease: dict[int, Lease] = {}
+        self.book = Book()
         self.rewritten: list[bytes] = []
         self.asked_for: set[int] = set()
         """Ids of rows that were taken for somebody who waits, and need not wait for others."""
@@ -189,6 +197,15 @@ class Database:
             self.by_handle[row.handle] = row
         if row.key is not None:
             self.keys[row.key] = row
+
+    @property
+    def limits(self) -> dict[bytes, Limit]:
+        """{function: what is allowed of it}."""
+        return self.book.limits
+
+    @limits.setter
+    def limits(self, limits: dict[bytes, Limit]) -> None:
+        self.book.limits = limits
 
     def free_key(self, row: Row) -> None:
         if row.key is not None:
@@ -260,7 +277,7 @@ class SimulatedStore:
             lease = database.leases[self.name] = Lease(len(database.leases) + 1, self.name)
             database.by_lease[lease.id] = lease
         lease.epoch += 1
-        lease.renewed = database.now
+        lease.renewed = lease.started = database.now
         self._fault("after")
         self.lease_id = lease.id
         self.epoch = lease.epoch
@@ -358,6 +375,7 @@ class SimulatedStore:
             run_after=entry.run_after,
             later=entry.run_after > entry.at,
             enqueued_at=entry.at,
+            limit_key=entry.limit_key,
         )
         row.attempts = entry.attempts
         return row
@@ -402,7 +420,7 @@ class SimulatedStore:
         row.reason = entry.reason
         self.database.end(row, entry.outcome.value)
 
-    def claim(self, limit: int, full: Mapping[bytes, int]) -> Claimed:
+    def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         self._fault("before")
         if self._resuming:
             self._prove_lease()
@@ -416,7 +434,7 @@ class SimulatedStore:
             self._free_jobs_of_the_dead()
         database = self.database
         wall = self._wall()
-        rows, emptied, more = self._look(limit, full, wall)
+        rows, emptied, more = self._look(limit, full, crowded, wall)
         unsure = self._perhaps_taken
         ours = [row for row in unsure if (row.server, row.epoch) == (self.lease_id, self.epoch)]
         # Not what was ended meanwhile, as a submission that was refused.
@@ -438,14 +456,24 @@ class SimulatedStore:
         # At first nothing is known of it.
         counted = left if not self._has_counted or self._is_counted() else None
         self._has_counted = True
-        return Claimed(jobs, more, frozenset(emptied), counted, due_in)
+        return Claimed(jobs, more, frozenset(emptied), counted, due_in, dict(database.limits))
 
-    def _look(self, limit: int, full: Mapping[bytes, int], wall: float) -> tuple[list[Row], set[bytes], bool]:
+    def _look(
+        self,
+        limit: int,
+        full: Mapping[bytes, int],
+        crowded: Mapping[bytes, Crowd],
+        wall: float,
+    ) -> tuple[list[Row], set[bytes], bool]:
         """Rows to take, functions of which nothing ready will be left, and whether there may be more."""
         ready: dict[bytes, list[Row]] = {}
         due: dict[bytes, list[Row]] = {}
         for row in self.database.live.values():
             if row.server is None:
+                crowd = crowded.get(row.function)
+                is_crowded = crowd is not None and (row.limit_key or b"") in crowd.keys
+                if crowd is not None and is_crowded and row.priority <= crowd.priority:
+                    continue
                 if row.status not in LATER:
                     ready.setdefault(row.function, []).append(row)
                 elif row.run_after <= wall:
@@ -466,7 +494,7 @@ class SimulatedStore:
                 at = max(at if row.priority == priority else 0.0, row.enqueued_at)
                 priority = row.priority
                 wanted.append((-row.priority, at, row.id, row))
-            if name in ready and len(wanted) < share and name not in full:
+            if name in ready and len(wanted) < share and name not in full and name not in crowded:
                 emptied.add(name)
             of_name = sorted(due.get(name, ()), key=lambda row: (row.run_after, row.id))[:share]
             wanted += [(-row.priority, row.run_after, row.id, row) for row in of_name if row.priority > above]
@@ -525,6 +553,36 @@ class SimulatedStore:
                 return self._take_one(question, taken)
             case Topic.CANCEL:
                 return self._cancel(question.handle)
+            case Topic.PERMITS:
+                return self._give_permits(question)
+
+    def _give_permits(self, question: Question) -> Granted:
+        assert question.request is not None
+        self._prove_lease()
+        database = self.database
+        granted = database.book.decide(
+            question.function,
+            question.request,
+            f"{self.lease_id}.{self.epoch}",
+            database.now,
+            self._clock(),
+            self._is_alive,
+        )
+        self._fault("after")
+        return granted
+
+    def _is_alive(self, name: str) -> bool:
+        id, epoch = map(int, name.split("."))
+        database = self.database
+        lease = database.by_lease[id]
+        if epoch != lease.epoch:
+            # It was started again, or it was silent and others have its jobs.
+            return epoch == lease.epoch - 1 and 0 <= database.now - lease.started < GRACE
+        if lease.renewed >= database.now - self._lease or id == self.lease_id:
+            return True
+        lease.taken_over = lease.epoch
+        lease.epoch += 1
+        return False
 
     def _standing(self, row: Row | None) -> Standing | None:
         if row is None or row.id not in self.database.live:

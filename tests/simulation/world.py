@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.permits import Limit
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import core, journal, window
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
@@ -100,9 +101,20 @@ class Shape:
             World.change_trouble: 1.0 if len(self.troubles) > 1 else 0.0,
             World.database_clock_jumps: sometimes(0.3) if chance() < 0.3 else 0.0,
         }
+        self.limited: dict[bytes, Limit] = {}
+        self.limits_change = 0.0
+        if chance() < 0.3:
+            self.workloads = [*self.workloads, b'{"limit":"k"}', b'{"limit":"l"}']
+            self.limits_change = sometimes(0.5)
+            for function in self.functions[: choice((1, 1, 2))]:
+                self.limited[function] = self.some_limit(dice)
         self.clock_jumps = sometimes(0.5)
         self.leave = choice((1.5, 1.5, 6.0))
         self.give_back = choice((0.0, 0.0, 3.0))
+
+    def some_limit(self, dice: random.Random) -> Limit:
+        rate, concurrency = dice.choice(((None, 1), (None, 2), (1, None), (3, None), (2, 1), (5, 2)))
+        return Limit(rate, dice.choice((1.0, 4.0)), concurrency, dice.random() < 0.3)
 
 
 class World:
@@ -137,6 +149,10 @@ class World:
         self.results = 0
         self.database = Database()
         self.database.now = self.clock
+        self.database.limits = dict(shape.limited)
+        self.limits_changed = False
+        self.begun: dict[tuple[bytes, bytes], list[float]] = {}
+        """{(function, key): when jobs of limited functions began}"""
         self.servers: list[Server] = []
         self.awake: list[Server] = []
         self.down: list[str] = []
@@ -194,10 +210,12 @@ class World:
             Server.tick: 5,
             Server.cancel: 1 if shape.operator else 0,
             Server.limit: 1 if shape.limits else 0,
+            Server.end_turn: 12 if shape.limited else 0,
         }
         world: dict[Any, float] = {
             World.pass_time: 6,
             World.change_mood: 0.6,
+            World.change_limits: shape.limits_change,
             World.clock_jumps: shape.clock_jumps,
         }
         if shape.durable:
@@ -298,6 +316,7 @@ class World:
             later=bool(delay),
             max_attempts=choice((None, None, 1, 2, 4)),
             timeout=choice((None, None, 2)),
+            limit_key=choice((None, b"k", b"l")) if shape.limited else None,
         )
         row.door = True
         self.database.insert(row)
@@ -309,10 +328,28 @@ class World:
         if awake and self.random() < 0.5:
             awake[int(self.random() * len(awake))].core.claim_wanted = True
 
+    def change_limits(self) -> None:
+        """An operator edits a limit, makes one, or lifts it."""
+        function = self.dice.choice(self.shape.functions)
+        limits = dict(self.database.limits)
+        limits.pop(function, None)
+        if self.random() < 0.7:
+            limits[function] = self.shape.some_limit(self.dice)
+        self.database.limits = limits
+        self.limits_changed = True
+        self.note(f"the limits are {limits}")
+        if not self.shape.durable:
+            for server in self.servers:
+                server.look_at_clock()
+                server.core.limits.learn(limits)
+                server.hear()
+
     def start(self, name: str) -> None:
         """A process begins, the first of its name, the next, or one that takes its place."""
         if not self.shape.durable:
-            self._add(Server(self, name, None))
+            server = Server(self, name, None)
+            server.core.limits.learn(self.database.limits)
+            self._add(server)
             return
         store = SimulatedStore(
             self.database,
@@ -337,6 +374,7 @@ class World:
         if self.trace is not None:
             self.note(f"{name} starts, epoch {store.epoch}")
         server = Server(self, name, store)
+        server.core.limits.learn(self.database.limits)
         self._add(server)
         server.core.adopt(interrupted)
 
@@ -565,7 +603,35 @@ class World:
         )
         promise(stored.max_attempts == row.max_attempts, "a job's own number of attempts is another")
 
+    def check_limit(self, server: Server, job: ModelJob) -> None:
+        """No more than are allowed run, and began within the period, of all servers together."""
+        limit = self.database.limits.get(job.function)
+        if limit is None or self.limits_changed or not (server.store is None or self.holds(server)):
+            return
+        key = server.limit_key_of(job)
+        if limit.concurrency is not None:
+            running = [
+                other.handle
+                for each in self.servers
+                if each.store is None or self.holds(each)
+                for other in each.jobs.values()
+                if other.worker is not None
+                and not other.resumed
+                and other.function == job.function
+                and each.limit_key_of(other) == key
+            ]
+            promise(len(running) <= limit.concurrency, f"{running} run at once, and {limit} are allowed")
+        begun = self.begun.setdefault((job.function, key), [])
+        begun.append(self.clock)
+        if limit.rate is not None and len(begun) > limit.rate and not self.database_jumped:
+            since = self.clock - begun[-1 - limit.rate]
+            promise(
+                since >= limit.period - 1e-6, f"{limit.rate + 1} began within {since:g} s, allowed is {limit}"
+            )
+
     def handed_out(self, server: Server, job: ModelJob, *, resumed: bool = False) -> None:
+        if not resumed and job.function in server.limited:
+            self.check_limit(server, job)
         if server.store is None:
             return
         handle = job.handle
@@ -609,6 +675,8 @@ class World:
         waiting = self.fifo.get((job.function, job.priority))
         if waiting is None or job.handle not in waiting:
             return
+        if job.function in server.limited or self.limits_changed:
+            return  # its keys take turns, which the model looks at
         row = self.database.by_handle.get(job.handle)
         if row is not None and row.id in self.database.asked_for:
             del waiting[job.handle]
@@ -728,11 +796,26 @@ class World:
             for function in server.functions:
                 helper.abilities.append(function)
                 server.say(helper, PacketType.CAN_DO, function)
-        while not helper.line and server.candidates(helper):
-            self.events += 2
-            server.grab(helper)
-            for job in server.held_by(helper):
-                server.report(helper, job, 0.5)
+        for _ in range(100):
+            while not helper.line and server.candidates(helper):
+                self.events += 2
+                server.grab(helper)
+                for job in server.held_by(helper):
+                    server.report(helper, job, 0.5)
+            if helper.line or not any(map(server.count_blocked, server.functions)):
+                break
+            # For who sleeps there may be permits.
+            server.sleep(helper)
+            server.turn()
+            for _ in range(10):
+                if server.store is None or not server.write() or server.lost:
+                    break
+                self.events += 1
+            if server.lost:
+                self.end_process(server, "has lost its lease")
+                return
+            if not server.candidates(helper):
+                break
 
     def check_end(self) -> None:
         for server in self.servers:

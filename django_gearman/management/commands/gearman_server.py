@@ -22,11 +22,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, connections
 from django.utils import timezone
 
-from ... import conf
+from ... import conf, limiting
 from ...durability import durability_problems
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
-from ...jobs import declared_schedules, queue_of, scheduled_record
+from ...jobs import declared_limits, declared_schedules, queue_of, scheduled_record
+from ...permits import Limit, parse_rate
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
 from ...server.core import FunctionOrder, JobServer, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind
@@ -237,10 +238,12 @@ def _core(
     try:
         # What is not in a database must have handles that no earlier run gave either: tenths of a second.
         epoch = store.take_lease(address) if store else int(time.time() * 10)
+        limits = _limits_of_code()
         interrupted = store.resume() if store else []
         replayed = store.count_unfinished() if store else 0
         if store:
             _synchronise(settings)
+            limits = store.read_limits()
             _warn_of_database(settings.database, settings.max_packet)
     except StoreError as error:
         raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
@@ -271,6 +274,7 @@ def _core(
     )
     # What earlier runs have left goes before what comes now.
     core.window.door_seen = store is None
+    core.limits.learn(limits)
     core.adopt_interrupted(interrupted)
     return core, replayed
 
@@ -397,15 +401,25 @@ def _warn_of_database(alias: str, max_packet: int) -> None:
 
 
 def _synchronise(settings: conf.GearmanSettings) -> None:
-    """Bring the code's schedules into the table, and see that all of them can be read."""
+    """Bring the code's schedules and limits into their tables, and see that all of them can be read."""
     try:
         # Where jobs are not looked for, those that are missing may well be there.
         synchronise(settings.database, declared_schedules(), complete=settings.autodiscover)
+        limiting.synchronise(settings.database, declared_limits(), complete=settings.autodiscover)
         refuse_unreadable(settings.database)
     except InvalidSchedule as error:
         raise CommandError(f"The schedules do not work: {error}.") from error
     except DatabaseError as error:
         raise StoreError(" ".join(str(error).split())) from error
+
+
+def _limits_of_code() -> dict[bytes, Limit]:
+    """What the code declares: all that there is where nothing is kept."""
+    limits = {}
+    for function, columns in declared_limits().items():
+        count, period = parse_rate(columns["rate"]) if columns["rate"] else (None, 60)
+        limits[function.encode()] = Limit(count, float(period), columns["concurrency"], columns["by_key"])
+    return limits
 
 
 def _tls(options: dict[str, Any], settings: conf.GearmanSettings) -> ssl.SSLContext | None:

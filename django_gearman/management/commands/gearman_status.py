@@ -14,7 +14,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
 from ... import conf
-from ...client.admin_client import AdminClient, FunctionStatus, HeldJob, PriorityStatus, WorkerStatus
+from ...client.admin_client import (
+    AdminClient,
+    FunctionStatus,
+    HeldJob,
+    LimitStanding,
+    PriorityStatus,
+    WorkerStatus,
+)
 from ...exceptions import CommandNotSupported, GearmanError, ServerError
 from ..console import log_to_terminal
 from ..terminal import end_of_reader, printable, sentence, server_list
@@ -22,7 +29,7 @@ from ..terminal import end_of_reader, printable, sentence, server_list
 T = TypeVar("T")
 Cell = str | int | None
 
-SECTIONS: Final = ("functions", "workers", "jobs", "uniques")
+SECTIONS: Final = ("functions", "workers", "jobs", "uniques", "limits")
 SHOWN: Final = ("functions", "workers", "jobs")
 """What is shown when nothing is chosen."""
 
@@ -47,6 +54,7 @@ class ServerView:
     workers: list[WorkerStatus] | None = None
     jobs: list[HeldJob] | None = None
     uniques: list[str] | None = None
+    limits: list[LimitStanding] | None = None
     unsupported: list[str] = field(default_factory=list)
     """A sentence for each listing that it does not know."""
 
@@ -275,6 +283,8 @@ def _look(connect: Callable[[str], AdminClient], server: str, sections: Sequence
                 view.jobs = ask(admin.jobs)
             if "uniques" in sections:
                 view.uniques = ask(admin.uniques)
+            if "limits" in sections:
+                view.limits = ask(admin.limits)
     except GearmanError as error:
         view.error = sentence(error)
     return view
@@ -327,11 +337,19 @@ def _unique_rows(view: ServerView) -> Iterable[list[Cell]]:
             yield [unique]
 
 
+def _limit_rows(view: ServerView) -> Iterable[list[Cell]]:
+    for limit in view.limits or ():
+        rate = f"{limit.rate}/{limit.period}s" if limit.rate else None
+        allowed = limit.concurrency or None
+        yield [limit.name, rate, allowed, "yes" if limit.by_key else "no", limit.held, limit.waiting]
+
+
 TABLES: Final[dict[str, tuple[list[str], Callable[[ServerView], Iterable[list[Cell]]]]]] = {
     "functions": (["function", "jobs", "running", "high", "normal", "low", "workers"], _function_rows),
     "workers": (["fd", "address", "client id", "functions"], _worker_rows),
     "jobs": (["job", "kind", "retries"], _job_rows),
     "uniques": (["unique"], _unique_rows),
+    "limits": (["limit of", "rate", "at once", "by key", "permits", "waiting"], _limit_rows),
 }
 """{section: its columns, but for the server, and its rows}"""
 

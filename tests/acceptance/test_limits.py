@@ -1,0 +1,184 @@
+"""
+Limits over two servers and their workers, with everything killed on the way.
+
+``GEARMAN_LIMITS_JOBS`` says of how many jobs; a thousand take some minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from django_gearman.models import FunctionLimit, JobRecord
+from tests import harness
+
+from .conftest import SITE, Trace
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
+
+os.environ.setdefault("GEARMAN_TEST_LIMITS", "1")
+from .site import jobs  # noqa: E402  # which looks at the variable
+
+JOBS = int(os.environ.get("GEARMAN_LIMITS_JOBS", "150"))
+LEASE = 2.0
+ENV = SITE | {"GEARMAN_TEST_LIMITS": "1", "GEARMAN_TEST_LEASE": str(LEASE)}
+Pair = list[harness.GearmanServerProcess]
+
+
+@pytest.fixture
+def servers(transactional_db: None, settings: Any) -> Iterator[Pair]:
+    with harness.server(name="one", env=ENV) as one, harness.server(name="two", env=ENV) as two:
+        settings.GEARMAN = {"default": {"SERVERS": [one.address, two.address]}}
+        one.complaints_allowed = two.complaints_allowed = True
+        yield [one, two]
+
+
+def workers(servers: Pair, count: int) -> list[harness.WorkerProcess]:
+    """Some for each server alone, and some for both."""
+    whose: list[Any] = [servers, [servers[0]], [servers[1]]]
+    made = [harness.WorkerProcess(whose[n % 3], processes=2, env=ENV) for n in range(count)]
+    for each in made:
+        each.complaints_allowed = True
+        each.start()
+    return made
+
+
+def most_at_once(trace: Trace, killed: dict[int, float]) -> int:
+    """
+    How many ran at a moment, by the jobs' own word.
+
+    Args:
+        killed: {pid of a worker: when it was killed}; what it had begun ended then.
+    """
+    events: list[tuple[float, int]] = []
+    open_of: dict[tuple[str, str], None] = {}
+    for line in Path(trace.path).read_text().splitlines():
+        what, name, pid, at = line.split()
+        if what == "begin":
+            events.append((float(at), 1))
+            open_of[name, pid] = None
+        else:
+            events.append((float(at), -1))
+            open_of.pop((name, pid))
+    events += [(killed[int(pid)], -1) for _, pid in open_of]
+    most = now = 0
+    for _, change in sorted(events):
+        now += change
+        most = max(most, now)
+    assert now == 0
+    return most
+
+
+def all_recorded() -> bool:
+    return not JobRecord.objects.filter(status__in=JobRecord.LIVE).exists()
+
+
+def runs(trace: Trace) -> Counter[str]:
+    """{name: how often it began}."""
+    lines = Path(trace.path).read_text().splitlines()
+    return Counter(line.split()[1] for line in lines if line.startswith("begin"))
+
+
+class TestConcurrency:
+    def test_never_a_third(self, servers: Pair, trace: Trace, tmp_path: Path) -> None:
+        made = workers(servers, 4)
+        killed: dict[int, float] = {}
+        try:
+            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.01), {}) for n in range(JOBS)])
+            harness.wait_until(lambda: len(runs(trace)) >= JOBS // 5, 60.0, "some jobs")
+
+            # Others are free for other functions meanwhile.
+            began = time.monotonic()
+            other = tmp_path / "other"
+            other.touch()
+            results = [jobs.leave_trace.enqueue(str(other), f"other{n}") for n in range(20)]
+            for result in results:
+                result.get(timeout=20)
+            print(f"20 jobs of another function took {time.monotonic() - began:.2f} s")
+            assert not all_recorded()
+
+            for pid in made[1].children():
+                os.kill(pid, signal.SIGKILL)
+                killed[pid] = time.time()
+            harness.wait_until(lambda: len(runs(trace)) >= JOBS * 2 // 5, 60.0, "more of them")
+            servers[0].kill()
+            servers[0].start()
+            harness.wait_until(lambda: len(runs(trace)) >= JOBS * 3 // 5, 60.0, "most of them")
+            servers[1].kill()  # and does not come back: its jobs are taken over
+            began = time.monotonic()
+            harness.wait_until(all_recorded, 120.0 + JOBS / 5, "the end of all jobs")
+            print(f"the rest took {time.monotonic() - began:.1f} s")
+        finally:
+            for worker in made:
+                worker.stop()
+        assert len(runs(trace)) == JOBS
+        assert set(JobRecord.objects.values_list("status", flat=True)) == {"SUCCESSFUL"}
+        assert most_at_once(trace, killed) == 2
+
+    def test_an_edit_is_honoured(self, servers: Pair, trace: Trace) -> None:
+        made = workers(servers, 2)
+        try:
+            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.2), {}) for n in range(60)])
+            harness.wait_until(lambda: len(runs(trace)) >= 4, 30.0, "the first jobs")
+            FunctionLimit.objects.filter(function=jobs.two_at_once.name).update(concurrency=4)
+            edited = time.time()
+            harness.wait_until(lambda: most_at_once_by_now(trace) == 4, 5.0, "four at once")
+            print(f"honoured after {time.time() - edited:.2f} s")
+            FunctionLimit.objects.filter(function=jobs.two_at_once.name).update(enabled=False)
+            harness.wait_until(all_recorded, 30.0, "the end of all jobs")
+        finally:
+            for worker in made:
+                worker.stop()
+
+    def test_each_key_has_its_own(self, servers: Pair, trace: Trace) -> None:
+        made = workers(servers, 3)
+        try:
+            calls = [((trace.path, f"job{n}", f"account {n % 3}"), {}) for n in range(60)]
+            jobs.one_for_each.enqueue_many(calls)
+            harness.wait_until(all_recorded, 60.0, "the end of all jobs")
+        finally:
+            for worker in made:
+                worker.stop()
+        assert most_at_once(trace, {}) in (2, 3)
+        for account in range(3):
+            lines = Path(trace.path).read_text().splitlines()
+            own = [line for line in lines if int(line.split()[1][3:]) % 3 == account]
+            assert [line.split()[0] for line in sorted(own, key=lambda line: float(line.split()[3]))] == [
+                "begin",
+                "end",
+            ] * 20
+
+
+def most_at_once_by_now(trace: Trace) -> int:
+    lines = Path(trace.path).read_text().splitlines()
+    begun = sum(line.startswith("begin") for line in lines)
+    return begun - (len(lines) - begun)
+
+
+class TestRate:
+    def test_no_more_in_any_second(self, servers: Pair) -> None:
+        """Counted by the moments at which the servers handed the jobs out, as the records have them."""
+        made = workers(servers, 3)
+        try:
+            jobs.fifty_a_second.enqueue_many([((n,), {}) for n in range(JOBS * 2)])
+            harness.wait_until(all_recorded, 30.0 + JOBS / 5, "the end of all jobs")
+        finally:
+            for worker in made:
+                worker.stop()
+        starts = sorted(
+            at.timestamp() for at in JobRecord.objects.values_list("last_attempted_at", flat=True) if at
+        )
+        assert len(starts) == JOBS * 2
+        closest = min(later - earlier for earlier, later in zip(starts, starts[50:], strict=False))
+        lasted = starts[-1] - starts[0]
+        print(f"{len(starts)} starts in {lasted:.2f} s; 51 of them took {closest:.4f} s or more")
+        assert closest >= 1.0
+        # And nearly as many as are allowed.
+        assert lasted < (len(starts) / 50) * 1.6 + 1.0
