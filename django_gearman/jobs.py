@@ -84,11 +84,12 @@ from .exceptions import (
     ResponseTimeout,
     ResultNotKept,
     Retry,
+    ServerError,
     TooLarge,
     WaitInTransaction,
 )
 from .insertion import insert_workloads, like
-from .models import JobRecord, Schedule, unique_key_of
+from .models import Cancellation, JobRecord, Schedule, unique_key_of
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,9 @@ LISTEN_AFTER: Final = 0.02
 
 LISTENING_PAUSE: Final = 0.005
 """Seconds after which ``get`` looks by itself though a job server was to tell it."""
+
+NUDGE_AGAIN: Final = 0.2
+"""Seconds after which job servers are told once more that somebody waits for a job's end."""
 
 LISTEN_FOR: Final = 30.0
 """Seconds that ``get`` waits by the wire before it looks at the record all the same."""
@@ -470,49 +474,73 @@ class JobResult(Generic[R]):
 
     def cancel(self) -> bool:
         """
-        End the job, as ``CANCELLED``; False when it has ended already.
+        End the job, as ``CANCELLED``; False when it has ended before.
 
         A worker of ours that runs it is told: ``JobCancelled`` is raised in the
         function, and its process is killed if it goes on. What any worker says
         of the job is passed over.
 
+        The job server that has the job reads in the database that it is to end,
+        within a second, wherever it runs. In a transaction nothing is waited for:
+        True says that it will be asked to when that is committed.
+
         Raises:
-            ConnectionFailed: The job server that has it cannot be told.
+            ResponseTimeout: Nobody has carried it out in ``TIMEOUT`` seconds; it will be, once the job
+                server that has the job is there again, or another takes its jobs over.
             JobResultDoesNotExist: The record is gone.
         """
-        waiting = JobRecord.objects.using(self._record._state.db).filter(
-            pk=self._record.pk, server=None, status__in=JobRecord.LIVE
+        if not self._ask_to_cancel():
+            return False
+        limit = conf.settings_for().timeout
+        if not self._wait_for_cancelled(monotonic() + limit):
+            raise self._not_cancelled(limit)
+        return not self.is_finished or self.status == JobRecord.Status.CANCELLED
+
+    def _ask_to_cancel(self) -> bool:
+        """End what no server has, and let the others know what is to end; False when it has ended before."""
+        using = self._record._state.db or conf.settings_for().database
+        self.refresh()
+        if self.is_finished:
+            return False
+        # What no server has claimed is nobody's; from then on it is that server's alone.
+        waiting = JobRecord.objects.using(using).filter(pk=self._record.pk, server=None)
+        cancelled = waiting.filter(status__in=JobRecord.LIVE).update(
+            status=JobRecord.Status.CANCELLED,
+            unique_key=None,
+            finished_at=timezone.now(),
+            message="Cancelled before a job server had it",
         )
-        deadline = monotonic() + conf.settings_for().timeout
+        if cancelled:
+            self.refresh()
+        else:
+            wish = Cancellation(job_id=self._record.pk)
+            Cancellation.objects.using(using).bulk_create([wish], ignore_conflicts=True)
+            _nudge_after_commit(using)
+        return True
+
+    def _wait_for_cancelled(self, deadline: float) -> bool:
+        """Whether it has ended by then; at once where nothing can be seen of it before the commit."""
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            return True
+        pause, nudge_at = 0.002, monotonic() + NUDGE_AGAIN
         while True:
             self.refresh()
-            if self.is_finished:
-                return False
-            # What no server has claimed is nobody's; from then on it is that server's alone.
-            cancelled = waiting.update(
-                status=JobRecord.Status.CANCELLED,
-                unique_key=None,
-                finished_at=timezone.now(),
-                message="Cancelled before a job server had it",
-            )
-            if cancelled or _cancel_by_wire(self.handle):
-                break
-            if monotonic() >= deadline:
-                raise ConnectionFailed(
-                    ", ".join(conf.settings_for().servers),
-                    f"none of them has job {self._name}",
-                    "is the job server that has it in SERVERS?",
-                )
-            sleep(0.05)
-        # A job server writes it a moment later.
-        pause = 0.001
-        while monotonic() < deadline:
-            self.refresh()
-            if self.is_finished:
-                break
+            if self.is_finished or monotonic() >= deadline:
+                return self.is_finished
+            if monotonic() >= nudge_at:
+                # The server that heard of it may have looked a moment before.
+                nudge_at = monotonic() + NUDGE_AGAIN
+                _nudge()
             sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
-        return True
+
+    def _not_cancelled(self, limit: float) -> ResponseTimeout:
+        error = ResponseTimeout(f"the cancelling of job {self._name}", limit)
+        error.add_note(
+            "It is asked for still, and will be done by the job server that has the job, or by the one "
+            "that takes its jobs over: is one running on this database?"
+        )
+        return error
 
     async def acancel(self) -> bool:
         """As ``cancel``."""
@@ -637,7 +665,11 @@ class WireJobResult(JobResult[R]):
         """
         End the job; False when the server has it no more, or it was not submitted yet.
 
-        gearmand keeps one that runs until it ends.
+        gearmand keeps one that runs until it ends. Our own server takes the command from its own
+        machine alone: elsewhere, cancel jobs of its records.
+
+        Raises:
+            ServerError: It does not take the command from here.
         """
         return self.handle != "" and _cancel_by_wire(self.handle)
 
@@ -1682,14 +1714,52 @@ def _timed_out(what: str, timeout: float, function: str, using: str | None) -> R
     return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
 
 
+def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:
+    """
+    Cancel jobs at once; how many were, and how many are only asked to be after ``limit`` seconds.
+
+    Those that ended before, or whose records are gone, are in neither.
+    """
+    deadline = monotonic() + limit
+    asked = []
+    for result in results:
+        try:
+            if result._ask_to_cancel():
+                asked.append(result)
+        except JobResultDoesNotExist:
+            continue
+    done = waiting = 0
+    for result in asked:
+        try:
+            if not result._wait_for_cancelled(deadline):
+                waiting += 1
+            elif not result.is_finished or result.status == JobRecord.Status.CANCELLED:
+                done += 1
+        except JobResultDoesNotExist:
+            continue
+    return done, waiting
+
+
 def _cancel_by_wire(handle: str) -> bool:
-    """Whether one of the job servers had the job, and has ended it."""
+    """
+    Whether one of the job servers had the job, and has ended it.
+
+    Raises:
+        ServerError: One of ours may have it, and takes the command from its own machine alone.
+    """
+    refusal: ServerError | None = None
     for admin in _admins():
         try:
             admin.cancel(handle)
+        except ServerError as error:
+            if error.code == "PERMISSION_DENIED":
+                refusal = error
         except (GearmanError, ValueError):
             continue
-        return True
+        else:
+            return True
+    if refusal is not None:
+        raise refusal
     return False
 
 

@@ -31,7 +31,7 @@ from django.utils import timezone
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
-from .models import JobAttempt, JobRecord, ServerLease, unique_key_of
+from .models import Cancellation, JobAttempt, JobRecord, ServerLease, unique_key_of
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Claimed,
@@ -80,6 +80,9 @@ COUNT_SHARE: Final = 20
 
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
+
+CANCEL_INTERVAL: Final = 0.1
+"""Seconds between two looks at what is to be cancelled, however often somebody calls."""
 
 _READY: Final = Status.READY.value
 _SCHEDULED: Final = Status.SCHEDULED.value
@@ -143,6 +146,8 @@ class DatabaseStore:
         self._look_for_due_at = 0.0
         """Monotonic time at which jobs for later are looked at again."""
         self._has_later = False
+        self._look_for_cancelled_at = 0.0
+        """Monotonic time at which what is to be cancelled is looked at again."""
         self._count_at = 0.0
         """Monotonic time from which what lies at the door is counted again."""
         self._without_schedules = 0
@@ -212,6 +217,9 @@ class DatabaseStore:
             self._without_schedules = moment
         if monotonic() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
+            # Some of them may be to end.
+            self._look_for_cancelled_at = 0.0
+        cancelled = self._cancelled()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
             door = _Look() if is_time else self._look(limit, full)
@@ -233,7 +241,40 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
+        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in, cancelled)
+
+    def _cancelled(self) -> list[bytes]:
+        """
+        Handles of this server's jobs that somebody wants to end; ends those that lie at the door.
+
+        Each other server sees to its own. The wish is forgotten once the job has ended, however it did.
+        """
+        if monotonic() < self._look_for_cancelled_at:
+            return []
+        self._look_for_cancelled_at = monotonic() + CANCEL_INTERVAL
+        ours: list[bytes] = []
+        at_door: list[int] = []
+        with self._database_errors():
+            wanted = [id for (id,) in self._execute(self._sql.cancellations, [])]
+            over = set(wanted)
+            for start in range(0, len(wanted), 500):
+                live = self._records().filter(pk__in=wanted[start : start + 500], status__in=JobRecord.LIVE)
+                for id, server, handle in live.values_list("pk", "server", "handle"):
+                    over.discard(id)
+                    if server == self.lease_id:
+                        ours.append(str(handle).encode())
+                    elif server is None:
+                        at_door.append(id)
+        if over or at_door:
+            with self._transaction():
+                self._prove_lease()
+                for start in range(0, len(at_door), 500):
+                    # Another server may have been quicker to claim it: then it reads the same.
+                    self._end_at_door(pk__in=at_door[start : start + 500])
+                for start in range(0, len(wanted), 500):
+                    part = over.intersection(wanted[start : start + 500])
+                    Cancellation.objects.using(self._using).filter(pk__in=part).delete()
+        return ours
 
     def _resume_more(self) -> None:
         with self._transaction():
@@ -411,16 +452,22 @@ class DatabaseStore:
 
     def _cancel(self, question: Question) -> bool | None:
         """End a job that lies at the door."""
-        ended = {
-            "status": Status.CANCELLED,
-            "finished_at": timezone.now(),
-            "message": "An operator cancelled the job",
-            "unique_key": None,
-        }
         with self._transaction():
             self._prove_lease()
-            door = self._records().filter(server=None, status__in=_AT_DOOR)
-            return bool(door.filter(handle=text_of(question.handle)).update(**ended)) or None
+            return bool(self._end_at_door(handle=text_of(question.handle))) or None
+
+    def _end_at_door(self, **which: Any) -> int:
+        """Cancel jobs that lie at the door; how many there were."""
+        return (
+            self._records()
+            .filter(server=None, status__in=_AT_DOOR, **which)
+            .update(
+                status=Status.CANCELLED,
+                finished_at=timezone.now(),
+                message="An operator cancelled the job",
+                unique_key=None,
+            )
+        )
 
     def _free_jobs_of_the_dead(self) -> None:
         """
@@ -1082,6 +1129,8 @@ class _Statements:
             f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
+        cancellations = quote(Cancellation._meta.db_table)
+        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"  # noqa: S608
         self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
 
         def change(assignments: str, condition: str) -> str:

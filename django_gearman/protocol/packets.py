@@ -123,7 +123,6 @@ CANCEL = b"cancel "
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 
-_header = Struct(">4sII")
 _size = Struct(">I")
 
 
@@ -270,6 +269,7 @@ SEPARATORS: tuple[int | None, ...] = tuple(
 )
 """By number of the type: how many NULs part its arguments; None where there is no such type."""
 
+_REQUEST_HEADERS = tuple(REQUEST + _size.pack(kind) for kind in range(HIGHEST_TYPE + 1))
 _RESPONSE_HEADERS = tuple(RESPONSE + _size.pack(kind) for kind in range(HIGHEST_TYPE + 1))
 _pack_size = _size.pack
 
@@ -277,7 +277,7 @@ _pack_size = _size.pack
 def encode_request(kind: PacketType, *arguments: bytes) -> bytes:
     """A packet to the server."""
     body = b"\0".join(arguments)
-    return _header.pack(REQUEST, kind, len(body)) + body
+    return _REQUEST_HEADERS[kind] + _pack_size(len(body)) + body
 
 
 def encode_response(kind: PacketType, *arguments: bytes) -> bytes:

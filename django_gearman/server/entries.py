@@ -9,6 +9,7 @@ time in seconds since 1970.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
@@ -215,6 +216,9 @@ class Claimed(NamedTuple):
 
     due_in: float = float("inf")
     """Seconds until the next job for later is due; infinite for none."""
+
+    cancelled: Sequence[bytes] = ()
+    """Handles of jobs of this server that somebody wants to end."""
 
 
 class Topic(Enum):

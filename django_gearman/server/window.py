@@ -166,6 +166,9 @@ class Window:
         for function in list(self.away):
             self._note_if_all_here(function)
         server.adopt(claim.jobs)
+        for handle in claim.cancelled:
+            # Those that have ended meanwhile are not here.
+            server.cancel(handle)
 
     def _take_from_door(self, job: StoredJob) -> None:
         """Count one less there."""
