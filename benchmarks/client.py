@@ -418,6 +418,8 @@ def main() -> None:
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
         print(json.dumps(measure(options.measure, options.phase, options.jobs, options.many)))
         return
+    # What was started is ended, too, when somebody loses patience.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     chosen = chosen_peers(parser, options.only)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="gearman-bench-") as temporary, ExitStack() as stack:
