@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ LIMIT = 600
 
 LATENCIES = 300
 """Round trips of which the median is told."""
+
+THREADS = 8
+"""Of a web process, say, which run jobs side by side."""
 
 SETTINGS = """
 import os
@@ -213,6 +217,8 @@ def measure(name: str, phase: str, jobs: int, many: int) -> dict[str, float]:
         for _ in range(50):
             peer.enqueue(1, 2)
         found = {"enqueue/s, one by one": per_second(lambda: [peer.enqueue(1, 2) for _ in range(jobs)], jobs)}
+        each = latencies(lambda: peer.enqueue(1, 2))
+        found["  enqueue, p50 ms"] = each[len(each) // 2]
         if peer.bare_insert is not None:
             found["  bare insert of such a row/s"] = per_second(
                 lambda: [peer.bare_insert() for _ in range(jobs)], jobs
@@ -233,6 +239,11 @@ def measure(name: str, phase: str, jobs: int, many: int) -> dict[str, float]:
         trips = latencies(lambda: peer.run(1, 2))
         found["run (foreground), p50 ms"] = trips[len(trips) // 2]
         found["run (foreground), p95 ms"] = trips[len(trips) * 95 // 100]
+        calls = 4 * LATENCIES
+        with ThreadPoolExecutor(THREADS) as pool:
+            found[f"run/s, {THREADS} threads"] = per_second(
+                lambda: list(pool.map(lambda number: peer.run(number, 2), range(calls))), calls
+            )
     return found
 
 
@@ -407,6 +418,8 @@ def main() -> None:
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
         print(json.dumps(measure(options.measure, options.phase, options.jobs, options.many)))
         return
+    # What was started is ended, too, when somebody loses patience.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     chosen = chosen_peers(parser, options.only)
     figures: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="gearman-bench-") as temporary, ExitStack() as stack:

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
@@ -1473,6 +1474,44 @@ class TestOutOfReach:
             cursor.execute("PRAGMA synchronous")
             assert cursor.fetchone() == (2,)
         connection.close()
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_what_sqlite_does_not_sync(self, database: DatabaseHouse, replaced: bool) -> None:
+        """A claim that a power failure takes back leaves its rows where they were; nothing else may go."""
+        if connection.vendor != "sqlite":
+            pytest.skip("SQLite's own")
+        store = database.store
+        told: list[str] = []
+
+        def note(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            told.append(sql.partition("(")[0].split(" SET ")[0].strip())
+            return execute(sql, params, many, context)
+
+        write(store, queued(1))
+        database.put()
+        if replaced:
+            database.restart()
+        with connection.execute_wrapper(note):
+            if replaced:
+                with pytest.raises(LeaseLost):
+                    store.claim(10, {})
+            else:
+                assert len(store.claim(10, {}).jobs) == 1
+        # Only the claim's own transaction stands between the two.
+        told = told[told.index("PRAGMA synchronous=NORMAL") :]
+        assert told[-1] == "PRAGMA synchronous=FULL"
+        changes = [each for each in told if each.startswith(("INSERT", "UPDATE", "DELETE"))]
+        assert (
+            changes
+            == ['UPDATE "django_gearman_serverlease"', 'UPDATE "django_gearman_jobrecord"'][: 2 - replaced]
+        )
+        told.clear()
+        with connection.execute_wrapper(note), suppress(LeaseLost):
+            write(store, finished(1))
+        assert not [each for each in told if "synchronous" in each]
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA synchronous")
+            assert cursor.fetchone() == (2,)
 
 
 def statements(store: DatabaseStore, entries: list[Any], *, again: bool = False) -> int:
