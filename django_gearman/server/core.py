@@ -336,6 +336,8 @@ class JobServer:
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
+        self.many_end = False
+        """Whether a background job is among them that ended while others wait for a worker."""
         self.door_seen = True
         """Whether the store has told what lies at its door. Set it to False, where anything may lie there."""
         self.claim_wanted = False
@@ -1638,7 +1640,12 @@ class JobServer:
             self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
-            self.urgent = self.urgent or job.background
+            if job.background:
+                if self.ready:
+                    # There is more to do than workers to do it: ends come in numbers.
+                    self.many_end = True
+                else:
+                    self.urgent = True
         self._remove(job)
 
     def _remove(self, job: Job) -> None:
