@@ -170,7 +170,7 @@ def version() -> int:
 
 @pytest.mark.parametrize("version", ["253", "before"])
 def test_unit_of_the_documentation(tmp_path: Path, version: str):
-    """systemd understands every line; the version that is here, and those before 253 by what is said of them."""
+    """systemd understands every line, or what is said of versions before 253."""
     analyze = program("systemd-analyze")
     text = (harness.ROOT / "docs" / "workers.md").read_text()
     (unit,) = re.findall(r"## Under systemd\n\n```ini\n(.*?)```", text, re.DOTALL)
