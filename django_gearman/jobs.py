@@ -61,7 +61,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, logs, reports, schedules, signals, tracing
+from . import conf, logs, reports, rows, schedules, signals, tracing
 from .client.admin_client import AdminClient
 from .client.aio import AsyncClient
 from .client.core import Priority
@@ -110,6 +110,9 @@ LONGEST_PAUSE_OF_GET: Final = 0.25
 
 LISTEN_AFTER: Final = 0.02
 """Pause between two looks from which on ``get`` asks the wire instead; short jobs have ended by then."""
+
+LISTENING_PAUSE: Final = 0.005
+"""Seconds after which ``get`` looks by itself though a job server was to tell it."""
 
 NUDGE_AGAIN: Final = 0.2
 """Seconds after which job servers are told once more that somebody waits for a job's end."""
@@ -394,7 +397,7 @@ class JobResult(Generic[R]):
             JobResultDoesNotExist: It is gone.
         """
         try:
-            self._record.refresh_from_db(fields=_STANDING)
+            rows.refresh(self._record, _STANDING)
         except JobRecord.DoesNotExist:
             raise JobResultDoesNotExist(self.id) from None
 
@@ -406,8 +409,8 @@ class JobResult(Generic[R]):
         """
         Wait for the end, and return what the function returned.
 
-        Looks at the record for a moment; from then on one of our job servers
-        tells of the end, if it can be asked.
+        One of our job servers tells when the record has it, if it can be asked;
+        else, or when another server has the job, looks at the record now and then.
 
         Args:
             timeout: Seconds to wait; None to wait for ever.
@@ -418,14 +421,23 @@ class JobResult(Generic[R]):
         """
         patience = _Patience(timeout)
         self.refresh()
-        while not self.is_finished:
-            if transaction.get_connection(self._record._state.db).in_atomic_block:
-                raise WaitInTransaction(self._name)
-            if not patience.is_left:
-                raise self._too_late(timeout or 0.0)
-            if not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
-                sleep(patience.pause())
-            self.refresh()
+        if self.is_finished:
+            return self.return_value
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            raise WaitInTransaction(self._name)
+        with closing(client_for().watch(self.id)) as watch:
+            if watch.is_open:
+                patience.is_told()
+            while not self.is_finished:
+                if not patience.is_left:
+                    raise self._too_late(timeout or 0.0)
+                if patience.listens:
+                    watch.close()
+                if watch.is_open:
+                    watch.wait(patience.pause())
+                elif not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
+                    sleep(patience.pause())
+                self.refresh()
         return self.return_value
 
     async def aget(self, timeout: float | None = None) -> R:
@@ -588,6 +600,10 @@ class _Patience:
     def listens(self) -> bool:
         """Whether it has been long enough to ask a job server."""
         return self._pause >= LISTEN_AFTER
+
+    def is_told(self) -> None:
+        """A job server will say when it is time to look; that another has the job is the exception."""
+        self._pause = LISTENING_PAUSE
 
     def heard(self, told: bool) -> bool:
         """Whether a job server told something: then the record will say so at once."""
@@ -1258,7 +1274,7 @@ def _insert(record: JobRecord, using: str) -> JobRecord:
         if found is not None:
             return found
     else:
-        record.save(using=using, force_insert=True)
+        rows.insert(record, using)
     _nudge_after_commit(using)
     return record
 
@@ -1272,7 +1288,7 @@ def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
             return found
         try:
             with transaction.atomic(using=using):
-                record.save(using=using, force_insert=True)
+                rows.insert(record, using)
         except IntegrityError:
             # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
             if connections[using].features.has_select_for_update:

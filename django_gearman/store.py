@@ -44,6 +44,7 @@ from .server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -149,6 +150,8 @@ class DatabaseStore:
         """Monotonic time at which what is to be cancelled is looked at again."""
         self._count_at = 0.0
         """Monotonic time from which what lies at the door is counted again."""
+        self._without_schedules = 0
+        """The second, since 1970, of which is known that no schedule was due."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._kinds = {name: field.get_internal_type() for name, field in self._fields.items()}
@@ -208,7 +211,12 @@ class DatabaseStore:
                 # What is older must not come behind what lies at the door already.
                 return Claimed([], more=True)
         with self._database_errors():
+            # Claims may follow each other by the millisecond.
+            if moment == self._without_schedules:
+                scheduler = None
             is_time = scheduler is not None and scheduler.has_work(moment)
+        if not is_time:
+            self._without_schedules = moment
         if monotonic() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
             # Some of them may be to end.
@@ -221,7 +229,7 @@ class DatabaseStore:
         taken = self._found_again()
         if door.rows or is_time or monotonic() - self.renewed >= self._lease / 3:
             try:
-                with self._transaction():
+                with self._transaction() if is_time else self._unsynced_transaction():
                     self._prove_lease()
                     if is_time and scheduler is not None:
                         scheduler.work(moment)
@@ -964,6 +972,28 @@ class DatabaseStore:
                 raise DatabaseError("The transaction is broken")
 
     @contextmanager
+    def _unsynced_transaction(self) -> Iterator[None]:
+        """
+        All or nothing, and on SQLite perhaps nothing after a power failure.
+
+        For claims: then their rows lie at the door, as before, and nobody was told of anything.
+        The next commit that is synced keeps all before it.
+        """
+        connection = self._connection
+        with self._database_errors():
+            relaxes = connection.vendor == "sqlite" and not connection.in_atomic_block
+            if relaxes:
+                self._execute("PRAGMA synchronous=NORMAL", [])
+        try:
+            with self._transaction():
+                yield
+        finally:
+            # A connection that was let go of begins anew.
+            if relaxes and self._prepared is not None:
+                with self._database_errors():
+                    self._execute("PRAGMA synchronous=FULL", [])
+
+    @contextmanager
     def _database_errors(self) -> Iterator[None]:
         connection = self._connection
         # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
@@ -1390,6 +1420,8 @@ def _change(row: Row, entry: Entry) -> None:
                 row.update(server=None, server_epoch=None)
         case JobDue():
             row["status"] = _READY
+        case JobUnclaimed():
+            row.update(server=None, server_epoch=None)
         case JobKept():
             row["background"] = True
             row["unique_key"] = _key_of(entry)

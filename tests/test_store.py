@@ -29,6 +29,7 @@ from django_gearman.server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -293,6 +294,12 @@ class TestDoor:
     def test_what_was_refused_after_all_is_undone(self, house: House) -> None:
         write(house.store, queued(1, unclaimed=True))
         write(house.store, finished(1, Outcome.CANCELLED))
+        assert house.store.claim(10, {}).jobs == []
+
+    def test_what_was_refused_may_be_somebody_elses(self, house: House) -> None:
+        write(house.store, queued(1))
+        write(house.store, JobUnclaimed(queued(1).handle), JobUnclaimed(queued(2).handle))
+        assert [job.handle for job in house.store.claim(10, {}).jobs] == [queued(1).handle]
         assert house.store.claim(10, {}).jobs == []
 
     def test_a_job_between_two_attempts_lies_there(self, house: House) -> None:

@@ -31,6 +31,15 @@ Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND
 not: it ended, or is another server's. No other server knows the option.
 """
 
+ROW = b"row "
+"""
+OPTION_REQ ``listen row NUMBER``, to a job server that keeps its jobs in a database: hear of a row's end.
+
+For who inserted the row and cannot know its handle yet. Answered by OPTION_RES at once, and by
+WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way.
+Nothing follows when another server has it; who waits looks at the row now and then.
+"""
+
 ATTEMPTS = b"attempts"
 """
 An option of our job server: the worker speaks of attempts.

@@ -140,6 +140,12 @@ class JobFinished(NamedTuple):
     at: float
 
 
+class JobUnclaimed(NamedTuple):
+    """The server knows nothing more of the job: if it is in the store, it lies at the door again."""
+
+    handle: bytes
+
+
 class Joined(NamedTuple):
     """
     What became of a submission instead of a row: its unique has one already.
@@ -150,7 +156,22 @@ class Joined(NamedTuple):
     handle: bytes
 
 
-Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobLogged | JobRequeued | JobFinished
+Entry = (
+    JobQueued
+    | JobDue
+    | JobKept
+    | JobStarted
+    | JobProgress
+    | JobLogged
+    | JobRequeued
+    | JobFinished
+    | JobUnclaimed
+)
+
+
+def has_key(unique: bytes, workload: bytes) -> bool:
+    """Whether jobs of that unique are to be one; ``-`` stands for the workload, if there is any."""
+    return bool(workload) if unique == b"-" else bool(unique)
 
 
 class StoredJob(NamedTuple):

@@ -24,7 +24,7 @@ from time import monotonic, sleep
 from typing import Any, Final
 
 from ..client.connection import Connection
-from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
+from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout, TooLarge
 from ..protocol.packets import (
     ATTEMPTS,
     CANCEL,
@@ -968,10 +968,8 @@ class Worker:
             problem: Exception = TypeError(f"{name} must return bytes, not {type(result).__name__}")
             return self._report_failure(job, problem)
         if len(result) + len(job.handle) + 1 > self._max_packet:
-            problem = ValueError(
-                f"the result of {name} has {len(result)} bytes, more than max_packet={self._max_packet}; "
-                "store it, and return a reference"
-            )
+            remedy = "store it, and return a reference"
+            problem = TooLarge(f"the result of {name}", len(result), self._max_packet, remedy=remedy)
             logger.error("Job %s (%s) failed: %s", _text(job.handle), name, problem)
             return encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
         if logger.isEnabledFor(logging.INFO):
