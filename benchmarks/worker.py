@@ -9,6 +9,10 @@ counted in the same way for all. Told are jobs per second from the moment when a
 tenth is done to the end, CPU of the workers and of their server per job, and the memory of an idle
 worker command afterwards (PSS: what processes share is counted once).
 
+Not equal is what they promise: ours writes what becomes of each job to SQLite, synced; the
+Redis of Celery, RQ and huey keeps nothing on disk, and a job that huey's worker had in
+hand is lost with it. Ours and huey's log two lines for each job.
+
 Peers, environments and databases are those of ``benchmarks/client.py``. Only
 ratios taken in one run mean anything.
 """
