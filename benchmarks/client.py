@@ -272,13 +272,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], env: dict[str, str], folder: Path) -> Iterator[None]:
+def running(command: list[str], env: dict[str, str], folder: Path) -> Iterator[int]:
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        yield
+        yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -297,6 +297,8 @@ class Scene:
         self.folder = folder / name
         self.port, self.redis = free_port(), free_port()
         self.stack = ExitStack()
+        self.server: int | None = None
+        """Process id of redis-server or gearman_server."""
         (self.folder / "bench").mkdir(parents=True)
         (self.folder / "bench" / "__init__.py").touch()
         (self.folder / "bench" / "jobs.py").write_text(APP[name] if source is None else source)
@@ -315,13 +317,15 @@ class Scene:
         """The server, where there is one; no workers yet."""
         if self.name in NEEDS_REDIS:
             command = ["redis-server", "--port", str(self.redis), "--bind", "127.0.0.1", "--save", ""]
-            self.stack.enter_context(running([*command, "--appendonly", "no"], self.env, self.folder))
+            self.server = self.stack.enter_context(
+                running([*command, "--appendonly", "no"], self.env, self.folder)
+            )
             self._wait_for(self.redis)
         else:
             self.call("-m", "django", "migrate", "-v0")
         if self.name == "gearman":
             command = ["-m", "django", "gearman_server", "--port", str(self.port)]
-            self.stack.enter_context(running([self.python, *command], self.env, self.folder))
+            self.server = self.stack.enter_context(running([self.python, *command], self.env, self.folder))
             self._wait_for(self.port)
 
     def _wait_for(self, port: int) -> None:

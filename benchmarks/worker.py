@@ -6,8 +6,12 @@ What running jobs costs the workers, beside Celery, RQ, huey and django-tasks-db
 Two worker processes of each run a backlog of jobs that do next to nothing: they
 add two numbers, and a byte to a file, by which the jobs that are done are
 counted in the same way for all. Told are jobs per second from the moment when a
-tenth is done to the end, CPU of the workers per job, and the memory of an idle
+tenth is done to the end, CPU of the workers and of their server per job, and the memory of an idle
 worker command afterwards (PSS: what processes share is counted once).
+
+Not equal is what they promise: ours writes what becomes of each job to SQLite, synced; the
+Redis of Celery, RQ and huey keeps nothing on disk, and a job that huey's worker had in
+hand is lost with it. Ours and huey's log two lines for each job.
 
 Peers, environments and databases are those of ``benchmarks/client.py``. Only
 ratios taken in one run mean anything.
@@ -37,6 +41,7 @@ TITLES = {
     "rate": "jobs/s, 2 processes",
     "each": "jobs/s per process",
     "cpu": "CPU of the workers, us per job",
+    "server": "CPU of their server, us per job",
     "memory": "PSS of all when idle, MB",
     "child": "PSS per process, MB",
 }
@@ -81,11 +86,7 @@ class Workers:
         return found
 
     def cpu_seconds(self) -> float:
-        total = 0
-        for folder in self.processes():
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            total += int(fields[11]) + int(fields[12])
-        return total / TICKS
+        return sum(map(cpu_seconds, self.processes()))
 
     def megabytes(self) -> float:
         total = 0
@@ -106,6 +107,12 @@ class Workers:
         self._log.close()
 
 
+def cpu_seconds(folder: Path) -> float:
+    """Of a process, by its folder in /proc."""
+    fields = (folder / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
 def wait_for(trace: Path, count: int) -> None:
     deadline = time.monotonic() + client.LIMIT
     while not trace.exists() or trace.stat().st_size < count:
@@ -122,9 +129,12 @@ def measure(scene: client.Scene, jobs: int) -> dict[str, float]:
     workers = Workers(scene)
     try:
         wait_for(trace, jobs // 10)
+        server = None if scene.server is None else Path("/proc") / str(scene.server)
         began, cpu, done = time.monotonic(), workers.cpu_seconds(), trace.stat().st_size
+        of_server = 0.0 if server is None else -cpu_seconds(server)
         wait_for(trace, jobs)
         seconds, spent = time.monotonic() - began, workers.cpu_seconds() - cpu
+        of_server += 0.0 if server is None else cpu_seconds(server)
         time.sleep(1.0)  # nothing to wait for: what they need when they have nothing to do
         megabytes, processes = workers.megabytes(), len(workers.processes())
         assert trace.stat().st_size == jobs, "a job was run twice"
@@ -135,6 +145,7 @@ def measure(scene: client.Scene, jobs: int) -> dict[str, float]:
         "rate": rate,
         "each": rate / 2,
         "cpu": spent / (jobs - done) * 1e6,
+        "server": of_server / (jobs - done) * 1e6,
         "memory": megabytes,
         "child": megabytes / processes,
     }

@@ -168,6 +168,8 @@ class DatabaseStore:
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._kinds = {name: field.get_internal_type() for name, field in self._fields.items()}
+        self._updates: dict[tuple[str, ...], tuple[str, str]] = {}
+        """{columns that change: statements for one row and for a hundred}; not on PostgreSQL and MySQL."""
         self._table = connections[using].ops.quote_name(JobRecord._meta.db_table)
 
     def take_lease(self, address: str) -> int:
@@ -828,13 +830,16 @@ class DatabaseStore:
             case "mysql":
                 self._update_by_join(names, handles, list(zip(*columns, strict=True)))
             case _:
-                where = f"{self._column('handle')} = %s AND {self._mine}"
-                assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
                 rows = list(zip(*columns, handles, repeat(self.lease_id), strict=False))
-                self._execute_many(
-                    f"UPDATE {self._table} SET {assignments} WHERE {where}",  # noqa: S608
-                    self._execute_in_hundreds(self._update_of_a_hundred(names), rows),
-                )
+                if names not in self._updates:
+                    self._updates[names] = self._update_of_one(names), self._update_of_a_hundred(names)
+                of_one, of_a_hundred = self._updates[names]
+                self._execute_many(of_one, self._execute_in_hundreds(of_a_hundred, rows))
+
+    def _update_of_one(self, names: Sequence[str]) -> str:
+        where = f"{self._column('handle')} = %s AND {self._mine}"
+        assignments = ", ".join(f"{self._column(name)} = %s" for name in names)
+        return f"UPDATE {self._table} SET {assignments} WHERE {where}"  # noqa: S608
 
     def _update_of_a_hundred(self, names: Sequence[str]) -> str:
         """SQLite's, of rows of the new values, the handle and the server."""

@@ -285,8 +285,8 @@ class World:
         self.journal.ask(core.questions)
         core.questions = []
         if core.entries:
-            self.journal.append(self.wire.entries(), self.clock, urgent=core.urgent)
-            core.urgent = False
+            self.journal.append(self.wire.entries(), self.clock, urgent=core.urgent, many_end=core.many_end)
+            core.urgent = core.many_end = False
         batch = self.journal.next_batch(self.clock)
         if batch is not None:
             with self.faults.server_at_work():

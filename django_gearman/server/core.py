@@ -324,6 +324,8 @@ class JobServer:
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
+        self.many_end = False
+        """Whether a background job is among them that ended while others wait for a worker."""
         self.claim_wanted = False
         """Whether jobs wait at the store's door for which there is room, or somebody said so."""
         self.questions: list[Question] = []
@@ -1529,7 +1531,12 @@ class JobServer:
             self._unsaved.pop(job, None)
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
-            self.urgent = self.urgent or job.background
+            if job.background:
+                if self.ready:
+                    # There is more to do than workers to do it: ends come in numbers.
+                    self.many_end = True
+                else:
+                    self.urgent = True
         self.remove(job)
 
     def remove(self, job: Job) -> None:

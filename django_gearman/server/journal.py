@@ -70,6 +70,9 @@ CLAIM_PAUSE: Final = 0.005
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
+GATHER: Final = 0.005
+"""Seconds that the end of a background job may wait for others, while jobs wait for a worker."""
+
 TEND_AGAIN: Final = 10.0
 """Seconds after which housekeeping is tried again when the store could not be reached."""
 
@@ -462,8 +465,16 @@ class Journal:
         """At that monotonic time the store has proved that the jobs are this server's; first at the start."""
         self._server.hand_out_until = at + self._hold
 
-    def append(self, entries: Sequence[Entry], now: float, *, urgent: bool = True) -> None:
-        """Take entries over from the core, in order; ``urgent`` when they must not wait for company."""
+    def append(
+        self, entries: Sequence[Entry], now: float, *, urgent: bool = True, many_end: bool = False
+    ) -> None:
+        """
+        Take entries over from the core, in order.
+
+        Args:
+            urgent: Whether they must not wait for company.
+            many_end: Whether they may wait for a moment, ``GATHER``, and no longer.
+        """
         held = self._held + sum(map(_weight, entries))
         if held > self._backlog:
             entries = self._without_submissions(entries)
@@ -472,7 +483,8 @@ class Journal:
         self._gathering.extend(entries)
         if len(self._gathering) > self._compact_at:
             self._compact()
-        self._write_at = min(self._write_at, now if urgent else now + LINGER)
+        linger = 0.0 if urgent else GATHER if many_end else LINGER
+        self._write_at = min(self._write_at, now + linger)
 
     def ask(self, questions: Iterable[Question]) -> None:
         """Take over what the core wants to know."""

@@ -673,9 +673,9 @@ class GearmanServer:
         if self._thread is None:
             return
         if core.entries:
-            self._journal.append(core.entries, self.loop.time(), urgent=core.urgent)
+            self._journal.append(core.entries, self.loop.time(), urgent=core.urgent, many_end=core.many_end)
             core.entries = []
-            core.urgent = False
+            core.urgent = core.many_end = False
             self._thread.kick()
             if core.dirty:
                 # Submissions that it refused.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from django_gearman.models import JobRecord
 from tests import harness
 from tests.app import jobs
 
-from .conftest import SITE, Trace, missing
+from .conftest import SITE, Trace, missing, program
 from .site import pools
 from .site.jobs import leave_trace
 
@@ -164,6 +166,24 @@ from django_gearman import job
 def version() -> int:
     return {}
 """
+
+
+@pytest.mark.parametrize("version", ["253", "before"])
+def test_unit_of_the_documentation(tmp_path: Path, version: str):
+    """systemd understands every line, or what is said of versions before 253."""
+    analyze = program("systemd-analyze")
+    text = (harness.ROOT / "docs" / "workers.md").read_text()
+    (unit,) = re.findall(r"## Under systemd\n\n```ini\n(.*?)```", text, re.DOTALL)
+    assert "Before systemd 253, use `Type=notify` and `ExecReload=kill -HUP $MAINPID`." in text
+    if version == "before":
+        unit = unit.replace("Type=notify-reload", "Type=notify\nExecReload=kill -HUP $MAINPID")
+    unit = unit.replace("/srv/shop/venv/bin/python", sys.executable).replace("/srv/shop", str(tmp_path))
+    file = tmp_path / "shop.service"
+    file.write_text(unit.replace("User=shop", "User=root"))
+    told = subprocess.run([analyze, "verify", file], capture_output=True, text=True, check=False)
+    complaints = [line for line in told.stderr.splitlines() if "shop.service" in line]
+    complaints = [line for line in complaints if "service type, ignoring: notify-reload" not in line]
+    assert (told.returncode, complaints) == (0, [])
 
 
 class TestReload:

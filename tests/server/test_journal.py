@@ -21,7 +21,7 @@ from django_gearman.server.entries import (
     Outcome,
     StoredJob,
 )
-from django_gearman.server.journal import CLAIM_PAUSE, LINGER, Batch, Journal, MemoryStore
+from django_gearman.server.journal import CLAIM_PAUSE, GATHER, LINGER, Batch, Journal, MemoryStore
 
 from .harness import Caller, Wire, handle
 
@@ -83,8 +83,8 @@ class Office:
             core.claim_wanted = False
             self.journal.claim_soon()
         if core.entries:
-            self.journal.append(self.wire.entries(), self.now, urgent=core.urgent)
-            core.urgent = False
+            self.journal.append(self.wire.entries(), self.now, urgent=core.urgent, many_end=core.many_end)
+            core.urgent = core.many_end = False
 
     def begin(self) -> Batch | None:
         self.gather()
@@ -176,6 +176,26 @@ class TestBatches:
         assert office.journal.next_deadline() == office.now + LINGER
         office.pass_time(LINGER)
         assert len(office.trip().entries) == 1
+
+    def test_ends_wait_for_each_other_while_jobs_wait_for_a_worker(self):
+        office, client = settled()
+        worker = office.wire.connect()
+        worker(P.CAN_DO, b"f")
+        for _ in range(3):
+            client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        office.trip()
+        worker(P.GRAB_JOB)
+        for number in (1, 2):
+            worker(P.WORK_COMPLETE, handle(number), b"")
+            worker(P.GRAB_JOB)
+            assert office.begin() is None
+        assert office.journal.next_deadline() == office.now + GATHER
+        office.pass_time(GATHER)
+        ended = [entry.handle for entry in office.trip().entries if isinstance(entry, JobFinished)]
+        assert ended == [handle(1), handle(2)]
+        # Nothing comes after the last one.
+        worker(P.WORK_COMPLETE, handle(3), b"")
+        assert [type(entry) for entry in office.trip().entries] == [JobFinished]
 
     def test_company_that_does_not_wait_takes_it_along(self):
         office, client = settled()

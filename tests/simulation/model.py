@@ -1315,8 +1315,8 @@ class Server:
         self.end_turn()
         if core.entries:
             entries, core.entries = core.entries, []
-            self.journal.append(entries, core.clock, urgent=core.urgent)
-            core.urgent = False
+            self.journal.append(entries, core.clock, urgent=core.urgent, many_end=core.many_end)
+            core.urgent = core.many_end = False
             if core.dirty:
                 self.hear()
         if core.questions:

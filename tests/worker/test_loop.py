@@ -393,6 +393,17 @@ class TestReconnect:
 class TestLogs:
     """``packets.LOGS``: only servers that keep logs are sent any."""
 
+    @pytest.fixture(autouse=True)
+    def begin(self) -> None:
+        self.is_over = threading.Event()
+
+    def end(self, peer: Peer) -> None:
+        """Have no other job; from now on the worker may be stopped."""
+        peer.expect(P.GRAB_JOB_UNIQ)
+        self.is_over.set()
+        peer.send(P.NO_JOB)
+        peer.wait_for_end()
+
     def work(self, port: int) -> bool:
         """Have a worker run one job that logs; whether it was told that its log is kept."""
         seen: list[bool] = []
@@ -404,7 +415,7 @@ class TestLogs:
             return b""
 
         with harness.worker_thread({"log": log}, port, logs=True):
-            harness.wait_until(lambda: seen)
+            assert self.is_over.wait(10)
         return seen[0]
 
     def test_server_that_keeps_them(self) -> None:
@@ -414,7 +425,7 @@ class TestLogs:
             peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"log", b"", b"")
             assert peer.expect(P.OPTION_REQ) == [b"log H:1 one\ntwo"]
             peer.expect(P.WORK_COMPLETE)
-            have_nothing(peer)
+            self.end(peer)
 
         with fake_server(keep) as port:
             assert self.work(port)
@@ -428,7 +439,7 @@ class TestLogs:
             peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"log", b"", b"")
             # Nothing comes between.
             assert peer.receive()[0] == P.WORK_COMPLETE
-            have_nothing(peer)
+            self.end(peer)
 
         with fake_server(know_nothing) as port:
             assert not self.work(port)
