@@ -159,3 +159,18 @@ def total(numbers: list[int], more: int = 0) -> int:
 @job
 def note(text: str) -> str:
     return text
+
+
+@job(takes_context=True)
+def tell_group(context: JobContext, *args: int) -> list[object]:
+    """What a continuation sees of its group."""
+    group = context.group
+    assert group is not None
+    return [group.total, group.failed, [result.status for result in group], *args]
+
+
+@job(takes_context=True)
+async def atell_group(context: JobContext, values: list[int]) -> list[object]:
+    group = await context.agroup()
+    assert group is not None
+    return [values, [result.status async for result in group]]
