@@ -385,3 +385,11 @@ class TestCancel:
         gearman_jobs.run_all()
         assert statuses() == ["SUCCESSFUL", "CANCELLED", "SUCCESSFUL"]
         assert JobGroup.objects.get().failed == 0
+
+
+class TestBytes:
+    def test_many_workloads_that_are_no_text(self, gearman_jobs: GearmanJobs) -> None:
+        """Of every database, whatever its character set."""
+        workloads = [b"\xff\x00'\\%d" % number for number in range(3)]
+        jobs.shout.enqueue_many([((workload,), {}) for workload in workloads])
+        assert [result.args[0] for result in gearman_jobs.enqueued()] == workloads
