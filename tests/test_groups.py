@@ -12,8 +12,9 @@ from asgiref.sync import async_to_sync
 from django.db import transaction
 from django.utils import timezone
 
-from django_gearman import GroupResult, Signature, chain, continuations, group
+from django_gearman import GroupResult, Signature, chain, continuations, group, map_reduce
 from django_gearman.exceptions import (
+    CommandNotSupported,
     GroupDoesNotExist,
     GroupFailed,
     GroupNotFinished,
@@ -22,6 +23,7 @@ from django_gearman.exceptions import (
     WaitInTransaction,
 )
 from django_gearman.models import JobGroup, JobRecord
+from django_gearman.reduction import _Reduction
 from django_gearman.testing import GearmanJobs
 from tests.app import jobs
 
@@ -393,3 +395,38 @@ class TestBytes:
         workloads = [b"\xff\x00'\\%d" % number for number in range(3)]
         jobs.shout.enqueue_many([((workload,), {}) for workload in workloads])
         assert [result.args[0] for result in gearman_jobs.enqueued()] == workloads
+
+
+class TestReduction:
+    def test_a_server_that_knows_no_reduce_jobs_is_asked_plainly(self) -> None:
+        work = _Reduction(jobs.total, jobs.add, range(4), 2, None)
+        first = work.next()
+        assert first is not None
+        assert first.reducer == jobs.add.name
+        refusal = CommandNotSupported(
+            "127.0.0.1:4730", "server_error", "", command="SUBMIT_REDUCE_JOB", version=""
+        )
+        work.failed(first, refusal)
+        assert work.next() is first
+        assert first.reducer == ""
+        second = work.next()
+        assert second is not None
+        assert second.reducer == ""
+        with pytest.raises(CommandNotSupported):
+            work.failed(second, refusal)
+        assert work.next() is None
+        work.ended(first, b"1")
+        assert work.next() is None
+        work.ended(second, b"5")
+        last = work.next()
+        assert last is not None
+        assert (last.job, last.workload) == (jobs.add, b'{"args":[1,5],"kwargs":{}}')
+        work.ended(last, b"6")
+        assert work.next() is None
+        assert work.value() == 6
+
+    def test_what_cannot_be(self) -> None:
+        with pytest.raises(ValueError, match="at least 1, not 0"):
+            map_reduce(jobs.total, jobs.add, [1], chunk=0)
+        with pytest.raises(InvalidGroup, match="a @job that takes a list"):
+            map_reduce(sum, jobs.add, [1])  # type: ignore[arg-type]

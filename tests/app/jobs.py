@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from django_gearman import Discard, JobContext, JobResult, Retry, job
 
+AN_HOUR = timedelta(hours=1)
 logger = logging.getLogger("django_gearman.tests")
 
 
@@ -63,6 +65,11 @@ def wait_for_file(path: str) -> int:
             raise TimeoutError(path)
         time.sleep(0.01)
     return os.getpid()
+
+
+@job
+def wait_for_files(paths: list[str]) -> int:
+    return sum(wait_for_file.call(path) for path in paths)
 
 
 @job
