@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import transaction
+from django.db import connection, transaction
 from django.utils import timezone
 
 from django_gearman import GroupResult, Signature, chain, continuations, group, map_reduce
@@ -22,8 +24,11 @@ from django_gearman.exceptions import (
     NotJSON,
     WaitInTransaction,
 )
+from django_gearman.history import History, Retention, lanes_of
 from django_gearman.models import JobGroup, JobRecord
 from django_gearman.reduction import _Reduction
+from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
+from django_gearman.store import DatabaseStore, _Folded
 from django_gearman.testing import GearmanJobs
 from tests.app import jobs
 
@@ -81,7 +86,7 @@ class TestEnqueuedGroups:
         assert made.on_success.status == Status.CANCELLED
         assert made.on_complete is not None
         assert made.on_complete.return_value == [4, 2, ["SUCCESSFUL", "FAILED", "SUCCESSFUL", "FAILED"], 7]
-        with pytest.raises(GroupFailed, match="member 1 of the group: .*ValueError: no; 2 of 4") as caught:
+        with pytest.raises(GroupFailed, match=r"member 1 of the group: .*ValueError: no; 2 of 4") as caught:
             made.get()
         assert caught.value.index == 1
         assert caught.value.job == jobs.fail.name
@@ -110,9 +115,9 @@ class TestEnqueuedGroups:
         assert made.on_success.return_value == 0
 
     def test_nothing_of_a_transaction_that_was_rolled_back_is_left(self, gearman_jobs: GearmanJobs) -> None:
-        with pytest.raises(KeyError), transaction.atomic():
+        with transaction.atomic():
             made = group(jobs.add.s(1)).enqueue(on_success=jobs.total.s())
-            raise KeyError
+            transaction.set_rollback(True)
         assert not JobGroup.objects.exists()
         assert not JobRecord.objects.exists()
         with pytest.raises(GroupDoesNotExist):
@@ -215,7 +220,7 @@ class TestChains:
         made.refresh()
         assert (made.total, made.finished, made.failed) == (4, 4, 3)
         assert statuses() == ["SUCCESSFUL", "FAILED", *["CANCELLED"] * 3, "SUCCESSFUL"]
-        with pytest.raises(GroupFailed, match="member 1 of the group: .*ValueError: no"):
+        with pytest.raises(GroupFailed, match=r"member 1 of the group: .*ValueError: no"):
             made.get()
 
     def test_bytes_of_raw_jobs(self, gearman_jobs: GearmanJobs) -> None:
@@ -281,15 +286,15 @@ class TestRefused:
             group(jobs.add, jobs.add.s(1))  # type: ignore[arg-type]
         with pytest.raises(InvalidGroup, match="not 3"):
             group([jobs.add.s(1), 3])  # type: ignore[list-item]
-        with pytest.raises(InvalidGroup, match="a group is a call of a job, .* not a chain"):
+        with pytest.raises(InvalidGroup, match=r"a group is a call of a job, .* not a chain"):
             group([chain(jobs.add.s(1))])  # type: ignore[list-item]
-        with pytest.raises(InvalidGroup, match="a step of a chain .* not a chain"):
+        with pytest.raises(InvalidGroup, match=r"a step of a chain .* not a chain"):
             chain(chain(jobs.add.s(1)), jobs.add.s(1))  # type: ignore[arg-type]
         with pytest.raises(InvalidGroup, match="at least one step"):
             chain()
 
     def test_arguments(self, db: None) -> None:
-        with pytest.raises(NotJSON, match="argument 'left' of .*add is a set"):
+        with pytest.raises(NotJSON, match=r"argument 'left' of .*add is a set"):
             jobs.add.s({1})
         with pytest.raises(NotJSON):
             jobs.add.si({1})  # type: ignore[arg-type]
@@ -430,3 +435,119 @@ class TestReduction:
             map_reduce(jobs.total, jobs.add, [1], chunk=0)
         with pytest.raises(InvalidGroup, match="a @job that takes a list"):
             map_reduce(sum, jobs.add, [1])  # type: ignore[arg-type]
+
+
+@pytest.mark.django_db(transaction=True)
+class TestServers:
+    def test_two_end_the_last_two_members_at_once(self) -> None:
+        made = group(jobs.add.s(1), jobs.add.s(2)).enqueue(
+            on_success=jobs.total.s(), on_complete=jobs.note.si("over")
+        )
+        stores = [DatabaseStore("default", name) for name in ("one", "two")]
+        held = []
+        for store in stores:
+            store.take_lease("")
+            (job,) = store.claim(1, {}).jobs
+            held.append(job)
+
+        def end(number: int) -> None:
+            entry = JobFinished(held[number].handle, Outcome.SUCCESSFUL, b"2", "", time.time())
+            assert stores[number].write([entry], again=False) == {}
+
+        def end_later() -> None:
+            try:
+                end(1)
+            finally:
+                connection.close()
+
+        other = threading.Thread(target=end_later)
+        with transaction.atomic():
+            end(0)
+            other.start()
+            # Here the first is done and nobody else sees it.
+            other.join(0.5)
+            assert other.is_alive(), "it did not wait for the group's row"
+        other.join(30)
+        assert not other.is_alive()
+        made.refresh()
+        assert (made.successful, made.is_finished) == (2, True)
+        assert [store.laid for store in stores] == [False, True]
+        assert statuses() == ["SUCCESSFUL", "SUCCESSFUL", "READY", "READY"]
+
+    def test_a_batch_that_is_written_twice_counts_once(self) -> None:
+        made = group(jobs.add.s(1), jobs.add.s(2)).enqueue(on_complete=jobs.note.si("over"))
+        store = DatabaseStore("default", "one")
+        store.take_lease("")
+        first, second = store.claim(10, {}).jobs
+        entry = JobFinished(first.handle, Outcome.FAILED, b"", "no", time.time())
+        store._write(_Folded([entry], lambda function: ""), again=False)
+        # The answer to COMMIT was lost.
+        store.write([entry], again=True)
+        made.refresh()
+        assert (made.failed, made.is_finished) == (1, False)
+        assert list(store._group_of) == [second.handle]
+        store.write([entry._replace(handle=second.handle)], again=False)
+        assert not store._group_of
+        made.refresh()
+        assert (made.failed, made.is_finished) == (2, True)
+
+    def test_cancelled_by_an_operator_at_the_door(self) -> None:
+        made = group(jobs.add.s(1)).enqueue(on_complete=jobs.note.si("over"))
+        one, two = (DatabaseStore("default", name) for name in ("one", "two"))
+        one.take_lease("")
+        (job,) = one.claim(10, {}).jobs
+        one.close()
+        two.take_lease("")
+        question = Question(1, Topic.CANCEL, handle=job.handle, at=0.0)
+        assert two.ask([question]) == {1: True}
+        assert two.laid
+        made.refresh()
+        assert (made.failed, made.is_finished) == (1, True)
+        assert two.ask([question]) == {1: None}
+
+    def test_rows_that_were_deleted_by_hand_hold_nothing_up(self) -> None:
+        made = group(jobs.add.s(number) for number in range(3)).enqueue(
+            on_success=jobs.note.si("no"), on_complete=jobs.note.si("over")
+        )
+        steps = chain(jobs.add.s(1), jobs.add.s(1), jobs.add.s(1)).enqueue(on_complete=jobs.note.si("over"))
+        waiting = group(jobs.add.s(1)).enqueue()
+        store = DatabaseStore("default", "one")
+        store.take_lease("")
+        store.tend()
+        assert not JobGroup.objects.exclude(finished_at=None).exists()
+        JobRecord.objects.filter(group=made.id, group_index__in=(0, 2)).delete()
+        JobRecord.objects.filter(group=made.id, group_index=1).update(status=Status.SUCCESSFUL)
+        JobRecord.objects.filter(group=steps.id, group_index=0).delete()
+        store._watch_at = 0.0
+        store.tend()
+        assert store.laid
+        for result in (made, steps, waiting):
+            result.refresh()
+        assert (made.successful, made.failed, made.is_finished) == (1, 2, True)
+        assert (steps.finished, steps.failed, steps.is_finished) == (3, 3, True)
+        assert not waiting.is_finished
+        for result in (made, steps):
+            assert result.on_complete is not None
+            assert result.on_complete.status == Status.READY
+        assert made.on_success is not None
+        assert made.on_success.status == Status.CANCELLED
+        with pytest.raises(GroupFailed):
+            made.get()
+
+
+class TestHistory:
+    def test_a_group_goes_with_its_members_and_not_before_it_is_over(self, gearman_jobs: GearmanJobs) -> None:
+        made = group(jobs.add.s(1), jobs.add.s(2)).enqueue(on_success=jobs.total.s())
+        history = History("default", lanes_of(Retention(successful=timedelta(hours=1))))
+        later = timezone.now() + timedelta(days=1)
+        gearman_jobs.run_one()
+        assert history.prune(later).deleted == 0
+        gearman_jobs.run_one()
+        made.refresh()
+        assert made.is_finished
+        history.start_over()
+        assert history.prune(later).deleted == 0, "what follows has not read them"
+        gearman_jobs.run_all(check=True)
+        history.start_over()
+        assert history.prune(later).deleted == 3
+        assert not JobGroup.objects.exists()
