@@ -498,7 +498,7 @@ class TestServers:
         (job,) = one.claim(10, {}).jobs
         one.close()
         two.take_lease("")
-        question = Question(1, Topic.CANCEL, handle=job.handle, at=0.0)
+        question = Question(Topic.CANCEL, 1, handle=job.handle, at=0.0)
         assert two.ask([question]) == {1: True}
         assert two.laid
         made.refresh()
