@@ -292,7 +292,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
 
     @admin.display(description=gettext_lazy("group"))
     def group_link(self, job: JobRecord) -> str:
-        group = JobGroup.objects.filter(pk=job.group_id).first()
+        group = JobGroup.objects.filter(pk=job.group_id or 0).first()
         if group is None:
             return format.NOTHING
         url = reverse(
