@@ -91,6 +91,8 @@ _RETRYING: Final = Status.RETRYING.value
 _AT_DOOR: Final = (Status.READY, Status.SCHEDULED, Status.RETRYING)
 """Of a job that no server has, and that is to do."""
 _MAX_PROGRESS: Final = 2**63 - 1
+_OF_MEMBERS: Final = ("group", "group_index")
+"""Fields that stay null in what comes over the wire."""
 
 
 class DatabaseStore:
@@ -884,11 +886,11 @@ class DatabaseStore:
 
     @cached_property
     def _prepared_defaults(self) -> dict[str, tuple[str, Any]]:
-        """{field: (column, the default as the driver takes it)} for all but the id."""
+        """{field: (column, the default as the driver takes it)} of what a job of the wire may have."""
         return {
             name: (str(field.column), field.get_db_prep_save(field.get_default(), self._connection))
             for name, field in self._fields.items()
-            if not field.primary_key
+            if not field.primary_key and name not in _OF_MEMBERS
         }
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
