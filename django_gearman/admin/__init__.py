@@ -6,8 +6,9 @@ importing it registers ours. Nothing else of ``django_gearman`` imports it.
 """
 
 from .function_limit import FunctionLimitAdmin
+from .job_group import JobGroupAdmin
 from .job_record import JobRecordAdmin
 from .schedule import ScheduleAdmin
 from .server_lease import ServerLeaseAdmin
 
-__all__ = ["FunctionLimitAdmin", "JobRecordAdmin", "ScheduleAdmin", "ServerLeaseAdmin"]
+__all__ = ["FunctionLimitAdmin", "JobGroupAdmin", "JobRecordAdmin", "ScheduleAdmin", "ServerLeaseAdmin"]

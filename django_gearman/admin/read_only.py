@@ -8,7 +8,7 @@ from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
 
-from django_gearman.models import FunctionLimit, JobRecord, Schedule, ServerLease
+from django_gearman.models import FunctionLimit, JobGroup, JobRecord, Schedule, ServerLease
 
 if TYPE_CHECKING:
     # Only the stubs know that it is generic.
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     ServerLeaseModelAdmin = admin.ModelAdmin[ServerLease]
     ScheduleModelAdmin = admin.ModelAdmin[Schedule]
     FunctionLimitModelAdmin = admin.ModelAdmin[FunctionLimit]
+    JobGroupModelAdmin = admin.ModelAdmin[JobGroup]
 else:
     JobRecordModelAdmin = ServerLeaseModelAdmin = ScheduleModelAdmin = admin.ModelAdmin
-    FunctionLimitModelAdmin = admin.ModelAdmin
+    FunctionLimitModelAdmin = JobGroupModelAdmin = admin.ModelAdmin
 
 
 class ReadOnly:

@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("django_gearman", "0007_logs"),
+        ("django_gearman", "0008_groups"),
     ]
 
     operations = [
