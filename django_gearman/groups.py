@@ -353,8 +353,11 @@ _Before = tuple[Step, int] | None
 
 
 def _is_free(job: Job[Any, Any]) -> bool:
-    """Whether its submissions have no unique."""
-    return job.unique is None or (isinstance(job.unique, jobs._Always) and not job.unique.unique)
+    """Whether its submissions have nothing of their own but a workload: no unique, and no key of a limit."""
+    has_unique = job.unique is not None and not (
+        isinstance(job.unique, jobs._Always) and not job.unique.unique
+    )
+    return not has_unique and job.limit_key is None
 
 
 def _enqueue(
@@ -424,7 +427,7 @@ class _Insertion:
         for place, member in enumerate(_members(step), first):
             letters.append(self._takes(member, before and before[0]))
             job = member.job
-            kind = job.name, job.priority, job.run_after, id(None if _is_free(job) else job.unique)
+            kind = job.name, job.priority, job.run_after, _is_free(job) or id(job.unique)
             alike.setdefault(kind, []).append((place, member))
         same = len(set(letters)) <= 1
         stage: Stage = {
@@ -496,6 +499,7 @@ class _Insertion:
             client=jobs._identity(os.getpid()),
             run_after=run_after,
             max_attempts=job.max_attempts,
+            limit_key=self._limit_key(member, before),
             timeout=job.timeout or self._options.job_timeout,
             status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
             enqueued_at=now,
@@ -542,6 +546,20 @@ class _Insertion:
                 )
             return job.unique.unique
         return job._unique_of(member.args, member.kwargs)
+
+    def _limit_key(self, member: Signature[Any], before: _Before) -> str | None:
+        job = member.job
+        if before is None or not member.takes_result or job.limit_key is None:
+            return job._limit_key_of(member.args, member.kwargs)
+        given = job.limit_key
+        names = () if callable(given) else (given,) if isinstance(given, str) else tuple(given)
+        first = next(iter(job._bind((None, *member.args), member.kwargs)))
+        if not names or first in names:
+            raise InvalidGroup(
+                f"the limit_key of {job.name} may be made of its first argument, which is not known before the "
+                "job before it has ended; name others, or write .si(...)"
+            )
+        return job._limit_key_of((None, *member.args), member.kwargs)
 
     def _insert_one(self, job: Job[Any, Any], record: JobRecord, what: str) -> None:
         if record.unique_key is None:

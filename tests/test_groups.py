@@ -25,6 +25,7 @@ from django_gearman.exceptions import (
     WaitInTransaction,
 )
 from django_gearman.history import History, Retention, lanes_of
+from django_gearman.jobs import job, registry
 from django_gearman.models import JobGroup, JobRecord
 from django_gearman.reduction import _Reduction
 from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
@@ -330,6 +331,37 @@ class TestRefused:
         with pytest.raises(InvalidGroup, match="made of its arguments"):
             chain(jobs.note.s("p"), jobs.append_once.s("y")).enqueue()
         chain(jobs.note.s("p"), jobs.append_once.using(unique="q").s("y")).enqueue()
+
+
+class TestLimitKeys:
+    """What a limit is counted by is known when members are inserted, or the group is refused."""
+
+    @pytest.fixture
+    def keyed(self) -> Iterator[Any]:
+        def keyed(left: int, right: int = 1) -> int:
+            return left + right
+
+        keyed.__qualname__ = "keyed"
+        made = job(concurrency=1, limit_key="right")(keyed)
+        yield made
+        registry.pop(made.name)
+
+    def test_each_member_has_its_own(self, db: None, keyed: Any) -> None:
+        made = group(keyed.s(1), keyed.s(2, right=5)).enqueue()
+        keys = JobRecord.objects.filter(group=int(made.id)).order_by("group_index")
+        assert list(keys.values_list("limit_key", flat=True)) == ["[1]", "[5]"]
+
+    def test_of_a_step_that_takes_a_value(self, db: None, keyed: Any) -> None:
+        made = chain(jobs.add.s(1), keyed.s(7), keyed.si(1, 8)).enqueue()
+        keys = JobRecord.objects.filter(group=int(made.id)).order_by("group_index")
+        assert list(keys.values_list("limit_key", flat=True)) == [None, "[7]", "[8]"]
+
+    def test_the_value_itself_is_refused(self, db: None, keyed: Any) -> None:
+        for limit_key in ("left", ("right", "left"), lambda left, right: str(left)):
+            keyed.limit_key = limit_key
+            with pytest.raises(InvalidGroup, match="limit_key .* not known before"):
+                chain(jobs.add.s(1), keyed.s(7)).enqueue()
+        assert not JobRecord.objects.exists()
 
 
 class TestSignatures:
