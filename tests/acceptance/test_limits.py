@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 os.environ.setdefault("GEARMAN_TEST_LIMITS", "1")
 from .site import jobs  # noqa: E402  # which looks at the variable
 
-JOBS = int(os.environ.get("GEARMAN_LIMITS_JOBS", "150"))
+JOBS = int(os.environ.get("GEARMAN_LIMITS_JOBS", "60"))
 LEASE = 2.0
 ENV = SITE | {"GEARMAN_TEST_LIMITS": "1", "GEARMAN_TEST_LEASE": str(LEASE)}
 Pair = list[harness.GearmanServerProcess]
@@ -125,7 +125,7 @@ class TestConcurrency:
     def test_an_edit_is_honoured(self, servers: Pair, trace: Trace) -> None:
         made = workers(servers, 2)
         try:
-            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.2), {}) for n in range(60)])
+            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.2), {}) for n in range(30)])
             harness.wait_until(lambda: len(runs(trace)) >= 4, 30.0, "the first jobs")
             FunctionLimit.objects.filter(function=jobs.two_at_once.name).update(concurrency=4)
             edited = time.time()
@@ -138,9 +138,9 @@ class TestConcurrency:
                 worker.stop()
 
     def test_each_key_has_its_own(self, servers: Pair, trace: Trace) -> None:
-        made = workers(servers, 3)
+        made = workers(servers, 2)
         try:
-            calls = [((trace.path, f"job{n}", f"account {n % 3}"), {}) for n in range(60)]
+            calls = [((trace.path, f"job{n}", f"account {n % 3}"), {}) for n in range(30)]
             jobs.one_for_each.enqueue_many(calls)
             harness.wait_until(all_recorded, 60.0, "the end of all jobs")
         finally:
@@ -153,7 +153,7 @@ class TestConcurrency:
             assert [line.split()[0] for line in sorted(own, key=lambda line: float(line.split()[3]))] == [
                 "begin",
                 "end",
-            ] * 20
+            ] * 10
 
 
 def most_at_once_by_now(trace: Trace) -> int:
@@ -165,7 +165,7 @@ def most_at_once_by_now(trace: Trace) -> int:
 class TestRate:
     def test_no_more_in_any_second(self, servers: Pair) -> None:
         """Counted by the moments at which the servers handed the jobs out, as the records have them."""
-        made = workers(servers, 3)
+        made = workers(servers, 2)
         try:
             jobs.fifty_a_second.enqueue_many([((n,), {}) for n in range(JOBS * 2)])
             harness.wait_until(all_recorded, 30.0 + JOBS / 5, "the end of all jobs")
