@@ -155,6 +155,14 @@ DATA_UPLOAD_MAX_NUMBER_FILES = 100
 FILE_UPLOAD_TEMP_DIR = VAR / "uploads"
 FILE_UPLOAD_TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
 
+# Of one video; what is larger or longer fails with a sentence that says so.
+VIDEO_LIMITS = {
+    "max_bytes": 512 * 1024 * 1024,
+    "max_seconds": 30 * 60,
+    "max_pixels": 4096 * 2304,  # of one frame
+    "size": 1280,  # longest side of what is made for the web
+}
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

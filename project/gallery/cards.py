@@ -1,13 +1,14 @@
-"""What a page says about a photo: the photo's row and its job's record, joined."""
+"""What a page says about a photo or a video: its row and its job's record, joined."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from django_gearman.models import JobRecord
 
-from .models import Photo
+from .models import Photo, Upload, Video
 
 Status = JobRecord.Status
 
@@ -23,16 +24,19 @@ LABELS: dict[str, str] = {
 }
 
 
+C = TypeVar("C", bound="Card")
+
+
 @dataclass(frozen=True)
 class Card:
-    """A photo as the page shows it."""
+    """An upload as the page shows it."""
 
-    photo: Photo
+    upload: Any
     status: str
     numerator: int | None = None
     denominator: int | None = None
     reason: str = ""
-    """Why there are no thumbnails, for the visitor; empty unless the job failed."""
+    """Why nothing came of it, for the visitor; empty unless the job failed."""
 
     @property
     def label(self) -> str:
@@ -51,19 +55,40 @@ class Card:
         return self.status == Status.SUCCESSFUL
 
 
+@dataclass(frozen=True)
+class VideoCard(Card):
+    @property
+    def label(self) -> str:
+        if self.status == Status.RUNNING:
+            return f"Converting: {self.numerator} %" if self.denominator else "Converting"
+        return super().label
+
+    @property
+    def may_try_again(self) -> bool:
+        return self.status in JobRecord.FAILURES
+
+
 def cards(photos: Iterable[Photo]) -> list[Card]:
     """One card for each photo, with one query for all their jobs."""
-    photos = list(photos)
+    return _cards(Card, photos)
+
+
+def video_cards(videos: Iterable[Video]) -> list[VideoCard]:
+    return _cards(VideoCard, videos)
+
+
+def _cards(kind: type[C], uploads: Iterable[Upload]) -> list[C]:
+    uploads = list(uploads)
     records = JobRecord.objects.only("status", "numerator", "denominator", "message").in_bulk(
-        [photo.job_id for photo in photos if photo.job_id is not None]
+        [upload.job_id for upload in uploads if upload.job_id is not None]
     )
-    return [_card(photo, records.get(photo.job_id)) for photo in photos]
+    return [_card(kind, upload, records.get(upload.job_id)) for upload in uploads]
 
 
-def _card(photo: Photo, record: JobRecord | None) -> Card:
+def _card(kind: type[C], upload: Upload, record: JobRecord | None) -> C:
     if record is not None:
-        return Card(photo, record.status, record.numerator, record.denominator, record.message)
+        return kind(upload, record.status, record.numerator, record.denominator, record.message)
     # The record was pruned; the size says that the job had succeeded.
-    if photo.width is not None:
-        return Card(photo, Status.SUCCESSFUL)
-    return Card(photo, Status.CANCELLED, reason="The record of its job is gone.")
+    if upload.width is not None:
+        return kind(upload, Status.SUCCESSFUL)
+    return kind(upload, Status.CANCELLED, reason="The record of its job is gone.")

@@ -1,10 +1,11 @@
-"""The upload form: several files in one field."""
+"""The upload forms: several photos in one field, and a video."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from django import forms
+from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 from django.template.defaultfilters import filesizeformat
 
@@ -38,6 +39,8 @@ class PhotosField(forms.FileField):
 
     def _clean_one(self, file: Any, initial: Any) -> UploadedFile:
         cleaned = super().clean(file, initial)
+        if (cleaned.content_type or "").startswith("video/"):
+            raise forms.ValidationError(f"“{cleaned.name}” is a video; videos have a page of their own.")
         if cleaned.size > MAX_BYTES:
             raise forms.ValidationError(
                 f"“{cleaned.name}” has {filesizeformat(cleaned.size)}; "
@@ -53,3 +56,22 @@ class UploadForm(forms.Form):
             "empty": "A file without content cannot be a photo.",
         },
     )
+
+
+class VideoForm(forms.Form):
+    video = forms.FileField(
+        widget=forms.ClearableFileInput(attrs={"accept": "video/*"}),
+        error_messages={
+            "required": "Please choose a video first.",
+            "empty": "A file without content cannot be a video.",
+        },
+    )
+
+    def clean_video(self) -> UploadedFile:
+        video: UploadedFile = self.cleaned_data["video"]
+        limit = getattr(settings, "VIDEO_LIMITS", {}).get("max_bytes")
+        if limit is not None and (video.size or 0) > limit:
+            raise forms.ValidationError(
+                f"“{video.name}” has {filesizeformat(video.size)}; a video may have {filesizeformat(limit)}."
+            )
+        return video

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
-from django_gearman import JobContext, job
+from django.conf import settings
 
-from .models import Photo
+from django_gearman import Discard, JobContext, job
+from django_gearman.exceptions import JobCancelled
+
+from .models import Photo, Video
 
 
 @job(takes_context=True, queue_name="images")
@@ -28,6 +32,47 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
     Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height)
     context.logger.info("%d files of a photo of %d x %d", len(made.files), made.width, made.height)
     return {"width": made.width, "height": made.height, "files": made.files}
+
+
+@job(takes_context=True, queue_name="video", unique="video_id", timeout=3600, max_attempts=3)
+def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
+    """
+    Write poster and web version of a video, which may take minutes.
+
+    A worker that dies leaves it to the next, twice; a file that is no video
+    would be none the next time either.
+    """
+    # Only workers need PyAV.
+    from .videos import Limits, UnreadableVideo, duration, write_web_video
+
+    video = Video.objects.filter(pk=video_id).first()
+    if video is None:
+        raise Discard("The video was deleted.")
+
+    def report(done: int, total: int) -> None:
+        context.set_progress(done, total)
+        # Asked between two frames, so that nothing is cut off inside FFmpeg.
+        if context.cancelled:
+            raise JobCancelled
+
+    try:
+        made = write_web_video(
+            video.original.path,
+            video.folder_path,
+            Video.scratch_path(),
+            Limits(**getattr(settings, "VIDEO_LIMITS", {})),
+            report=report,
+        )
+    except UnreadableVideo as error:
+        raise Discard(str(error)) from error
+    kept = Video.objects.filter(pk=video_id).update(
+        width=made.width, height=made.height, seconds=made.seconds, notes=" ".join(made.notes)
+    )
+    if not kept:
+        shutil.rmtree(video.folder_path, ignore_errors=True)
+        raise Discard("The video was deleted meanwhile.")
+    context.logger.info("%s of video at %d x %d", duration(made.seconds), made.width, made.height)
+    return {"width": made.width, "height": made.height, "seconds": made.seconds, "sound": made.sound}
 
 
 @job(name="reverse", raw=True)

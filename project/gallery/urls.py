@@ -1,10 +1,15 @@
 from django.urls import path
 
-from . import views
+from . import video_views, views
 
 app_name = "gallery"
 
 urlpatterns = [
     path("", views.index, name="index"),
     path("cards/", views.card_list, name="cards"),
+    path("videos/", video_views.index, name="videos"),
+    path("videos/cards/", video_views.card_list, name="video_cards"),
+    path("videos/stream/", video_views.stream, name="video_stream"),
+    path("videos/<int:pk>/cancel/", video_views.cancel, name="cancel_video"),
+    path("videos/<int:pk>/again/", video_views.again, name="video_again"),
 ]

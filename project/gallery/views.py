@@ -36,7 +36,7 @@ def index(request: HttpRequest) -> HttpResponse:
 
 def _page(request: HttpRequest, form: UploadForm, status: int = 200) -> HttpResponse:
     page = Paginator(Photo.objects.all(), PAGE).get_page(request.GET.get("page"))
-    context = {"form": form, "page": page, "cards": cards(page.object_list)}
+    context = {"form": form, "page": page, "cards": cards(page.object_list), "section": "photos"}
     return render(request, "gallery/index.html", context, status=status)
 
 
@@ -44,8 +44,13 @@ def _page(request: HttpRequest, form: UploadForm, status: int = 200) -> HttpResp
 @require_safe
 def card_list(request: HttpRequest) -> HttpResponse:
     """The cards of ``?photo=1&photo=2`` as they are now, for the page to put in place of its own."""
-    numbers = [int(pk) for pk in request.GET.getlist("photo")[:PAGE] if pk.isdecimal() and len(pk) < 19]
-    return render(request, "gallery/card_list.html", {"cards": cards(Photo.objects.filter(pk__in=numbers))})
+    photos = Photo.objects.filter(pk__in=numbers(request, "photo"))
+    return render(request, "gallery/card_list.html", {"cards": cards(photos)})
+
+
+def numbers(request: HttpRequest, name: str) -> list[int]:
+    """What the query names, as many as a page shows."""
+    return [int(pk) for pk in request.GET.getlist(name)[:PAGE] if pk.isdecimal() and len(pk) < 19]
 
 
 @cache_control(max_age=3600)
