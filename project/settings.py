@@ -122,7 +122,16 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # The same addresses tell gearman_server where to listen (the first), and
 # clients and workers where to connect.
-GEARMAN = {"default": {"SERVERS": comma_separated("GEARMAN_SERVERS", "127.0.0.1:4730")}}
+GEARMAN = {
+    "default": {
+        "SERVERS": comma_separated("GEARMAN_SERVERS", "127.0.0.1:4730"),
+        # What `gearman_worker` runs: a video of half an hour keeps no photo waiting.
+        "WORKERS": {
+            "video": {"PROCESSES": 1, "QUEUES": ["video"], "MAX_MEMORY": "+500"},
+            "rest": {"PROCESSES": 2},
+        },
+    }
+}
 
 WEB_ADDRESS = os.environ.get("WEB_ADDRESS", "127.0.0.1:8000")
 

@@ -40,10 +40,35 @@ FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpeg", "mpegts", "ogg", "fl
 """FFmpeg's demuxers; none of them is told by a file to open another."""
 
 DECODERS = (
-    *("h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg4", "mpeg1video", "mpeg2video", "mjpeg", "prores"),
+    *(
+        "h264",
+        "hevc",
+        "vp8",
+        "vp9",
+        "libdav1d",
+        "av1",
+        "mpeg4",
+        "mpeg1video",
+        "mpeg2video",
+        "mjpeg",
+        "prores",
+    ),
     *("theora", "dvvideo", "h263", "flv", "vc1", "wmv1", "wmv2", "wmv3", "msmpeg4v2", "msmpeg4", "qtrle"),
     *("png", "rawvideo", "ffv1", "huffyuv", "cinepak", "svq3", "dnxhd"),
-    *("aac", "mp3float", "mp3", "mp2float", "mp2", "opus", "libopus", "vorbis", "flac", "alac", "ac3", "eac3"),
+    *(
+        "aac",
+        "mp3float",
+        "mp3",
+        "mp2float",
+        "mp2",
+        "opus",
+        "libopus",
+        "vorbis",
+        "flac",
+        "alac",
+        "ac3",
+        "eac3",
+    ),
     *("pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_u8", "pcm_f32le", "amrnb", "adpcm_ms", "adpcm_ima_wav"),
     *("wmav1", "wmav2"),
 )
@@ -52,10 +77,16 @@ CLOCK = 90_000
 """Ticks a second of what is written: frames keep their moments, whatever their rate."""
 
 MAX_RATE = 60
-"""Frames a second; of more, some are left out."""
+"""Frames a second; of many more, some are left out."""
+
+CLOSEST = CLOCK // (MAX_RATE * 4 // 3)
+"""Ticks between two frames; less than those of ``MAX_RATE``, whose moments are rounded in many files."""
 
 KEY_FRAME_EVERY = 2
 """Seconds, so that seeking is quick."""
+
+PROBED_PIXELS = 36_000_000
+"""Of one frame, that is decoded to find out how large it is."""
 
 SHORTFALL = 0.1
 """Part of its own length by which a file may end earlier than it says."""
@@ -192,13 +223,15 @@ def _open(descriptor: int, limits: Limits) -> Any:
         "protocol_whitelist": "fd",
         "format_whitelist": ",".join(FORMATS),
         "codec_whitelist": ",".join(DECODERS),
-        "max_pixels": str(limits.max_pixels),
+        "max_pixels": str(max(limits.max_pixels, PROBED_PIXELS)),
     }
     try:
         return av.open("fd:", options=options)
     except av.error.FFmpegError as error:
         known = _looks_like_video(os.pread(descriptor, 12, 0))
-        reason = "it is damaged or ends too early" if known else "it is none of MP4, MOV, WebM, MKV, AVI or MPEG"
+        reason = (
+            "it is damaged or ends too early" if known else "it is none of MP4, MOV, WebM, MKV, AVI or MPEG"
+        )
         raise UnreadableVideo(reason) from error
 
 
@@ -247,9 +280,11 @@ class _Reader:
             self._refuse_if_long(self.says_seconds)
 
     def _refuse_if_large(self, width: int, height: int) -> None:
+        megapixels = f"{self._limits.max_pixels / 1_000_000:.3g} megapixels"
+        if not width or not height:
+            raise UnreadableVideo(f"its pictures are damaged, or have many more than {megapixels}")
         if width * height > self._limits.max_pixels:
-            megapixels = self._limits.max_pixels / 1_000_000
-            raise UnreadableVideo(f"{width} x {height} are more than {megapixels:.3g} megapixels")
+            raise UnreadableVideo(f"{width} x {height} are more than {megapixels}")
 
     def _refuse_if_long(self, seconds: float) -> None:
         if seconds > self._limits.max_seconds:
@@ -384,9 +419,7 @@ class _Writer:
         time_base = _fraction(frame.time_base, 1)
         graph = self._graph = av.filter.Graph()
         nodes = [
-            graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=time_base
-            )
+            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
         ]
         for name, arguments in self._filters(frame):
             nodes.append(graph.add(name, arguments))
@@ -429,12 +462,11 @@ class _Writer:
             self._encode(frame)
 
     def _encode(self, frame: Any) -> None:
-        step = CLOCK // (MAX_RATE + 2)
         if frame.time is None:
-            ticks = self._ticks + max(step, round(CLOCK / float(self._video.codec_context.framerate)))
+            ticks = self._ticks + max(CLOSEST, round(CLOCK / float(self._video.codec_context.framerate)))
         else:
             ticks = max(0, round((frame.time - self._reader.start) * CLOCK))
-        if self._ticks >= 0 and ticks < self._ticks + step:
+        if self._ticks >= 0 and ticks < self._ticks + CLOSEST:
             return
         self._ticks = ticks
         self.poster.offer(frame, ticks / CLOCK, self._reader.says_seconds)
