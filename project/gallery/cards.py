@@ -65,7 +65,8 @@ class VideoCard(Card):
 
     @property
     def may_try_again(self) -> bool:
-        return self.status in JobRecord.FAILURES
+        # What FAILED is no video, and would be none the next time either.
+        return self.status in (Status.CANCELLED, Status.DEAD)
 
 
 def cards(photos: Iterable[Photo]) -> list[Card]:

@@ -1,4 +1,4 @@
-"""The upload forms: several photos in one field, and a video."""
+"""The forms: several photos in one field, a video, and what to try on a photo."""
 
 from __future__ import annotations
 
@@ -75,3 +75,24 @@ class VideoForm(forms.Form):
                 f"“{video.name}” has {filesizeformat(video.size)}; a video may have {filesizeformat(limit)}."
             )
         return video
+
+
+class PreviewForm(forms.Form):
+    """What ``previews.py`` knows; in the address, so that a preview can be passed on."""
+
+    look = forms.ChoiceField(
+        choices=[
+            ("as-is", "As it is"),
+            ("grey", "Black and white"),
+            ("sepia", "Sepia"),
+            ("vivid", "Vivid"),
+            ("cold", "Cold"),
+        ],
+        widget=forms.RadioSelect,
+        initial="as-is",
+    )
+    crop = forms.ChoiceField(
+        choices=[("whole", "Whole"), ("square", "Square"), ("wide", "Wide, 16:9"), ("tall", "Tall, 4:5")],
+        widget=forms.RadioSelect,
+        initial="whole",
+    )

@@ -34,6 +34,17 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
     return {"width": made.width, "height": made.height, "files": made.files}
 
 
+@job(queue_name="images", timeout=20)
+def make_preview(photo_id: int, look: str, crop: str) -> str:
+    """Write a preview beside the thumbnails of a photo, while a view waits; the file's name."""
+    from .previews import write_preview
+
+    photo = Photo.objects.get(pk=photo_id)
+    name = f"preview-{look}-{crop}.jpg"
+    write_preview(photo.original.path, photo.folder_path / name, look, crop)
+    return name
+
+
 @job(takes_context=True, queue_name="video", unique="video_id", timeout=3600, max_attempts=3)
 def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
     """

@@ -91,7 +91,7 @@ def write_thumbnails(
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
         for suffix, options in ENCODINGS.items():
             name = f"{size}.{suffix}"
-            files[name] = _write(image, folder / name, options)
+            files[name] = write(image, folder / name, options)
             report(len(files), total)
     return Thumbnails(width, height, files)
 
@@ -194,8 +194,8 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def _write(image: Image.Image, path: Path, options: dict[str, object]) -> int:
-    """Write the file and return its bytes."""
+def write(image: Image.Image, path: Path, options: dict[str, object]) -> int:
+    """Write the file, whole or not at all, and return its bytes."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     try:
         with open(descriptor, "wb") as file:

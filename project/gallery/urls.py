@@ -7,6 +7,7 @@ app_name = "gallery"
 urlpatterns = [
     path("", views.index, name="index"),
     path("cards/", views.card_list, name="cards"),
+    path("photos/<int:pk>/", views.photo, name="photo"),
     path("videos/", video_views.index, name="videos"),
     path("videos/cards/", video_views.card_list, name="video_cards"),
     path("videos/stream/", video_views.stream, name="video_stream"),
