@@ -16,17 +16,23 @@ __all__ = [
     "Client",
     "Data",
     "Discard",
+    "GroupResult",
     "Job",
     "JobContext",
     "JobResult",
     "Progress",
     "Retry",
+    "Signature",
     "Task",
     "Value",
     "Warned",
+    "amap_reduce",
+    "chain",
     "cron",
     "every",
+    "group",
     "job",
+    "map_reduce",
 ]
 
 _HOMES = {
@@ -35,17 +41,23 @@ _HOMES = {
     "Client": "client.sync",
     "Data": "client.tasks",
     "Discard": "exceptions",
+    "GroupResult": "groups",
     "Job": "jobs",
     "JobContext": "jobs",
     "JobResult": "jobs",
     "Progress": "client.tasks",
     "Retry": "exceptions",
+    "Signature": "jobs",
     "Task": "client.tasks",
     "Value": "client.tasks",
     "Warned": "client.tasks",
+    "amap_reduce": "reduction",
+    "chain": "groups",
     "cron": "schedules",
     "every": "schedules",
+    "group": "groups",
     "job": "jobs",
+    "map_reduce": "reduction",
 }
 
 if TYPE_CHECKING:
@@ -59,10 +71,16 @@ if TYPE_CHECKING:
     from .client.tasks import Warned as Warned
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
+    from .groups import GroupResult as GroupResult
+    from .groups import chain as chain
+    from .groups import group as group
     from .jobs import Job as Job
     from .jobs import JobContext as JobContext
     from .jobs import JobResult as JobResult
+    from .jobs import Signature as Signature
     from .jobs import job as job
+    from .reduction import amap_reduce as amap_reduce
+    from .reduction import map_reduce as map_reduce
     from .schedules import cron as cron
     from .schedules import every as every
 

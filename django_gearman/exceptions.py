@@ -11,6 +11,10 @@ Every error of django_gearman, as one tree.
     ├── ResponseTimeout            no answer within the time allowed
     │   └── NoWorker               ... because no worker offers the function
     ├── JobFailed                  the worker reported that the job failed
+    ├── GroupFailed                a member of a group failed
+    ├── GroupNotFinished           a group's value was asked for too early
+    ├── GroupDoesNotExist          no group with that id, or no results of it any more
+    ├── InvalidGroup               a group or chain that cannot be
     ├── NotJSON                    an argument or a return value that JSON cannot carry
     ├── TooLarge                   a workload larger than a packet may be
     │   └── ResultTooLarge         ... or what came back; a ConnectionLost too
@@ -35,6 +39,7 @@ Imports nothing of ours. Each error carries its data as attributes and says in i
 sentence what can be done.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 
@@ -230,6 +235,61 @@ class JobFailed(GearmanError):
     def __str__(self) -> str:
         reason = ": ".join(part for part in (self.exception, self.message) if part)
         return f"job {self.job} failed" + (f" with {reason}" if reason else "")
+
+
+class GroupFailed(GearmanError):
+    """
+    A member of a group failed.
+
+    Attributes:
+        index: The first that did, from 0.
+        job: Its function.
+        error: Why.
+        outcomes: What became of each member, in order: its value, or its error.
+    """
+
+    def __init__(self, index: int, job: str, error: GearmanError, outcomes: Sequence[object]) -> None:
+        self.index = index
+        self.job = job
+        self.error = error
+        self.outcomes = outcomes
+
+    def __str__(self) -> str:
+        failed = sum(isinstance(outcome, GearmanError) for outcome in self.outcomes)
+        others = f"; {failed} of {len(self.outcomes)} members failed" if failed > 1 else ""
+        return f"member {self.index} of the group: {self.error}{others}"
+
+
+class GroupNotFinished(GearmanError, ValueError):
+    """The value of a group that is not over was asked for."""
+
+    def __init__(self, id: str, finished: int, total: int) -> None:
+        self.id = id
+        self.finished = finished
+        self.total = total
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.id} is not over yet ({self.finished} of {self.total} members have ended); "
+            "wait for it with get(timeout=...)"
+        )
+
+
+class GroupDoesNotExist(GearmanError, LookupError):
+    """There is no group with that id, or its members are gone."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    def __str__(self) -> str:
+        return (
+            f"there is no group with the id {self.id!r}, or results of its members are gone: they were "
+            "pruned, or the transaction was rolled back"
+        )
+
+
+class InvalidGroup(GearmanError, ValueError):
+    """A group, a chain, or what is to follow it, cannot be what it was put together to be."""
 
 
 class JobNotFinished(GearmanError, ValueError):

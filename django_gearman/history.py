@@ -20,7 +20,7 @@ from django.db.models import Q, QuerySet
 from django.db.models.functions import Length
 
 from .conf import GearmanSettings
-from .models import JobRecord
+from .models import JobGroup, JobRecord
 
 Status = JobRecord.Status
 
@@ -121,6 +121,8 @@ class Batch:
     last: datetime | None = None
     """When the job of the first record that was looked at ended, and that of the last."""
     ids: list[int] = field(default_factory=list)
+    groups: set[int] = field(default_factory=set)
+    """Groups that some of them are of."""
     read: int = 0
     """Records that were looked at."""
     more: bool = False
@@ -167,11 +169,12 @@ class History:
                 Q(finished_at__gt=lane.since) | Q(id__gt=lane.last_id), finished_at__gte=lane.since
             )
         columns = rows.order_by("finished_at", "id").values_list(
-            "id", "function", "finished_at", Length("workload"), Length("result")
+            "id", "function", "finished_at", Length("workload"), Length("result"), "group"
         )
+        groups: dict[int, int] = {}
         batch = Batch(lane, more=True)
         size = 0
-        for id, function, finished_at, workload, result in columns[: self.rows]:
+        for id, function, finished_at, workload, result, group in columns[: self.rows]:
             size += (workload or 0) + (result or 0)
             if size > MAX_BYTES and batch.read:
                 break
@@ -181,6 +184,13 @@ class History:
             lane.last_id = id
             if lane.takes(function):
                 batch.ids.append(id)
+                if group is not None:
+                    groups[id] = group
+        if groups:
+            # What their groups run at the end may read the results.
+            busy = _busy(groups.values(), self._using)
+            batch.ids = [id for id in batch.ids if groups.get(id) not in busy]
+            batch.groups = set(groups.values()) - busy
         return batch
 
     def _ended(self, status: str) -> QuerySet[JobRecord]:
@@ -204,6 +214,7 @@ class History:
         # Django reads rows before it deletes them when others point to them.
         _, deleted = rows.only("pk").delete()
         batch.deleted = deleted.get(JobRecord._meta.label, 0)
+        _forget(batch.groups, self._using)
 
     def start_over(self) -> None:
         """A batch was not deleted: read everything again."""
@@ -244,3 +255,23 @@ class History:
                 rows = rows.exclude(function__in=lane.but)
             total += rows.count()
         return total
+
+
+def _busy(groups: Iterable[int], using: str) -> set[int]:
+    """Which of the groups are not over, or have something to run yet that may read their results."""
+    rows = JobGroup.objects.using(using).filter(pk__in=set(groups))
+    at_work: set[int] = set()
+    next_of: dict[int, int] = {}
+    for id, finished_at, *following in rows.values_list("pk", "finished_at", "on_success", "on_complete"):
+        if finished_at is None:
+            at_work.add(id)
+        next_of.update((each, id) for each in following if each is not None)
+    live = JobRecord.objects.using(using).filter(pk__in=next_of, status__in=JobRecord.LIVE)
+    return at_work | {next_of[id] for id in live.values_list("pk", flat=True)}
+
+
+def _forget(groups: Iterable[int], using: str) -> None:
+    """Delete those of the groups that have no jobs any more."""
+    for id in sorted(set(groups)):
+        if not JobRecord.objects.using(using).filter(group=id).exists():
+            JobGroup.objects.using(using).filter(pk=id).delete()

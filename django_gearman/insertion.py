@@ -21,17 +21,23 @@ ROWS_AT_ONCE: Final = 5_000
 BYTES_AT_ONCE: Final = 8 * 1024 * 1024
 """What one statement carries at the most, or one row."""
 
+_OWN: Final = ("group_index", "workload")
+"""Fields in which the rows differ."""
+
 _UNITED: Final = 1_000
 """Parts of a UNION that MariaDB's parser takes without complaint."""
 
 
-def insert_workloads(template: JobRecord, workloads: Sequence[bytes], using: str) -> list[int]:
+def insert_workloads(
+    template: JobRecord, workloads: Sequence[bytes], using: str, places: Sequence[int | None] = ()
+) -> list[int]:
     """
     Insert a row like the template for each workload, all or none.
 
     Args:
         template: An unsaved record without a unique.
         using: Alias of the database.
+        places: The place of each in its group; none for jobs without one.
     Returns:
         The rows' ids, in the workloads' order.
     """
@@ -43,7 +49,10 @@ def insert_workloads(template: JobRecord, workloads: Sequence[bytes], using: str
     ids: list[int] = []
     with transaction.atomic(using=using):
         for part in _in_parts(workloads):
-            ids += insert(connection, template, part)
+            of_part: list[int | None] = [None] * len(part)
+            if places:
+                of_part = list(places[len(ids) : len(ids) + len(part)])
+            ids += insert(connection, template, part, of_part)
     return ids
 
 
@@ -70,9 +79,9 @@ def _in_parts(workloads: Sequence[bytes]) -> Iterator[list[bytes]]:
 
 
 def _columns(connection: BaseDatabaseWrapper, template: JobRecord) -> dict[str, Any]:
-    """{quoted column: the template's value, as the driver takes it}, the workload last, without the id."""
+    """{quoted column: the template's value, as the driver takes it}, ``_OWN`` last, without the id."""
     fields = [field for field in JobRecord._meta.concrete_fields if not field.primary_key]
-    fields.sort(key=lambda field: field.name == "workload")
+    fields.sort(key=lambda field: _OWN.index(field.name) + 1 if field.name in _OWN else 0)
     quote = connection.ops.quote_name
     return {
         quote(str(field.column)): field.get_db_prep_save(field.pre_save(template, True), connection)
@@ -81,16 +90,16 @@ def _columns(connection: BaseDatabaseWrapper, template: JobRecord) -> dict[str, 
 
 
 def _insert_by_sqlite(
-    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes]
+    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes], places: list[int | None]
 ) -> list[int]:
     columns = _columns(connection, template)
-    *constants, _ = columns.values()
+    *constants, _, _ = columns.values()
     table = connection.ops.quote_name(JobRecord._meta.db_table)
     marks = ", ".join(["%s"] * len(columns))
     with connection.cursor() as cursor:
         cursor.executemany(
             f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})",  # noqa: S608
-            [(*constants, workload) for workload in workloads],
+            [(*constants, *own) for own in zip(places, workloads, strict=True)],
         )
         # Nobody else writes before this transaction ends: the ids follow each other.
         cursor.execute("SELECT last_insert_rowid()")
@@ -99,54 +108,63 @@ def _insert_by_sqlite(
 
 
 def _insert_by_postgresql(
-    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes]
+    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes], places: list[int | None]
 ) -> list[int]:
     columns = _columns(connection, template)
-    *constants, _ = columns.values()
+    *constants, _, _ = columns.values()
     table = connection.ops.quote_name(JobRecord._meta.db_table)
     id = connection.ops.quote_name("id")
     types = {
         connection.ops.quote_name(str(field.column)): field.db_type(connection)
         for field in JobRecord._meta.concrete_fields
     }
-    marks = "".join(f"%s::{types[name]}, " for name in list(columns)[:-1])
+    marks = "".join(f"%s::{types[name]}, " for name in list(columns)[:-2])
     with connection.cursor() as cursor:
         # Defaults, as the id's, are worked out in the order of the rows.
         cursor.execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.workload "  # noqa: S608
-            f"FROM unnest(%s::bytea[]) WITH ORDINALITY AS w(workload, place) ORDER BY w.place RETURNING {id}",
-            [*constants, workloads],
+            f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.index, w.workload "  # noqa: S608
+            "FROM unnest(%s::integer[], %s::bytea[]) WITH ORDINALITY AS w(index, workload, place) "
+            f"ORDER BY w.place RETURNING {id}",
+            [*constants, places, workloads],
         )
         return sorted(id for (id,) in cursor.fetchall())
 
 
 def _insert_by_mariadb(
-    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes]
+    connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes], places: list[int | None]
 ) -> list[int]:
     columns = _columns(connection, template)
-    *constants, _ = columns.values()
+    *constants, _, _ = columns.values()
     table = connection.ops.quote_name(JobRecord._meta.db_table)
     marks = "%s, " * len(constants)
     ids: list[int] = []
     for start in range(0, len(workloads), _UNITED):
         part = workloads[start : start + _UNITED]
-        rows = " UNION ALL SELECT %s, %s" * (len(part) - 1)
-        numbered = [value for place, workload in enumerate(part) for value in (place, workload)]
+        rows = " UNION ALL SELECT %s, %s, %s" * (len(part) - 1)
+        own = zip(places[start : start + _UNITED], part, strict=True)
+        numbered = [value for place, values in enumerate(own) for value in (place, *values)]
         with connection.cursor() as cursor:
             cursor.execute(
-                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.workload "  # noqa: S608
-                f"FROM (SELECT %s AS place, %s AS workload{rows}) w ORDER BY w.place RETURNING id",
+                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.member, w.workload "  # noqa: S608
+                f"FROM (SELECT %s AS place, %s AS member, %s AS workload{rows}) w "
+                "ORDER BY w.place RETURNING id",
                 [*constants, *numbered],
             )
             ids += sorted(id for (id,) in cursor.fetchall())
     return ids
 
 
-def _insert_singly(connection: BaseDatabaseWrapper, template: JobRecord, workloads: list[bytes]) -> list[int]:
+def _insert_singly(
+    connection: BaseDatabaseWrapper,
+    template: JobRecord,
+    workloads: list[bytes],
+    places: list[int | None],
+) -> list[int]:
     ids = []
-    for workload in workloads:
+    for place, workload in zip(places, workloads, strict=True):
         record = like(template, 0, workload)
         record.pk = None
+        record.group_index = place
         record.save(using=connection.alias, force_insert=True)
         ids.append(int(record.pk))
     return ids

@@ -37,6 +37,7 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache, cached_property, partial, update_wrapper
+from importlib import import_module
 from time import monotonic, sleep
 from typing import (
     TYPE_CHECKING,
@@ -61,7 +62,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, logs, reports, schedules, signals, tracing
+from . import conf, continuations, logs, reports, schedules, signals, tracing
 from .client.admin_client import AdminClient
 from .client.aio import AsyncClient
 from .client.core import Priority
@@ -73,6 +74,7 @@ from .exceptions import (
     ConnectionLost,
     Discard,
     GearmanError,
+    GroupDoesNotExist,
     InvalidJob,
     JobCancelled,
     JobFailed,
@@ -89,6 +91,9 @@ from .exceptions import (
 )
 from .insertion import insert_workloads, like
 from .models import JobRecord, Schedule, unique_key_of
+
+if TYPE_CHECKING:
+    from .groups import GroupResult
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +178,18 @@ class JobContext:
         """The record's id, as of ``JobResult``; empty for a job that did not come from ``enqueue``."""
         before, _, digits = self.handle.rpartition(":r")
         return digits if before and digits.isascii() and digits.isdigit() else ""
+
+    @cached_property
+    def group(self) -> GroupResult[Any] | None:
+        """The group that the job is a member of, or that it follows; None for none. One query."""
+        # Of the public names: groups.py stands on this file.
+        from . import GroupResult
+
+        return GroupResult.of_job(int(self.id)) if self.id else None
+
+    async def agroup(self) -> GroupResult[Any] | None:
+        """As ``group``, for an ``async def``."""
+        return await sync_to_async(lambda: self.group)()
 
     @cached_property
     def logger(self) -> logs.JobLogger:
@@ -468,22 +485,14 @@ class JobResult(Generic[R]):
             ConnectionFailed: The job server that has it cannot be told.
             JobResultDoesNotExist: The record is gone.
         """
-        waiting = JobRecord.objects.using(self._record._state.db).filter(
-            pk=self._record.pk, server=None, status__in=JobRecord.LIVE
-        )
+        using = self._record._state.db or conf.settings_for().database
         deadline = monotonic() + conf.settings_for().timeout
         while True:
             self.refresh()
             if self.is_finished:
                 return False
             # What no server has claimed is nobody's; from then on it is that server's alone.
-            cancelled = waiting.update(
-                status=JobRecord.Status.CANCELLED,
-                unique_key=None,
-                finished_at=timezone.now(),
-                message="Cancelled before a job server had it",
-            )
-            if cancelled or _cancel_by_wire(self.handle):
+            if _cancel_at_door(self._record.pk, using) or _cancel_by_wire(self.handle):
                 break
             if monotonic() >= deadline:
                 raise ConnectionFailed(
@@ -510,6 +519,8 @@ class JobResult(Generic[R]):
         """
         Enqueue the same job again: the same function and arguments, in a record of its own.
 
+        A member of a group was counted there at its end: what is made here is no member.
+
         Raises:
             JobNotFinished: It has not ended yet.
             JobResultDoesNotExist: Its record is gone.
@@ -529,6 +540,8 @@ class JobResult(Generic[R]):
             client=_identity(os.getpid()),
             max_attempts=old.max_attempts,
             timeout=old.timeout,
+            # What follows a group may ask for its results again.
+            group_id=old.group_id if old.group_index is None else None,
         )
         return JobResult(_insert(again, old._state.db or conf.settings_for().database))
 
@@ -767,13 +780,40 @@ class Job(Generic[P, R]):
         if run_after is not None:
             other.run_after = run_after
         if unique is not None:
-            other.unique = lambda *args, **kwargs: unique
+            other.unique = _Always(unique)
         if run_timeout is not None:
             other.run_timeout = run_timeout
         if resubmit:
             other.resubmit = True
         other._validate()
         return other
+
+    def s(self, *args: Any, **kwargs: Any) -> Signature[R]:
+        """
+        This call, to be made later: a member of a ``group`` or ``chain``, or what follows one.
+
+        There it gets the value of what came before as its first argument, ahead of
+        these, where anything did. That is why types say little of them: how many
+        there are to be is only known where the call is put in its place, and checked there.
+
+        Raises:
+            NotJSON: JSON cannot carry an argument.
+            TypeError: The arguments cannot fit the function.
+        """
+        return Signature(self, args, kwargs)
+
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
+        """As ``s``, with these arguments and no others, whatever came before."""
+        return Signature(self, args, kwargs, takes_result=False)
+
+    def __reduce__(self) -> Any:
+        """Pickled by name, with what ``using`` changed."""
+        known = registry.get(self.name)
+        if known is None:
+            return super().__reduce__()
+        names = ("priority", "run_after", "unique", "run_timeout", "resubmit")
+        changes = {name: value for name in names if (value := getattr(self, name)) != getattr(known, name)}
+        return _found, (self.function.__module__, self.name, changes)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobResult[R]:
         """
@@ -1070,7 +1110,11 @@ class Job(Generic[P, R]):
 
     async def aperform(self, workload: bytes, context: JobContext) -> bytes:
         """``perform`` of an ``async def``, on the event loop that runs."""
-        args, kwargs = self._decode_workload(workload)
+        if _RESULTS in workload:
+            # Which are read from the database.
+            args, kwargs = await sync_to_async(self._decode_workload)(workload)
+        else:
+            args, kwargs = self._decode_workload(workload)
         if self.takes_context:
             args = (context, *args)
         return self._encode_result(await self.function(*args, **kwargs), context)
@@ -1145,6 +1189,7 @@ class Job(Generic[P, R]):
             envelope = json.loads(workload)
             args, kwargs = envelope["args"], envelope["kwargs"]
             is_envelope = isinstance(args, list) and isinstance(kwargs, dict)
+            results = envelope.get(continuations.RESULTS)
         except (ValueError, TypeError, KeyError, RecursionError):
             is_envelope = False
         if not is_envelope:
@@ -1152,6 +1197,8 @@ class Job(Generic[P, R]):
                 f"the workload of {self.name} must be JSON of the form "
                 '{"args": [...], "kwargs": {...}}; declare the job with raw=True to take any bytes'
             )
+        if results is not None:
+            args = [_results_of(results), *args]
         return tuple(args), kwargs
 
     def _inspect(self) -> inspect.Signature:
@@ -1217,6 +1264,83 @@ class Job(Generic[P, R]):
             _refuse_wrong_zone(self.name, run_after)
         elif run_after is not None and not isinstance(run_after, timedelta):
             raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
+
+
+@dataclass(frozen=True)
+class _Always:
+    """A unique of all submissions, whatever their arguments."""
+
+    unique: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        return self.unique
+
+
+def _found(module: str, name: str, changes: dict[str, Any]) -> Job[Any, Any]:
+    """What was pickled."""
+    import_module(module)
+    known = registry[name]
+    if not changes:
+        return known
+    job: Job[Any, Any] = Job.__new__(Job)
+    job.__dict__.update(known.__dict__ | changes)
+    return job
+
+
+@dataclass(frozen=True)
+class Signature(Generic[R]):
+    """
+    A call to be made later; made by ``job.s(...)`` and ``job.si(...)``.
+
+    Can be pickled.
+    """
+
+    job: Job[Any, R]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    takes_result: bool = True
+    """Whether the value of what came before, where anything did, is its first argument."""
+
+    def __post_init__(self) -> None:
+        if not self.takes_result:
+            self.job._encode(self.args, self.kwargs, conf.settings_for().max_packet, traced=False)
+            return
+        if self.job.raw:
+            if self.kwargs or len(self.args) > 1 or not all(isinstance(arg, bytes) for arg in self.args):
+                raise TypeError(f"raw job {self.job.name} takes one bytes object, its workload")
+            return
+        try:
+            bound = self.job._signature.bind_partial(*self.args, **self.kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{self.job.name}() {error}") from None
+        for name, value in bound.items():
+            refuse_unless_json(value, f"argument {name!r} of {self.job.name}")
+
+    def __str__(self) -> str:
+        given = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
+        return f"{self.job.name}({', '.join(given)})"
+
+
+_RESULTS: Final = f'"{continuations.RESULTS}"'.encode()
+
+
+def _results_of(told: object) -> list[Any]:
+    """
+    The values of a group's members, for what follows it.
+
+    Raises:
+        GroupDoesNotExist: Somebody deleted them.
+    """
+    match told:
+        case [int() as group, int() as first, int() as size] if min(group, first, size) >= 0:
+            pass
+        case _:
+            raise TypeError(f"{continuations.RESULTS!r} of a workload is [group, first place, how many]")
+    found = continuations.results_of(group, first, size, conf.settings_for().database)
+    values = [_decode_result(*each) for each in found]
+    if len(values) < size:
+        raise GroupDoesNotExist(str(group))
+    return values
 
 
 def _insert(record: JobRecord, using: str) -> JobRecord:
@@ -1664,6 +1788,21 @@ def _timed_out(what: str, timeout: float, function: str, using: str | None) -> R
         return error
     ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
     return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
+
+
+def _cancel_at_door(id: int, using: str) -> bool:
+    """Whether no job server had the job, and it was ended."""
+    member = JobRecord.objects.using(using).filter(pk=id, server=None, group_index__isnull=False)
+    cancelled, following = continuations.cancel_record(
+        id,
+        member.values_list("group", flat=True).first(),
+        using,
+        conf.settings_for().max_packet,
+        "Cancelled before a job server had it",
+    )
+    if following.laid:
+        _nudge_after_commit(using)
+    return cancelled
 
 
 def _cancel_by_wire(handle: str) -> bool:

@@ -68,6 +68,7 @@ class JobRecord(models.Model):
     """
 
     class Status(models.TextChoices):
+        WAITING = "WAITING", _("Waiting for others")
         SCHEDULED = "SCHEDULED", _("Scheduled")
         READY = "READY", _("Ready")
         RUNNING = "RUNNING", _("Running")
@@ -77,7 +78,10 @@ class JobRecord(models.Model):
         DEAD = "DEAD", _("Dead")
         CANCELLED = "CANCELLED", _("Cancelled")
 
-    LIVE: ClassVar[tuple[Status, ...]] = (Status.SCHEDULED, Status.READY, Status.RUNNING, Status.RETRYING)
+    SERVED: ClassVar[tuple[Status, ...]] = (Status.SCHEDULED, Status.READY, Status.RUNNING, Status.RETRYING)
+    """Statuses of a job that is for job servers to see to."""
+
+    LIVE: ClassVar[tuple[Status, ...]] = (Status.WAITING, *SERVED)
     """Statuses of a job that is still to do; every other status is final."""
 
     FAILURES: ClassVar[tuple[Status, ...]] = (Status.FAILED, Status.DEAD, Status.CANCELLED)
@@ -109,6 +113,22 @@ class JobRecord(models.Model):
     max_attempts = models.PositiveSmallIntegerField(_("max attempts"), null=True, blank=True)
     timeout = models.PositiveIntegerField(_("timeout"), null=True, blank=True)
     """Seconds one attempt may take; null for the server's default."""
+
+    # With which others. Without a constraint of the database, which would lock the
+    # group's row for each of thousands of members; who deletes a group deletes no job.
+    group = models.ForeignKey(
+        "JobGroup",
+        models.DO_NOTHING,
+        verbose_name=_("group"),
+        null=True,
+        blank=True,
+        editable=False,
+        db_constraint=False,
+        db_index=False,  # job_group serves it
+        related_name="+",
+    )
+    group_index = models.PositiveIntegerField(_("place in the group"), null=True, blank=True, editable=False)
+    """From 0; null of what is run when the group is over."""
 
     # Where it stands.
     status = models.CharField(_("status"), max_length=10, choices=Status, default=Status.READY)
@@ -194,6 +214,7 @@ class JobRecord(models.Model):
             models.Index(fields=["status", "-id"], name="job_status"),
             models.Index(fields=["function", "-id"], name="job_function"),
             models.Index(fields=["unique", "-id"], name="job_unique", condition=~Q(unique="")),
+            models.Index(fields=["group", "group_index"], name="job_group", condition=Q(group__isnull=False)),
             # What is old enough to be pruned, oldest first.
             models.Index(
                 fields=["status", "finished_at", "id"],
@@ -289,6 +310,69 @@ class JobAttempt(models.Model):
 
     def __str__(self) -> str:
         return f"attempt {self.number} of #{self.job_id}"
+
+
+class JobGroup(models.Model):
+    """
+    Jobs that are gone about together: how many have ended, and what comes next.
+
+    Its members stand in stages, one after the other: a group has one, a chain one for each
+    step. What a later stage runs, and what is run when all is over, are jobs from the
+    beginning, ``WAITING``. Whoever writes the end of a member counts it here in the same
+    transaction, and whoever counts the last of a stage begins the next.
+    """
+
+    name = models.CharField(_("name"), max_length=200, blank=True, default="")
+    """What is in it, for people to read."""
+
+    plan = models.JSONField(_("plan"), default=dict, editable=False)
+    """Its stages; see ``continuations.Plan``."""
+
+    total = models.PositiveIntegerField(_("members"), default=0)
+    stage = models.PositiveIntegerField(_("stage"), default=0)
+    """Which stage is at work, from 0."""
+
+    left = models.IntegerField(_("left"), default=0)
+    """How many members of this stage have not ended yet."""
+
+    successful = models.PositiveIntegerField(_("successful"), default=0)
+    failed = models.PositiveIntegerField(_("failed"), default=0)
+    """How many ended without a value; in a chain also those that were not begun any more."""
+
+    on_success = models.BigIntegerField(_("on success"), null=True, blank=True)
+    on_complete = models.BigIntegerField(_("on completion"), null=True, blank=True)
+    """Id of the record of what is run at the end; null for nothing."""
+
+    enqueued_at = models.DateTimeField(_("enqueued at"), default=timezone.now)
+    finished_at = models.DateTimeField(_("finished at"), null=True, blank=True)
+    """When the last member's end was counted; null before."""
+
+    class Meta:
+        # As of schedules.
+        required_db_features = ("supports_json_field",)
+        verbose_name = _("job group")
+        verbose_name_plural = _("job groups")
+        indexes = [
+            # Those at work; few, whatever the history.
+            models.Index(fields=["id"], name="job_group_live", condition=Q(finished_at__isnull=True)),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} #{self.pk}"
+
+    @classmethod
+    def check(cls, **kwargs: Any) -> list[CheckMessage]:
+        # Of MySQL's primary key the end is no farther.
+        return [message for message in super().check(**kwargs) if message.id not in _OF_MYSQL_INDEXES]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finished_at is not None
+
+    @property
+    def finished(self) -> int:
+        """How many members have ended."""
+        return self.successful + self.failed
 
 
 class Schedule(models.Model):

@@ -28,6 +28,7 @@ from django.db.models.functions import Now
 from django.dispatch import receiver
 from django.utils import timezone
 
+from . import continuations
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
@@ -77,6 +78,9 @@ CLAIM_BYTES: Final = 16 * 1024 * 1024
 COUNT_SHARE: Final = 20
 """Counting what lies at the door may take one part in so many of the writer's time."""
 
+WATCH_INTERVAL: Final = 60.0
+"""Seconds between two looks for groups that wait for nobody."""
+
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
 
@@ -104,6 +108,7 @@ class DatabaseStore:
         lease: Seconds for which a server may be silent before others take its jobs over; of all the same.
         scheduler: Fires the schedules that are due, with each claim; None for none.
         history: Prunes what ended long ago; None to keep everything.
+        max_workload: Bytes of a workload that a result is put into.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class DatabaseStore:
         lease: float = LEASE,
         scheduler: Scheduler | None = None,
         history: History | None = None,
+        max_workload: float = math.inf,
     ) -> None:
         self._using = using
         self._name = name
@@ -128,6 +134,12 @@ class DatabaseStore:
         self.lease_id = 0
         self._scheduler = scheduler
         self._history = history
+        self._max_workload = max_workload
+        self.laid = False
+        self._group_of: dict[bytes, int] = {}
+        """{handle: group} of the jobs that the core holds and that are members of one."""
+        self._watch = continuations.Watch(using)
+        self._watch_at = 0.0
         self._prepared: object = None
         """The driver's connection that ``_prepare`` has seen."""
         self._packet_limit = math.inf
@@ -187,7 +199,7 @@ class DatabaseStore:
     def count_unfinished(self) -> int:
         """How many background jobs are to do that no other server has; for the start, after ``resume``."""
         with self._database_errors():
-            at_door = sum(waiting.ready + waiting.later for waiting in self._count().values())
+            at_door = sum(waiting.ready + waiting.later for waiting in self._count_door().values())
             ours = self._records().filter(server_id=self.lease_id, status__in=JobRecord.LIVE)
             # The first claim is to tell the core what lies there.
             self._count_at = 0.0
@@ -224,7 +236,7 @@ class DatabaseStore:
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
-                left = self._count()
+                left = self._count_door()
         return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
 
     def _resume_more(self) -> None:
@@ -314,19 +326,19 @@ class DatabaseStore:
     def _rows_of(self, statement: str, parameters: list[Any]) -> list[_Row]:
         rows: list[_Row] = []
         ready_at, priority = 0.0, None
-        for id, size, status, enqueued_at, *columns in self._execute(statement, parameters):
+        for id, size, status, enqueued_at, group, *columns in self._execute(statement, parameters):
             job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
             # Those that are ready have the order of their ids, whatever the clocks said.
             ready_at = max(ready_at if job.priority == priority else 0.0, _seconds(enqueued_at))
             priority = job.priority
             if status == _READY:
                 # Its time has come, whatever it was.
-                rows.append(_Row(id, size, job._replace(run_after=0.0), ready_at))
+                rows.append(_Row(id, size, job._replace(run_after=0.0), ready_at, group))
             else:
-                rows.append(_Row(id, size, job, job.run_after))
+                rows.append(_Row(id, size, job, job.run_after, group))
         return rows
 
-    def _count(self) -> dict[tuple[bytes, int], Waiting]:
+    def _count_door(self) -> dict[tuple[bytes, int], Waiting]:
         """How many jobs lie at the door; from indexes alone."""
         began = monotonic()
         counts: dict[tuple[bytes, int], Waiting] = {}
@@ -394,10 +406,10 @@ class DatabaseStore:
             if id is None:
                 return None
             noted.append(id)
-            ((_, size, status, _, *columns),) = self._execute(self._sql.by_id(1), [id])
+            ((_, size, status, _, group, *columns),) = self._execute(self._sql.by_id(1), [id])
             job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
             is_later = status != _READY and job.run_after > timezone.now().timestamp()
-            taken = self._take([_Row(id, size, job, 0.0)], status=status if is_later else _READY)
+            taken = self._take([_Row(id, size, job, 0.0, group)], status=status if is_later else _READY)
         self._perhaps_taken = [each for each in unsure if each != id]
         return taken[0] if taken else None
 
@@ -411,8 +423,12 @@ class DatabaseStore:
         }
         with self._transaction():
             self._prove_lease()
-            door = self._records().filter(server=None, status__in=_AT_DOOR)
-            return bool(door.filter(handle=text_of(question.handle)).update(**ended)) or None
+            job = self._records().filter(handle=text_of(question.handle))
+            if not job.filter(server=None, status__in=_AT_DOOR).update(**ended):
+                return None
+            for group in job.filter(group_index__isnull=False).values_list("group", flat=True):
+                self._count({group: continuations.Ended(failed=1)})
+            return True
 
     def _free_jobs_of_the_dead(self) -> None:
         """
@@ -473,6 +489,22 @@ class DatabaseStore:
         return self._fields["run_after"].get_db_prep_value(timezone.now(), self._connection)
 
     def tend(self) -> float:
+        self._watch_groups()
+        return min(self._prune(), max(self._watch_at - monotonic(), 0.0))
+
+    def _watch_groups(self) -> None:
+        """Go on with groups whose rows somebody deleted by hand."""
+        if monotonic() < self._watch_at:
+            return
+        with self._database_errors():
+            stuck = self._watch.stuck()
+        if stuck:
+            with self._transaction():
+                self._prove_lease()
+                self.laid |= self._watch.settle(stuck, self._workload_limit).laid
+        self._watch_at = monotonic() + WATCH_INTERVAL
+
+    def _prune(self) -> float:
         history = self._history
         if history is None:
             return inf
@@ -504,6 +536,9 @@ class DatabaseStore:
         if taken < len(rows):
             still_ours = self._ours(jobs)
             jobs = {id: job for id, job in jobs.items() if id in still_ours}
+        for row in rows:
+            if row.group is not None and row.id in jobs:
+                self._group_of[row.job.handle] = row.group
         large = [row.id for row in rows if row.size > INLINE and row.id in jobs]
         for id in large:
             ((workload,),) = self._execute(self._sql.workload, [id])
@@ -533,6 +568,8 @@ class DatabaseStore:
         for start in range(0, len(wanted), 500):
             part = wanted[start : start + 500]
             for row in self._rows_of(self._sql.by_id(len(part)), part):
+                if row.group is not None:
+                    self._group_of[row.job.handle] = row.group
                 if row.size > INLINE:
                     ((workload,),) = self._execute(self._sql.workload, [row.id])
                     jobs.append(row.job._replace(workload=bytes(workload)))
@@ -549,8 +586,15 @@ class DatabaseStore:
                 self._prove_lease()
                 joined = self._write(batch, again=again)
         except _BadRow:
-            return self._write_apart(entries, again=again)
-        return _indexed(joined, entries)
+            told = self._write_apart(entries, again=again)
+        else:
+            told = _indexed(joined, entries)
+        if self._group_of:
+            for handle, change in batch.changed.items():
+                # The core has it no more.
+                if "finished_at" in change or "server" in change:
+                    self._group_of.pop(handle, None)
+        return told
 
     def close(self) -> None:
         # What waits here need not wait for this lease to run out.
@@ -575,6 +619,7 @@ class DatabaseStore:
                 if server == self.lease_id or "server" in queued[handle]:
                     batch.is_there(handle)
         self._leave_keys_of_others(batch.changed)
+        ended = self._members_that_end(batch.changed) if self._group_of else None
         # What ended makes room for the next of its unique.
         for columns, changes in batch.changes_by_columns():
             self._update(columns, changes)
@@ -584,7 +629,34 @@ class DatabaseStore:
             self._insert([common | row for row in queued.values()])
         if batch.attempts:
             self._keep_attempts(batch.attempts)
+        if ended:
+            self._count(ended)
         return joined
+
+    def _members_that_end(self, changed: dict[bytes, Row]) -> dict[int, continuations.Ended]:
+        """Of each group, how many of its members this batch ends, which did not end before."""
+        here = [handle for handle in changed if handle in self._group_of and "finished_at" in changed[handle]]
+        ended: dict[int, continuations.Ended] = {}
+        for part in _in_parts([text_of(handle) for handle in here]):
+            live = self._records().filter(
+                handle__in=part, server=self.lease_id, status__in=JobRecord.SERVED, group_index__isnull=False
+            )
+            for text, group in live.values_list("handle", "group"):
+                of = ended.setdefault(group, continuations.Ended())
+                if changed[str(text).encode()]["status"] == Status.SUCCESSFUL:
+                    of.successful += 1
+                else:
+                    of.failed += 1
+        return ended
+
+    def _count(self, ended: Mapping[int, continuations.Ended]) -> None:
+        self.laid |= continuations.count(ended, self._using, self._workload_limit).laid
+
+    @property
+    def _workload_limit(self) -> float:
+        """Bytes that a workload may have which a result is put into."""
+        # Escapes may double it in a statement.
+        return min(self._max_workload, self._packet_limit / 2 - 1000)
 
     def _leave_keys_of_others(self, changed: dict[bytes, Row]) -> None:
         """A foreground job that is kept after all has no key where another job has it."""
@@ -973,7 +1045,7 @@ class _Statements:
 
         columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
         server, status, due = columns["server"], columns["status"], columns["run_after"]
-        live = ", ".join(f"'{each.value}'" for each in JobRecord.LIVE)
+        live = ", ".join(f"'{each.value}'" for each in JobRecord.SERVED)
         # Whose index on MySQL, which has no partial ones, is by the server too.
         owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
         unclaimed = f"{server} IS NULL AND {status} = '{_READY}'"
@@ -992,6 +1064,8 @@ class _Statements:
                 f"LENGTH({columns['workload']})",
                 status,
                 columns["enqueued_at"],
+                # Of what is no member, such as a continuation, nothing is counted.
+                f"CASE WHEN {columns['group_index']} IS NOT NULL THEN {columns['group']} END",
                 *(
                     # Large ones are only read of jobs that are taken.
                     f"CASE WHEN LENGTH({columns[name]}) <= {INLINE} THEN {columns[name]} END"
@@ -1381,6 +1455,8 @@ class _Row(NamedTuple):
     """Bytes of the workload, which ``job`` has only where it is ``INLINE``."""
     job: StoredJob
     ready_at: float
+    group: int | None = None
+    """The group that it is a member of."""
 
 
 class _Look:

@@ -35,11 +35,14 @@ FLOORS: dict[str, int] = {
     "insertion": 3,
     "scheduler": 3,
     "history": 3,
+    "continuations": 3,
     "server": 3,
     "client": 3,
     "worker": 4,
     "jobs": 4,
     "store": 4,
+    "groups": 5,
+    "reduction": 5,
     "admin": 5,
     "backends": 5,
     "checks": 5,
@@ -61,6 +64,9 @@ MAY_USE: dict[str, set[str]] = {
         "worker/pool.py",
         # A job written as `async def` runs in a loop of its own, made by asyncio.run.
         "jobs.py",
+        # Its functions for asyncio wait for several jobs at once.
+        "groups.py",
+        "reduction.py",
         # Where the event loop is chosen and run.
         "management/commands/gearman_server.py",
     },

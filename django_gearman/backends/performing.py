@@ -49,6 +49,7 @@ _UNTOLD: Final = "django_gearman.exceptions.JobFailed"
 """The class of an error that no exception was the reason of, such as the loss of a worker."""
 
 _STATUSES: Final = {
+    JobRecord.Status.WAITING: TaskResultStatus.READY,
     JobRecord.Status.SCHEDULED: TaskResultStatus.READY,
     JobRecord.Status.READY: TaskResultStatus.READY,
     JobRecord.Status.RETRYING: TaskResultStatus.READY,

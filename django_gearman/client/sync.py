@@ -302,7 +302,11 @@ class Client(Submitter):
             The tasks, in the order they were added.
         """
         tasks = self._take_added(callbacks)
-        run = TaskRun(tasks, limit=limit, resubmit=resubmit)
+        self.run_fed(TaskRun(tasks, limit=limit, resubmit=resubmit), timeout=timeout)
+        return tasks
+
+    def run_fed(self, run: TaskRun, *, timeout: float | None = None) -> None:
+        """Submit the tasks of a run until it is over; see ``run_tasks``. They have their call-backs."""
         deadline = None if timeout is None else monotonic() + timeout
         sessions: dict[str, _Session] = {}
         try:
@@ -319,7 +323,6 @@ class Client(Submitter):
                     self._give_back(session)
                 else:
                     session.close()
-        return tasks
 
     # Questions.
 

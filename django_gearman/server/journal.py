@@ -92,6 +92,9 @@ class JobStore(Protocol):
     renewed: float
     """Monotonic time at which this server last proved that its jobs are its own; infinite without rivals."""
 
+    laid: bool
+    """Whether it has laid jobs at the door by itself, to be claimed soon; set back by who sees it."""
+
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         """
         Write a batch in one transaction, in order.
@@ -152,6 +155,7 @@ class MemoryStore:
     """
 
     renewed = math.inf
+    laid = False
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.jobs: dict[bytes, StoredJob] = {}
@@ -328,6 +332,8 @@ class Batch:
     error: StoreError | None = None
     tend_after: float = TEND_AGAIN
     """Seconds after which the store wants to be tended again."""
+    laid: bool = False
+    """Whether the store laid jobs at the door, after it was looked at."""
 
     def perform(self, store: JobStore) -> None:
         """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
@@ -340,11 +346,13 @@ class Batch:
             if self.questions:
                 self.replies = store.ask(self.questions)
             if self.claim:
+                store.laid = False
                 self.claimed = store.claim(CLAIM_LIMIT, self.full)
             if self.tend:
                 self.tend_after = store.tend()
         except StoreError as error:
             self.error = error
+        self.laid, store.laid = store.laid, False
         self.renewed = store.renewed
 
 
@@ -543,6 +551,8 @@ class Journal:
             self.counts.commit_seconds.note(batch.write_seconds)
         if batch.tend:
             self.tend_at = now + batch.tend_after
+        if batch.laid:
+            self.claim_soon()
         if batch.written:
             self._held -= batch.weight
             refused = batch.refused

@@ -13,6 +13,7 @@ from .models import Photo, Upload, Video
 Status = JobRecord.Status
 
 LABELS: dict[str, str] = {
+    Status.WAITING: "Waiting for others",
     Status.SCHEDULED: "Waiting for its time",
     Status.READY: "Waiting for a worker",
     Status.RUNNING: "Making thumbnails",

@@ -149,3 +149,13 @@ def chatter(context: JobContext, path: str) -> None:
     logger.warning("%s is there", os.path.basename(path))
     if context.attempt == 1:
         raise ValueError("once more")
+
+
+@job
+def total(numbers: list[int], more: int = 0) -> int:
+    return sum(numbers) + more
+
+
+@job
+def note(text: str) -> str:
+    return text

@@ -240,6 +240,7 @@ class SimulatedStore:
         self._freed_at_once = freed_at_once
         self._is_counted = is_counted
         self.renewed = 0.0
+        self.laid = False
         self.lease_id = 0
         self.epoch = 0
         self._looked_for_dead = 0.0

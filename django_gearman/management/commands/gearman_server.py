@@ -123,6 +123,7 @@ class Command(BaseCommand):
                     lease=settings.lease,
                     scheduler=Scheduler(settings.database, scheduled_record),
                     history=History(settings.database, lanes_of(configured(settings))),
+                    max_workload=settings.max_packet,
                 )
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3

@@ -1,0 +1,845 @@
+"""
+Jobs that are gone about together: ``group`` and ``chain``.
+
+Run now, they are foreground jobs side by side, of any Gearman server. Enqueued,
+they are rows like all others, with a ``JobGroup`` that counts their ends; what
+follows from those is in ``continuations.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from itertools import pairwise
+from time import monotonic, sleep
+from typing import Any, Final, Generic, TypeVar, cast, overload
+
+from asgiref.sync import sync_to_async
+from django.db import transaction
+from django.db.models import QuerySet
+from django.utils import timezone
+
+from . import conf, continuations, jobs, signals, tracing
+from .client.tasks import Task
+from .continuations import Plan, Stage
+from .encoding import dumps, refuse_unless_json
+from .exceptions import (
+    ConnectionFailed,
+    GearmanError,
+    GroupDoesNotExist,
+    GroupFailed,
+    GroupNotFinished,
+    InvalidGroup,
+    JobFailed,
+    JobNotFinished,
+    ResponseTimeout,
+    ServerError,
+    TooLarge,
+    WaitInTransaction,
+)
+from .insertion import insert_workloads
+from .jobs import Job, JobResult, Signature
+from .models import JobGroup, JobRecord, unique_key_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+V = TypeVar("V")
+
+LONGEST_PAUSE_OF_GET: Final = 0.25
+"""Seconds between two looks at a group that ``get`` waits for."""
+
+
+# Put together.
+
+
+class group(Generic[R]):  # a function, to who uses it
+    """
+    Calls that run side by side: ``group(resize.s(1), resize.s(2))``, or of any iterable of them.
+
+    Each with its own arguments alone, unless the group is a step of a chain.
+    """
+
+    @overload
+    def __init__(self, members: Iterable[Signature[R]], /) -> None: ...
+    @overload
+    def __init__(self, *members: Signature[R]) -> None: ...
+    def __init__(self, *members: Any) -> None:
+        if len(members) == 1 and not isinstance(members[0], Signature | group | chain | str):
+            (members,) = members
+        self.members: tuple[Signature[R], ...] = tuple(members)
+        for member in self.members:
+            if not isinstance(member, Signature):
+                raise InvalidGroup(
+                    f"a member of a group is a call of a job, such as resize.s(1), not {_kind(member)}"
+                )
+
+    def __str__(self) -> str:
+        return _names(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def run(self, *, timeout: float | None = None) -> list[R]:
+        """
+        Run all of them now, side by side, and wait for their values, in the members' order.
+
+        Args:
+            timeout: Seconds for all of them; by default the longest of theirs, which is ``RUN_TIMEOUT``.
+        Raises:
+            GroupFailed: A member failed, or the time was up; raised when all have ended, and tells of all.
+        """
+        return self._run(timeout, ())
+
+    def _run(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
+        client = jobs.client_for()
+        prepared, most = self._prepared(value)
+        tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
+        resubmit = any(job.resubmit for job, _, _ in prepared)
+        client.run_tasks(timeout=most if timeout is None else timeout, resubmit=resubmit)
+        return self._gathered(tasks)
+
+    async def arun(self, *, timeout: float | None = None) -> list[R]:
+        """As ``run``, on asyncio."""
+        return await self._arun(timeout, ())
+
+    async def _arun(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
+        client = jobs.async_client_for()
+        prepared, most = self._prepared(value)
+        tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
+        resubmit = any(job.resubmit for job, _, _ in prepared)
+        await client.run_tasks(timeout=most if timeout is None else timeout, resubmit=resubmit)
+        return self._gathered(tasks)
+
+    def _prepared(self, value: tuple[Any, ...]) -> tuple[list[tuple[Job[Any, Any], bytes, str]], float]:
+        """Job, workload and unique of each, and the seconds that they may take."""
+        prepared, most = [], 0.0
+        for member in self.members:
+            workload, unique, timeout = member.job._prepared(_with(member, value), member.kwargs)
+            prepared.append((member.job, workload, unique))
+            most = max(most, timeout)
+        return prepared, most
+
+    def _gathered(self, tasks: list[Task]) -> list[R]:
+        outcomes: list[Any] = []
+        failed: list[int] = []
+        for index, (member, task) in enumerate(zip(self.members, tasks, strict=True)):
+            error = task.error
+            if error is None:
+                outcomes.append(member.job._value_of(task.data))
+                continue
+            outcomes.append(member.job._as_told(error) if isinstance(error, JobFailed) else error)
+            failed.append(index)
+        if failed:
+            first = failed[0]
+            raise GroupFailed(first, self.members[first].job.name, outcomes[first], outcomes)
+        return outcomes
+
+    def enqueue(
+        self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
+    ) -> GroupResult[list[R]]:
+        """
+        Have all of them run by workers, and what follows when all have ended.
+
+        All are rows of the database, inserted here: they exist exactly if the
+        current transaction commits. Each of the two that follow runs once, whatever
+        dies meanwhile.
+
+        Args:
+            on_success: Runs when every member has succeeded. Of ``.s`` the first argument is the list of
+                their values, in order, which its worker reads; of ``.si`` there is none.
+            on_complete: Runs when all have ended, however. It gets none of their values; with
+                ``takes_context`` it finds them, as ``on_success`` does, in ``context.group``.
+        Raises:
+            InvalidGroup: A member's unique is another job's, or ``ENQUEUE`` is ``"wire"``.
+            TypeError: Arguments do not fit a function.
+        """
+        return _enqueue([self], on_success, on_complete)
+
+    async def aenqueue(
+        self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
+    ) -> GroupResult[list[R]]:
+        """As ``enqueue``, in the thread of Django's other database calls."""
+        return await sync_to_async(self.enqueue)(on_success=on_success, on_complete=on_complete)
+
+
+class chain(Generic[V]):
+    """
+    Calls that run one after the other: ``chain(fetch.s(url), parse.s(), store.si(7))``.
+
+    Each ``.s`` gets the value of the one before as its first argument, ahead of
+    its own; ``.si`` gets nothing. A step may be a ``group``: its value is the
+    list of its members' values. A failure ends the chain.
+    """
+
+    @overload
+    def __init__(self, last: Signature[V], /) -> None: ...
+    @overload
+    def __init__(self, a: Signature[Any] | group[Any], last: Signature[V], /) -> None: ...
+    @overload
+    def __init__(
+        self, a: Signature[Any] | group[Any], b: Signature[Any] | group[Any], last: Signature[V], /
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        a: Signature[Any] | group[Any],
+        b: Signature[Any] | group[Any],
+        c: Signature[Any] | group[Any],
+        last: Signature[V],
+        /,
+    ) -> None: ...
+    @overload
+    def __init__(self: chain[Any], *steps: Signature[Any] | group[Any]) -> None: ...
+    def __init__(self, *steps: Any) -> None:
+        self.steps: tuple[Signature[Any] | group[Any], ...] = steps
+        if not steps:
+            raise InvalidGroup("a chain has at least one step")
+        for step in steps:
+            if not isinstance(step, Signature | group):
+                raise InvalidGroup(
+                    "a step of a chain is a call of a job, such as resize.s(1), or a group of them, "
+                    f"not {_kind(step)}"
+                )
+        for before, step in pairwise(steps):
+            for member in _members(step):
+                _refuse_misfit(member, before)
+
+    def __str__(self) -> str:
+        return " | ".join(_names(_members(step)) for step in self.steps)
+
+    def run(self, *, timeout: float | None = None) -> V:
+        """
+        Run one after the other now, and wait for the last one's value.
+
+        Args:
+            timeout: Seconds for all of them; each has its own by default.
+        Raises:
+            JobFailed, GroupFailed: A step failed; a note says which.
+        """
+        deadline = None if timeout is None else monotonic() + timeout
+        value: tuple[Any, ...] = ()
+        for number, step in enumerate(self.steps):
+            with _noted(self, number):
+                left = _left(deadline, timeout)
+                if isinstance(step, group):
+                    value = (step._run(left, value),)
+                else:
+                    job = step.job if left is None else step.job.using(run_timeout=left)
+                    value = (job.run(*_with(step, value), **step.kwargs),)
+        return cast(V, value[0])
+
+    async def arun(self, *, timeout: float | None = None) -> V:
+        """As ``run``, on asyncio."""
+        deadline = None if timeout is None else monotonic() + timeout
+        value: tuple[Any, ...] = ()
+        for number, step in enumerate(self.steps):
+            with _noted(self, number):
+                left = _left(deadline, timeout)
+                if isinstance(step, group):
+                    value = (await step._arun(left, value),)
+                else:
+                    job = step.job if left is None else step.job.using(run_timeout=left)
+                    value = (await job.arun(*_with(step, value), **step.kwargs),)
+        return cast(V, value[0])
+
+    def enqueue(
+        self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
+    ) -> GroupResult[V]:
+        """
+        Have them run by workers, each after the one before, and what follows at the end.
+
+        All are rows from the beginning; the next is let go in the transaction that
+        writes the end of the one before.
+
+        Args:
+            on_success: Runs when the last has succeeded; ``.s`` gets its value.
+            on_complete: Runs when the last has, or one has failed; gets no value.
+        Raises:
+            As ``group.enqueue``.
+        """
+        return _enqueue(self.steps, on_success, on_complete)
+
+    async def aenqueue(
+        self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
+    ) -> GroupResult[V]:
+        """As ``enqueue``, in the thread of Django's other database calls."""
+        return await sync_to_async(self.enqueue)(on_success=on_success, on_complete=on_complete)
+
+
+Step = Signature[Any] | group[Any]
+
+
+class _noted:
+    """Adds to an error which step of a chain it came from."""
+
+    def __init__(self, of: chain[Any], number: int) -> None:
+        self._said = f"In step {number + 1} of {len(of.steps)} of the chain: {of.steps[number]}"
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, GearmanError):
+            error.add_note(self._said)
+
+
+def _left(deadline: float | None, timeout: float | None) -> float | None:
+    if deadline is None or timeout is None:
+        return None
+    left = deadline - monotonic()
+    if left <= 0:
+        raise ResponseTimeout("the chain", timeout)
+    return left
+
+
+def _members(step: Step) -> Sequence[Signature[Any]]:
+    return step.members if isinstance(step, group) else (step,)
+
+
+def _with(member: Signature[Any], value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, with the value of what came before if it takes one."""
+    if not value or not member.takes_result:
+        return member.args
+    if member.job.raw:
+        return (value[0] if isinstance(value[0], bytes) else dumps(value[0]),)
+    return (*value, *member.args)
+
+
+def _adder(client: Any, job: Job[Any, Any]) -> Callable[..., Task]:
+    add = {"high": client.add_task_high, "normal": client.add_task, "low": client.add_task_low}
+    return cast("Callable[..., Task]", add[job._wire_priority])
+
+
+def _kind(thing: object) -> str:
+    if isinstance(thing, Job):
+        return f"the job itself; write {thing.name.rpartition('.')[2]}.s(...)"
+    return f"a {type(thing).__name__}" if isinstance(thing, group | chain) else repr(thing)
+
+
+def _names(members: Sequence[Signature[Any]]) -> str:
+    counts: dict[str, int] = {}
+    for member in members:
+        name = member.job.name.rpartition(".")[2]
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items()) or "nothing"
+
+
+def _refuse_misfit(member: Signature[Any], before: Step) -> None:
+    """Raise for a call that cannot take the value of what comes before it."""
+    if not member.takes_result:
+        return
+    job, is_list = member.job, isinstance(before, group)
+    if job.raw:
+        if member.args:
+            raise InvalidGroup(
+                f"{job.name} is raw: the result of the one before is all that it gets; write .s() or .si(...)"
+            )
+        if is_list:
+            raise InvalidGroup(
+                f"{job.name} is raw, and cannot take the list of a group's values; write .si(...)"
+            )
+        return
+    if not is_list and _members(before)[0].job.raw:
+        raise InvalidGroup(
+            f"{job.name} cannot take the bytes that the raw job {_members(before)[0].job.name} returns, "
+            "which are not JSON; write .si(...), or make it raw"
+        )
+    job._bind((None, *member.args), member.kwargs)
+
+
+# Enqueued.
+
+_Before = tuple[Step, int] | None
+"""The stage before, and the place of its first member; None for the first stage."""
+
+
+def _is_free(job: Job[Any, Any]) -> bool:
+    """Whether its submissions have no unique."""
+    return job.unique is None or (isinstance(job.unique, jobs._Always) and not job.unique.unique)
+
+
+def _enqueue(
+    steps: Sequence[Step], on_success: Signature[Any] | None, on_complete: Signature[Any] | None
+) -> GroupResult[Any]:
+    options = conf.settings_for()
+    if options.enqueue == "wire":
+        raise InvalidGroup(
+            "nobody would count the members of a group with ENQUEUE = 'wire', which hands jobs to a server "
+            "that keeps no records; wait for them with run(), or use our own server and ENQUEUE = 'database'"
+        )
+    for name, following in (("on_success", on_success), ("on_complete", on_complete)):
+        if following is not None and not isinstance(following, Signature):
+            raise InvalidGroup(f"{name} is a call of a job, such as tell.si(7), not {_kind(following)}")
+    if on_success is not None:
+        _refuse_misfit(on_success, steps[-1])
+    return _Insertion(steps, options).insert(on_success, on_complete)
+
+
+class _Insertion:
+    """The rows of a group, on their way into the table."""
+
+    def __init__(self, steps: Sequence[Step], options: conf.GearmanSettings) -> None:
+        self._steps = steps
+        self._options = options
+        self._using = options.database
+        self._plan: Plan = {"stages": [], "on_success": continuations.TAKES_NOTHING, "delays": {}}
+        self._told: list[tuple[Job[Any, Any], JobResult[Any]]] = []
+        self._group_id = 0
+
+    def insert(
+        self, on_success: Signature[Any] | None, on_complete: Signature[Any] | None
+    ) -> GroupResult[Any]:
+        sizes = [len(_members(step)) for step in self._steps]
+        made = JobGroup(
+            name=" | ".join(_names(_members(step)) for step in self._steps)[:200],
+            total=sum(sizes),
+            left=sizes[0],
+        )
+        with transaction.atomic(using=self._using):
+            made.save(using=self._using, force_insert=True)
+            self._group_id = made.pk
+            place, before = 0, None
+            for step in self._steps:
+                self._insert_stage(step, place, before)
+                before = (step, place)
+                place += len(_members(step))
+            assert before is not None, "a step at least"
+            if on_success is not None:
+                self._plan["on_success"] = self._takes(on_success, before[0])
+                made.on_success = self._insert_following("on_success", on_success, before)
+            if on_complete is not None:
+                made.on_complete = self._insert_following("on_complete", on_complete, None)
+            made.plan = self._plan
+            made.save(using=self._using, update_fields=["plan", "on_success", "on_complete"])
+            if not made.left:
+                continuations.begin(made, self._using, self._options.max_packet)
+            jobs._nudge_after_commit(self._using)
+        for job, result in self._told:
+            job._enqueued(result)
+        return GroupResult(made)
+
+    def _insert_stage(self, step: Step, first: int, before: _Before) -> None:
+        """Insert the members of one stage: together what differs in its arguments alone."""
+        alike: dict[Any, list[tuple[int, Signature[Any]]]] = {}
+        letters = []
+        for place, member in enumerate(_members(step), first):
+            letters.append(self._takes(member, before and before[0]))
+            job = member.job
+            kind = job.name, job.priority, job.run_after, id(None if _is_free(job) else job.unique)
+            alike.setdefault(kind, []).append((place, member))
+        same = len(set(letters)) <= 1
+        stage: Stage = {
+            "size": len(letters),
+            "many": isinstance(step, group),
+            "takes": "".join(letters[:1] if same else letters) or continuations.TAKES_NOTHING,
+        }
+        self._plan["stages"].append(stage)
+        for members in alike.values():
+            self._insert_alike(members, before)
+
+    def _takes(self, member: Signature[Any], before: Step | None) -> str:
+        """What a call takes of the stage before when it is let go; a list is read by its worker."""
+        if before is None or not member.takes_result or isinstance(before, group):
+            return continuations.TAKES_NOTHING
+        return continuations.TAKES_BYTES if member.job.raw else continuations.TAKES_JSON
+
+    def _insert_alike(self, members: list[tuple[int, Signature[Any]]], before: _Before) -> None:
+        """Insert members of one job."""
+        job = members[0][1].job
+        if not _is_free(job):
+            for place, member in members:
+                record = self._record(member, before, str(place))
+                record.group_index = place
+                self._insert_one(job, record, f"member {place}, {member}")
+            return
+        if before is None:
+            pairs = [(member.args, member.kwargs) for _, member in members]
+            workloads = job._encode_many(cast(Any, pairs), self._options.max_packet)
+        else:
+            workloads = [self._workload(member, before) for _, member in members]
+        template = self._record(members[0][1], before, str(members[0][0]))
+        for place, _ in members[1:]:
+            self._delay(job, str(place), template)
+        places = [place for place, _ in members]
+        ids = insert_workloads(template, workloads, self._using, places)
+        template._state.adding, template._state.db = False, self._using
+        if signals.job_enqueued.has_listeners(jobs.registry.get(job.name, job)):
+            self._told += [
+                (job, JobResult._of_many(template, id, workload))
+                for id, workload in zip(ids, workloads, strict=True)
+            ]
+
+    def _insert_following(self, name: str, following: Signature[Any], before: _Before) -> int:
+        """Insert what is run at the end; its id."""
+        if before is None:
+            # It takes nothing, however it was written.
+            following = Signature(following.job, following.args, following.kwargs, takes_result=False)
+        record = self._record(following, before, name)
+        record.status = JobRecord.Status.WAITING
+        self._delay(following.job, name, record)
+        self._insert_one(following.job, record, f"{name}={following}")
+        return int(record.pk)
+
+    def _record(self, member: Signature[Any], before: _Before, name: str) -> JobRecord:
+        job = member.job
+        unique = self._unique(member, before)
+        workload = self._workload(member, before, traced=unique != "-")
+        now = timezone.now()
+        run_after = now + job.run_after if isinstance(job.run_after, timedelta) else job.run_after
+        is_later = run_after is not None and run_after > now
+        record = JobRecord(
+            function=job.name,
+            queue_name=job.queue_name,
+            workload=workload,
+            unique=unique,
+            unique_key=unique_key_of(job.name, unique, workload),
+            priority=job.priority,
+            client=jobs._identity(os.getpid()),
+            run_after=run_after,
+            max_attempts=job.max_attempts,
+            timeout=job.timeout or self._options.job_timeout,
+            status=JobRecord.Status.SCHEDULED if is_later else JobRecord.Status.READY,
+            enqueued_at=now,
+            group_id=self._group_id,
+        )
+        if before is not None:
+            record.status = JobRecord.Status.WAITING
+            self._delay(job, name, record)
+        return record
+
+    def _delay(self, job: Job[Any, Any], name: str, record: JobRecord) -> None:
+        """A time to wait, rather than a moment, begins when the job is let go."""
+        if record.status == JobRecord.Status.WAITING and isinstance(job.run_after, timedelta):
+            record.run_after = None
+            self._plan["delays"][name] = job.run_after.total_seconds()
+
+    def _workload(self, member: Signature[Any], before: _Before, *, traced: bool = True) -> bytes:
+        job, limit = member.job, self._options.max_packet
+        if before is None or not member.takes_result:
+            return job._encode(member.args, member.kwargs, limit, traced=traced)
+        if job.raw:
+            return b""
+        step, place = before
+        for name, value in job._bind((None, *member.args), member.kwargs).items():
+            refuse_unless_json(value, f"argument {name!r} of {job.name}")
+        envelope: dict[str, Any] = {"args": member.args, "kwargs": member.kwargs}
+        if isinstance(step, group):
+            envelope[continuations.RESULTS] = [self._group_id, place, len(step)]
+        if traced and (trace := tracing.current()):
+            envelope[tracing.KEY] = trace
+        workload = dumps(envelope)
+        if len(workload) > limit:
+            raise TooLarge(f"the workload of {job.name}", len(workload), limit, setting="MAX_PACKET")
+        return workload
+
+    def _unique(self, member: Signature[Any], before: _Before) -> str:
+        job = member.job
+        if before is not None and member.takes_result and job.unique is not None:
+            if not isinstance(job.unique, jobs._Always):
+                raise InvalidGroup(
+                    f"the unique of {job.name} is made of its arguments, and the first is not known before "
+                    "the job before it has ended; give it one, or none: "
+                    f'{job.name.rpartition(".")[2]}.using(unique="").s(...)'
+                )
+            return job.unique.unique
+        return job._unique_of(member.args, member.kwargs)
+
+    def _insert_one(self, job: Job[Any, Any], record: JobRecord, what: str) -> None:
+        if record.unique_key is None:
+            record.save(using=self._using, force_insert=True)
+        else:
+            found = jobs._insert_unless_there(record, self._using)
+            if found is not None:
+                raise InvalidGroup(
+                    f"{what}: there is a job with its unique {record.unique!r} already, {found.pk}, and a "
+                    'group counts jobs of its own; leave it out, or give it none: .using(unique="").s(...)'
+                )
+        self._told.append((job, JobResult(record)))
+
+
+class GroupResult(Generic[V]):
+    """
+    A group or chain as its row shows it; ``refresh`` looks again.
+
+    Iterating, also by ``async for``, gives the ``JobResult`` of each member in
+    order, with a few hundred of them in memory at a time.
+    """
+
+    def __init__(self, group: JobGroup) -> None:
+        self._group = group
+
+    @classmethod
+    def find(cls, id: str | int) -> GroupResult[Any]:
+        """
+        The group with that id.
+
+        Raises:
+            GroupDoesNotExist: There is none.
+        """
+        groups = JobGroup.objects.using(conf.settings_for().database)
+        try:
+            return GroupResult(groups.get(pk=int(id)))
+        except (ValueError, OverflowError, JobGroup.DoesNotExist):
+            raise GroupDoesNotExist(str(id)) from None
+
+    @classmethod
+    def of_job(cls, id: int) -> GroupResult[Any] | None:
+        """The group that a record is a member of, or that it follows; None for none."""
+        using = conf.settings_for().database
+        wanted = JobRecord.objects.using(using).filter(pk=id).values("group")
+        found = JobGroup.objects.using(using).filter(pk__in=wanted).first()
+        return None if found is None else GroupResult(found)
+
+    def __repr__(self) -> str:
+        return f"<GroupResult {self.id} {self.name}: {self.finished} of {self.total}>"
+
+    @property
+    def id(self) -> str:
+        return str(self._group.pk)
+
+    @property
+    def name(self) -> str:
+        """What is in it, for people to read."""
+        return self._group.name
+
+    @property
+    def total(self) -> int:
+        """How many members it has; of a chain, how many steps."""
+        return self._group.total
+
+    @property
+    def finished(self) -> int:
+        """How many of them have ended."""
+        return self._group.finished
+
+    @property
+    def successful(self) -> int:
+        return self._group.successful
+
+    @property
+    def failed(self) -> int:
+        """How many ended without a value, be it because a chain did not get to them."""
+        return self._group.failed
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of them have ended; then what follows has been let go."""
+        return self._group.is_finished
+
+    @property
+    def is_successful(self) -> bool:
+        return self.is_finished and not self.failed
+
+    @property
+    def enqueued_at(self) -> datetime:
+        return self._group.enqueued_at
+
+    @property
+    def finished_at(self) -> datetime | None:
+        return self._group.finished_at
+
+    @property
+    def on_success(self) -> JobResult[Any] | None:
+        """What is run when all have succeeded; None for nothing, or when its record is gone."""
+        return self._following(self._group.on_success)
+
+    @property
+    def on_complete(self) -> JobResult[Any] | None:
+        """What is run when all have ended; None for nothing, or when its record is gone."""
+        return self._following(self._group.on_complete)
+
+    def _following(self, id: int | None) -> JobResult[Any] | None:
+        record = JobRecord.objects.using(self._using).filter(pk=id).first() if id is not None else None
+        return None if record is None else JobResult(record)
+
+    def results(self) -> Iterator[JobResult[Any]]:
+        """The members, in order; of those whose records are gone, nothing."""
+        for place in range(0, self.total, continuations.READ_AT_ONCE):
+            yield from self._results_from(place)
+
+    __iter__ = results
+
+    async def __aiter__(self) -> AsyncIterator[JobResult[Any]]:
+        for place in range(0, self.total, continuations.READ_AT_ONCE):
+            for result in await sync_to_async(self._results_from)(place):
+                yield result
+
+    def _results_from(self, place: int) -> list[JobResult[Any]]:
+        some = self._members.filter(
+            group_index__gte=place, group_index__lt=place + continuations.READ_AT_ONCE
+        )
+        return [JobResult(record) for record in some.order_by("group_index")]
+
+    def refresh(self) -> None:
+        """
+        Count again. One query.
+
+        Raises:
+            GroupDoesNotExist: It is gone.
+        """
+        try:
+            self._group = JobGroup.objects.using(self._using).get(pk=self._group.pk)
+        except JobGroup.DoesNotExist:
+            raise GroupDoesNotExist(self.id) from None
+
+    async def arefresh(self) -> None:
+        """As ``refresh``."""
+        await sync_to_async(self.refresh)()
+
+    @property
+    def return_value(self) -> V:
+        """
+        The members' values, in order; of a chain, the last step's.
+
+        Raises:
+            GroupNotFinished: Not all have ended; ``get`` waits for that.
+            GroupFailed: One ended without a value.
+        """
+        if not self.is_finished:
+            raise GroupNotFinished(self.id, self.finished, self.total)
+        if self.failed:
+            raise self._failure()
+        *before, last = cast(Plan, self._group.plan)["stages"]
+        first = sum(stage["size"] for stage in before)
+        found = continuations.results_of(self._group.pk, first, last["size"], self._using)
+        values = [jobs._decode_result(*each) for each in found]
+        if len(values) < last["size"]:
+            raise GroupDoesNotExist(self.id)
+        return cast(V, values if last["many"] else values[0])
+
+    def _failure(self) -> GroupFailed:
+        outcomes: list[object] = [GroupDoesNotExist(self.id)] * self.total
+        functions = [""] * self.total
+        for result in self:
+            place = result._record.group_index
+            assert place is not None, "a member"
+            functions[place] = result.function
+            try:
+                outcomes[place] = result.return_value
+            except (JobFailed, JobNotFinished) as error:
+                outcomes[place] = error
+        for place, outcome in enumerate(outcomes):
+            if isinstance(outcome, GearmanError):
+                return GroupFailed(place, functions[place], outcome, outcomes)
+        raise AssertionError("no member failed")
+
+    def get(self, timeout: float | None = None) -> V:
+        """
+        Wait until all have ended; return what ``return_value`` is then.
+
+        Args:
+            timeout: Seconds to wait; None to wait for ever.
+        Raises:
+            GroupFailed: A member ended without a value; tells of all.
+            ResponseTimeout: The time was up; they go on. ``NoWorker`` when no worker offers what is next.
+            WaitInTransaction: A transaction is open that hides the jobs.
+        """
+        patience = jobs._Patience(timeout)
+        self.refresh()
+        while not self.is_finished:
+            if transaction.get_connection(self._using).in_atomic_block:
+                raise WaitInTransaction(f"group {self.id} ({self.name})")
+            if not patience.is_left:
+                raise self._too_late(timeout or 0.0)
+            sleep(patience.pause())
+            self.refresh()
+        return self.return_value
+
+    async def aget(self, timeout: float | None = None) -> V:
+        """As ``get``."""
+        patience = jobs._Patience(timeout)
+        await self.arefresh()
+        while not self.is_finished:
+            if not patience.is_left:
+                raise await sync_to_async(self._too_late)(timeout or 0.0)
+            await asyncio.sleep(patience.pause())
+            await self.arefresh()
+        return await sync_to_async(lambda: self.return_value)()
+
+    def _too_late(self, timeout: float) -> ResponseTimeout:
+        what = f"group {self.id} ({self.name}), of which {self.finished} of {self.total} have ended,"
+        next_up = self._members.filter(status__in=JobRecord.SERVED).order_by("group_index")
+        function = next_up.values_list("function", flat=True).first()
+        if function is None:
+            return ResponseTimeout(what, timeout)
+        return jobs._timed_out(what, timeout, function, self._using)
+
+    def cancel(self) -> bool:
+        """
+        End all members that have not ended, as ``CANCELLED``; False when all have already.
+
+        Those that run are told as ``JobResult.cancel`` does. What was to follow
+        their success is cancelled, ``on_complete`` runs. In an open transaction
+        it does not wait until a job server has written that.
+
+        Raises:
+            ConnectionFailed: A job server that has some cannot be told.
+        """
+        deadline = monotonic() + conf.settings_for().timeout
+        self.refresh()
+        if self.is_finished:
+            return False
+        in_transaction = transaction.get_connection(self._using).in_atomic_block
+        pause = 0.01
+        while True:
+            if in_transaction:
+                # Its lock would keep the server from writing what it is told.
+                left = self._cancel_held()
+            following = continuations.cancel_records(
+                self._group.pk, self._using, conf.settings_for().max_packet, "The group was cancelled"
+            )
+            if following.laid:
+                jobs._nudge_after_commit(self._using)
+            if in_transaction:
+                self.refresh()
+                return True
+            left = self._cancel_held()
+            self.refresh()
+            if self.is_finished:
+                return True
+            if monotonic() >= deadline:
+                if left:
+                    raise self._cannot_tell(left)
+                # It was told, and writes it later.
+                return True
+            sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+
+    async def acancel(self) -> bool:
+        """As ``cancel``."""
+        return await sync_to_async(self.cancel)()
+
+    def _cancel_held(self) -> int:
+        """Tell the job servers of the members that they have; how many none of them knew."""
+        held = self._members.filter(status__in=JobRecord.SERVED, server__isnull=False)
+        handles = [handle for handle in held.values_list("handle", flat=True) if handle]
+        if not handles:
+            return 0
+        for admin in jobs._admins():
+            unknown = []
+            try:
+                for handle in handles:
+                    try:
+                        admin.cancel(handle)
+                    except (ServerError, ValueError):
+                        unknown.append(handle)
+            except GearmanError:
+                continue
+            handles = unknown
+        return len(handles)
+
+    def _cannot_tell(self, left: int) -> ConnectionFailed:
+        return ConnectionFailed(
+            ", ".join(conf.settings_for().servers),
+            f"none of them has {left} jobs of group {self.id}",
+            "are the job servers that have them in SERVERS?",
+        )
+
+    @property
+    def _using(self) -> str:
+        return self._group._state.db or conf.settings_for().database
+
+    @property
+    def _members(self) -> QuerySet[JobRecord]:
+        return JobRecord.objects.using(self._using).filter(group=self._group.pk, group_index__isnull=False)
