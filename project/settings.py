@@ -18,6 +18,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import django
 from django.core.management.utils import get_random_secret_key
 
 
@@ -171,6 +172,20 @@ VIDEO_LIMITS = {
     "max_pixels": 4096 * 2304,  # of one frame
     "size": 1280,  # longest side of what is made for the web
 }
+
+# Mail goes into files, one each, in place of a server for it.
+GALLERY_MAIL_TO = "gallery@example.com"
+MAIL_FOLDER = VAR / "mail"
+if django.VERSION >= (6, 1):
+    MAILERS = {
+        "default": {
+            "BACKEND": "django.core.mail.backends.filebased.EmailBackend",
+            "OPTIONS": {"file_path": MAIL_FOLDER},
+        }
+    }
+else:
+    EMAIL_BACKEND = "django.core.mail.backends.filebased.EmailBackend"
+    EMAIL_FILE_PATH = MAIL_FOLDER
 
 LOGGING = {
     "version": 1,

@@ -73,6 +73,7 @@ TEMPLATES = [
         },
     }
 ]
+GALLERY_MAIL_TO = "gallery@example.com"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 # Nobody listens on port 9 (discard): a test that wants a server starts its own.

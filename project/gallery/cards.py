@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from django_gearman import GroupResult
 from django_gearman.models import JobRecord
 
 from .models import Photo, Upload, Video
@@ -68,6 +69,44 @@ class VideoCard(Card):
     def may_try_again(self) -> bool:
         # What FAILED is no video, and would be none the next time either.
         return self.status in (Status.CANCELLED, Status.DEAD)
+
+
+@dataclass(frozen=True)
+class GroupCard:
+    """Photos that are rendered again together, and what follows."""
+
+    group: GroupResult[list[int]]
+    total_bytes: int | None
+    """Of all thumbnails; None unless all were made."""
+
+    mail: str
+    """Status of the job that mails the summary."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.group.is_finished and self.mail not in JobRecord.LIVE
+
+    @property
+    def status(self) -> str:
+        if not self.group.is_finished:
+            return Status.RUNNING
+        return Status.FAILED if self.group.failed else Status.SUCCESSFUL
+
+    @property
+    def label(self) -> str:
+        group = self.group
+        if not group.is_finished:
+            return f"Rendering: {group.finished} of {group.total}"
+        return (
+            f"Done, but for {group.failed} of {group.total}" if group.failed else f"Done: all {group.total}"
+        )
+
+
+def group_card(group: GroupResult[list[int]]) -> GroupCard:
+    added_up, mailed = group.on_success, group.on_complete
+    done = added_up is not None and added_up.status == Status.SUCCESSFUL
+    total = added_up.return_value if done else None
+    return GroupCard(group, total, Status.CANCELLED if mailed is None else mailed.status)
 
 
 def cards(photos: Iterable[Photo]) -> list[Card]:

@@ -1,4 +1,4 @@
-"""The forms: several photos in one field, a video, and what to try on a photo."""
+"""The forms: several photos in one field, a video, what to render again, what to try on a photo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from django import forms
 from django.conf import settings
 from django.core.files.uploadedfile import UploadedFile
 from django.template.defaultfilters import filesizeformat
+
+from .models import Photo
 
 MAX_BYTES = 64 * 1024 * 1024
 """Of one photo."""
@@ -75,6 +77,34 @@ class VideoForm(forms.Form):
                 f"“{video.name}” has {filesizeformat(video.size)}; a video may have {filesizeformat(limit)}."
             )
         return video
+
+
+class RenderForm(forms.Form):
+    """Thumbnails once more, of some photos or of all."""
+
+    photos = forms.ModelMultipleChoiceField(Photo.objects.filter(width__isnull=False), required=False)
+    large = forms.TypedChoiceField(
+        label="Large pictures",
+        choices=[(960, "960 pixels"), (1280, "1280 pixels"), (1920, "1920 pixels")],
+        coerce=int,
+        initial=1280,
+    )
+    quality = forms.TypedChoiceField(
+        choices=[(55, "Small files"), (82, "Good"), (92, "Best")], coerce=int, initial=82
+    )
+    which = forms.ChoiceField(choices=[("selected", "Selected"), ("all", "All")])
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or self.cleaned_data
+        if cleaned.get("which") == "selected" and not cleaned.get("photos"):
+            raise forms.ValidationError("Please select photos first.")
+        return cleaned
+
+    def numbers(self) -> list[int]:
+        """The primary keys of the photos that are meant."""
+        if self.cleaned_data["which"] == "selected":
+            return [photo.pk for photo in self.cleaned_data["photos"]]
+        return list(Photo.objects.filter(width__isnull=False).values_list("pk", flat=True))
 
 
 class PreviewForm(forms.Form):

@@ -6,6 +6,8 @@ import shutil
 from typing import Any
 
 from django.conf import settings
+from django.core.mail import send_mail
+from django.db.models import F
 
 from django_gearman import Discard, JobContext, job
 from django_gearman.exceptions import JobCancelled
@@ -27,11 +29,49 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
 
     photo = Photo.objects.get(pk=photo_id)
     made = write_thumbnails(
-        photo.original.path, photo.thumbnails_path, Photo.SIZES, report=context.set_progress
+        photo.original.path, photo.thumbnails_path, photo.sizes, report=context.set_progress
     )
     Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height)
     context.logger.info("%d files of a photo of %d x %d", len(made.files), made.width, made.height)
     return {"width": made.width, "height": made.height, "files": made.files}
+
+
+@job(queue_name="images", timeout=120)
+def render_again(photo_id: int, large: int, quality: int) -> int:
+    """Write the thumbnails of a photo once more, the largest in another size; their bytes."""
+    from .thumbnails import write_thumbnails
+
+    photo = Photo.objects.filter(pk=photo_id).first()
+    if photo is None:
+        raise Discard("The photo was deleted.")
+    before, photo.large = photo.large, large
+    made = write_thumbnails(photo.original.path, photo.thumbnails_path, photo.sizes, quality=quality)
+    # The pages name the new ones from here on.
+    Photo.objects.filter(pk=photo_id).update(large=large, edition=F("edition") + 1)
+    for path in photo.thumbnails_path.glob(f"{before}.*") if before != large else ():
+        path.unlink(missing_ok=True)
+    return sum(made.files.values())
+
+
+@job
+def add_up(sizes: list[int]) -> int:
+    """What follows a group that succeeded: it gets the members' values."""
+    return sum(sizes)
+
+
+@job(takes_context=True)
+def mail_summary(context: JobContext) -> str:
+    """What follows a group that has ended, however: its subject line, once it is mailed."""
+    group = context.group
+    assert group is not None, "it is enqueued as on_complete alone"
+    subject = f"{group.successful} of {group.total} photos were rendered again"
+    lines = [f"{subject}."]
+    if group.failed:
+        lines.append("\nThese were not:\n")
+    for result in group:
+        lines += [f"- job {result.id}: {error.message or 'cancelled'}" for error in result.errors[-1:]]
+    send_mail(subject, "\n".join(lines), None, [settings.GALLERY_MAIL_TO])
+    return subject
 
 
 @job(queue_name="images", timeout=20)

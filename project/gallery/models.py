@@ -88,17 +88,28 @@ class Photo(Upload):
     FOLDER = "thumbnails"
 
     SIZES: ClassVar[tuple[int, ...]] = (160, 480, 1280)
-    """Longest side of each thumbnail, in pixels."""
+    """Longest side of each thumbnail, in pixels, until it is rendered again."""
+
+    large = models.PositiveIntegerField(default=SIZES[-1], editable=False)
+    """That of the largest."""
+
+    edition = models.PositiveIntegerField(default=0, editable=False)
+    """How often it was rendered again; a part of addresses, so that no browser shows what it kept."""
 
     class Meta(Upload.Meta):
         pass
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (*self.SIZES[:-1], self.large)
 
     @property
     def thumbnails_path(self) -> Path:
         return self.folder_path
 
     def thumbnail_url(self, size: int, extension: str) -> str:
-        return self.url_of(f"{size}.{extension}")
+        url = self.url_of(f"{size}.{extension}")
+        return f"{url}?{self.edition}" if self.edition else url
 
     @property
     def medium_url(self) -> str:
@@ -106,7 +117,7 @@ class Photo(Upload):
 
     @property
     def large_url(self) -> str:
-        return self.thumbnail_url(self.SIZES[-1], "jpg")
+        return self.thumbnail_url(self.large, "jpg")
 
     @property
     def jpeg_srcset(self) -> str:
@@ -118,7 +129,7 @@ class Photo(Upload):
 
     def _srcset(self, extension: str) -> str:
         return ", ".join(
-            f"{self.thumbnail_url(size, extension)} {self._width_of(size)}w" for size in self.SIZES
+            f"{self.thumbnail_url(size, extension)} {self._width_of(size)}w" for size in self.sizes
         )
 
     def _width_of(self, size: int) -> int:

@@ -15,7 +15,7 @@ from django.views.static import serve
 from django_gearman.exceptions import GearmanError, JobFailed
 
 from .cards import cards
-from .forms import PreviewForm, UploadForm
+from .forms import PreviewForm, RenderForm, UploadForm
 from .jobs import make_preview
 from .models import Photo
 from .uploads import add_photos
@@ -42,7 +42,13 @@ def index(request: HttpRequest) -> HttpResponse:
 
 def _page(request: HttpRequest, form: UploadForm, status: int = 200) -> HttpResponse:
     page = Paginator(Photo.objects.all(), PAGE).get_page(request.GET.get("page"))
-    context = {"form": form, "page": page, "cards": cards(page.object_list), "section": "photos"}
+    context = {
+        "form": form,
+        "render_form": RenderForm(label_suffix=""),
+        "page": page,
+        "cards": cards(page.object_list),
+        "section": "photos",
+    }
     return render(request, "gallery/index.html", context, status=status)
 
 
@@ -64,7 +70,7 @@ def numbers(request: HttpRequest, name: str) -> list[int]:
 def photo(request: HttpRequest, pk: int) -> HttpResponse:
     """A photo, and how it would look: a worker is asked while the visitor waits, but not for long."""
     photo = get_object_or_404(Photo, pk=pk, width__isnull=False)
-    form = PreviewForm(request.GET or None)
+    form = PreviewForm(request.GET or None, label_suffix="")
     context = {"photo": photo, "form": form, "shown": photo.large_url, "section": "photos"}
     if form.is_valid():
         try:

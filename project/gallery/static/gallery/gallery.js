@@ -35,7 +35,7 @@ function parse(html) {
 function replace(old, fresh) {
   if (!fresh) return old.remove(); // it was deleted
   if (old.outerHTML === fresh.outerHTML) return;
-  if (old.dataset.status === fresh.dataset.status && old.dataset.finished === "false") return move(old, fresh);
+  if (old.dataset.status === fresh.dataset.status && fresh.dataset.finished === "false") return move(old, fresh);
   // The links and buttons of a card come and go with it; keep the reader's place.
   const place = old.contains(document.activeElement) && document.activeElement;
   old.replaceWith(fresh);
@@ -143,19 +143,20 @@ addEventListener("online", () => schedule(0));
 addEventListener("pagehide", close);
 
 const form = document.getElementById("upload");
-const button = form.querySelector("button");
-const idle = button.textContent;
-
-form.addEventListener("submit", () => {
-  button.disabled = true;
-  button.textContent = button.dataset.busy;
-});
-// The browser may show this page again as it was left.
-addEventListener("pageshow", () => {
-  button.disabled = false;
-  button.textContent = idle;
-  schedule(0);
-});
+if (form) {
+  const button = form.querySelector("button");
+  const idle = button.textContent;
+  form.addEventListener("submit", () => {
+    button.disabled = true;
+    button.textContent = button.dataset.busy;
+  });
+  // The browser may show this page again as it was left.
+  addEventListener("pageshow", () => {
+    button.disabled = false;
+    button.textContent = idle;
+  });
+}
+addEventListener("pageshow", () => schedule(0));
 
 announce();
 schedule(streams ? 0 : INTERVAL);
