@@ -100,11 +100,18 @@ def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
     if video is None:
         raise Discard("The video was deleted.")
 
+    told = -1
+
     def report(done: int, total: int) -> None:
-        context.set_progress(done, total)
+        nonlocal told
         # Asked between two frames, so that nothing is cut off inside FFmpeg.
         if context.cancelled:
             raise JobCancelled
+        if done > told:
+            told = done
+            context.set_progress(done, total)
+            if not Video.objects.filter(pk=video_id).exists():
+                raise Discard("The video was deleted meanwhile.")
 
     try:
         made = write_web_video(

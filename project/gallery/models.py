@@ -8,7 +8,6 @@ original. It does not know how they are made, which is ``thumbnails.py`` and
 
 from __future__ import annotations
 
-import logging
 import shutil
 import uuid
 from pathlib import Path
@@ -19,11 +18,8 @@ from django.db import models, transaction
 from django.db.models.signals import post_delete
 from django.dispatch import receiver
 
-from django_gearman.exceptions import GearmanError
 from django_gearman.jobs import JobResult
 from django_gearman.models import JobRecord
-
-logger = logging.getLogger(__name__)
 
 
 def original_path(upload: Upload, filename: str) -> str:
@@ -176,16 +172,9 @@ class Video(Upload):
 @receiver(post_delete, sender=Photo)
 @receiver(post_delete, sender=Video)
 def delete_files(sender: type[Upload], instance: Upload, **kwargs: Any) -> None:
-    """The job and the files go once the row is gone for good."""
+    """The files go once the row is gone for good; a job finds out by itself."""
 
     def delete() -> None:
-        job = instance.job()
-        if job is not None and not job.is_finished:
-            try:
-                job.cancel()
-            except GearmanError as error:
-                # It will find that its row is gone.
-                logger.warning("Job %s of %s could not be cancelled: %s", job.id, instance, error)
         instance.original.delete(save=False)
         shutil.rmtree(instance.folder_path, ignore_errors=True)
 
