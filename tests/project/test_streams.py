@@ -13,7 +13,6 @@ from django.http import StreamingHttpResponse
 
 from project.gallery import streams
 
-
 pytestmark = pytest.mark.django_db  # the end of a request looks at the connection
 
 
