@@ -115,6 +115,30 @@ class TestVideos:
         admin.reload()
         expect(admin.locator(".gearman-status").first).to_have_text("Cancelled")
 
+    def test_more_visitors_than_threads_for_streams(
+        self, page: Page, browser: Browser, site: Site, long: Path
+    ):
+        """Who gets no stream polls, and nobody is kept from the site."""
+        card = upload(page, long)
+        expect(status(card)).to_have_text(re.compile("Converting"))
+        others = [Visitor(browser, site) for _ in range(6)]
+        asked: list[str] = []
+        pages = [other.context.new_page() for other in others]
+        for each in pages:
+            each.on("request", lambda request: asked.append(request.url))
+            each.goto("/videos/")
+        cards = [each.get_by_role("article", name=long.name, exact=True).first for each in pages]
+        for each in cards:
+            expect(status(each)).to_have_text(re.compile(r"Converting: [1-9]\d? %"))
+        cancel(card)
+        for each in cards:
+            expect(status(each)).to_have_text("Cancelled")
+        assert any("/videos/stream/" in url for url in asked)
+        assert any("/videos/cards/" in url for url in asked)
+        for other in others:
+            other.close()
+            assert other.troubles == []
+
     def test_cancelled_while_it_waits_and_tried_again(self, page: Page, site: Site):
         site.worker.stop()
         card = upload(page, real("carphone_pristine.mp4"))

@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from array import array
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from django.conf import settings
@@ -16,6 +17,8 @@ from django.core.management.base import BaseCommand, CommandError
 from project.gallery.uploads import add_videos
 
 from .make_sample_photos import paint
+
+NAME = "sample_video.mp4"
 
 RATE = 25
 """Frames a second."""
@@ -41,16 +44,21 @@ class Command(BaseCommand):
         seconds, width = options["seconds"], options["width"]
         if not (0 < seconds <= 3600 and 64 <= width <= 3840):
             raise CommandError("--seconds must be between 0 and 3600, --width between 64 and 3840.")
-        path = options["output"] or Path(settings.MEDIA_ROOT).parent / "sample_video.mp4"
+        if options["submit"]:
+            self._submit(seconds, width)
+            return
+        path = options["output"] or Path(settings.MEDIA_ROOT).parent / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         sample_video(path, seconds=seconds, width=width)
-        if not options["submit"]:
-            self.stdout.write(f"{path}: {path.stat().st_size:,} bytes")
-            return
-        with path.open("rb") as file:
-            (video,) = add_videos([File(file, name=path.name)])
-        path.unlink()
-        self.stdout.write(f"{path.name}: {seconds:g} s, job {video.job_id}")
+        self.stdout.write(f"{path}: {path.stat().st_size:,} bytes")
+
+    def _submit(self, seconds: float, width: int) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / NAME
+            sample_video(path, seconds=seconds, width=width)
+            with path.open("rb") as file:
+                (video,) = add_videos([File(file, name=NAME)])
+        self.stdout.write(f"{NAME}: {seconds:g} s, job {video.job_id}")
 
 
 def sample_video(path: Path, *, seconds: float, width: int = 1280, rate: int = RATE) -> None:
