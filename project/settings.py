@@ -126,6 +126,8 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 GEARMAN = {
     "default": {
         "SERVERS": comma_separated("GEARMAN_SERVERS", "127.0.0.1:4730"),
+        # Seconds: no page waits longer for a job server that does not answer.
+        "TIMEOUT": 10.0,
         # What `gearman_worker` runs: a video of half an hour keeps no photo waiting.
         "WORKERS": {
             "video": {"PROCESSES": 1, "QUEUES": ["video"], "MAX_MEMORY": "+500"},

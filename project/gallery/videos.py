@@ -85,6 +85,9 @@ CLOSEST = CLOCK // (MAX_RATE * 4 // 3)
 KEY_FRAME_EVERY = 2
 """Seconds, so that seeking is quick."""
 
+MOST_PICTURES = 240
+"""A second, of those that a video may last: what ends files that say no moments."""
+
 PROBED_PIXELS = 36_000_000
 """Of one frame, that is decoded to find out how large it is."""
 
@@ -336,6 +339,8 @@ class _Reader:
             if stream is self.video:
                 self._refuse_if_large(frame.width, frame.height)
                 self.pictures += 1
+                if self.pictures > self._limits.max_seconds * MOST_PICTURES:
+                    raise UnreadableVideo("it has too many pictures")
             if frame.time is not None:
                 self.now = max(self.now, frame.time - self.start)
                 self._refuse_if_long(self.now)

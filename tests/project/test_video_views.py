@@ -106,6 +106,17 @@ class TestPage:
 
         assert "Its sound was left out." in card(client, made)
 
+    def test_link_to_the_records_of_videos(self, client: Client, admin_client: Client):
+        for name in (make_web_video.name, "other"):
+            JobRecord.objects.create(function=name)
+        page = client.get("/videos/").content.decode()
+        found = re.search(r'href="(/admin/django_gearman/jobrecord/\?[^"]+)"', page)
+        assert found is not None
+
+        rows = re.findall(r"field-function.*?</t", admin_client.get(found[1]).content.decode(), re.DOTALL)
+        assert len(rows) == 1
+        assert "make_web_video" in rows[0]
+
     def test_admin(self, admin_client: Client):
         done, waiting = video(status=Status.SUCCESSFUL), video()
         page = admin_client.get("/admin/gallery/video/").content.decode()

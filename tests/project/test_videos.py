@@ -451,6 +451,12 @@ class TestUnreadable:
         source = clip(tmp_path / "a.webm", codec="libvpx-vp9", moments=[0, 1, 7200], options={"live": "1"})
         assert refused(source) == "it is longer than 1 min"
 
+    def test_too_many_pictures(
+        self, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("project.gallery.videos.MOST_PICTURES", 8)
+        assert refused(clip(tmp_path / "a.mp4", rate=30), Limits(max_seconds=3)) == "it has too many pictures"
+
     def test_too_many_bytes(self, refused: Callable[..., str]):
         assert refused(real("bikes.mp4"), Limits(max_bytes=1000)) == "it has more than 1,000 bytes"
 
