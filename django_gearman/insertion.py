@@ -140,13 +140,14 @@ def _insert_by_mariadb(
     ids: list[int] = []
     for start in range(0, len(workloads), _UNITED):
         part = workloads[start : start + _UNITED]
-        rows = " UNION ALL SELECT %s, %s, %s" * (len(part) - 1)
+        # A bare text would have to be UTF-8 to be a column of such a table.
+        rows = " UNION ALL SELECT %s, %s, _binary %s" * (len(part) - 1)
         own = zip(places[start : start + _UNITED], part, strict=True)
         numbered = [value for place, values in enumerate(own) for value in (place, *values)]
         with connection.cursor() as cursor:
             cursor.execute(
                 f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.member, w.workload "  # noqa: S608
-                f"FROM (SELECT %s AS place, %s AS member, %s AS workload{rows}) w "
+                f"FROM (SELECT %s AS place, %s AS member, _binary %s AS workload{rows}) w "
                 "ORDER BY w.place RETURNING id",
                 [*constants, *numbered],
             )

@@ -806,6 +806,11 @@ class Job(Generic[P, R]):
         """As ``s``, with these arguments and no others, whatever came before."""
         return Signature(self, args, kwargs, takes_result=False)
 
+    def __copy__(self) -> Job[P, R]:
+        other: Job[P, R] = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __reduce__(self) -> Any:
         """Pickled by name, with what ``using`` changed."""
         known = registry.get(self.name)

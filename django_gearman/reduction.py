@@ -84,6 +84,27 @@ def map_reduce(
     return work.value()
 
 
+@overload
+async def amap_reduce(
+    mapper: Job[[list[T]], R],
+    reducer: Callable[[R, R], R],
+    items: Iterable[T],
+    *,
+    chunk: int = ...,
+    timeout: float | None = ...,
+    in_flight: int = ...,
+) -> R: ...
+@overload
+async def amap_reduce(
+    mapper: Job[[list[T]], R],
+    reducer: Callable[[V, R], V],
+    items: Iterable[T],
+    *,
+    initial: V,
+    chunk: int = ...,
+    timeout: float | None = ...,
+    in_flight: int = ...,
+) -> V: ...
 async def amap_reduce(
     mapper: Job[[list[Any]], Any],
     reducer: Callable[[Any, Any], Any],

@@ -199,7 +199,7 @@ class DatabaseStore:
     def count_unfinished(self) -> int:
         """How many background jobs are to do that no other server has; for the start, after ``resume``."""
         with self._database_errors():
-            at_door = sum(waiting.ready + waiting.later for waiting in self._count_door().values())
+            at_door = sum(waiting.ready + waiting.later for waiting in self._count().values())
             ours = self._records().filter(server_id=self.lease_id, status__in=JobRecord.LIVE)
             # The first claim is to tell the core what lies there.
             self._count_at = 0.0
@@ -236,7 +236,7 @@ class DatabaseStore:
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
-                left = self._count_door()
+                left = self._count()
         return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
 
     def _resume_more(self) -> None:
@@ -338,7 +338,7 @@ class DatabaseStore:
                 rows.append(_Row(id, size, job, job.run_after, group))
         return rows
 
-    def _count_door(self) -> dict[tuple[bytes, int], Waiting]:
+    def _count(self) -> dict[tuple[bytes, int], Waiting]:
         """How many jobs lie at the door; from indexes alone."""
         began = monotonic()
         counts: dict[tuple[bytes, int], Waiting] = {}
@@ -427,7 +427,7 @@ class DatabaseStore:
             if not job.filter(server=None, status__in=_AT_DOOR).update(**ended):
                 return None
             for group in job.filter(group_index__isnull=False).values_list("group", flat=True):
-                self._count({group: continuations.Ended(failed=1)})
+                self._count_members({group: continuations.Ended(failed=1)})
             return True
 
     def _free_jobs_of_the_dead(self) -> None:
@@ -630,7 +630,7 @@ class DatabaseStore:
         if batch.attempts:
             self._keep_attempts(batch.attempts)
         if ended:
-            self._count(ended)
+            self._count_members(ended)
         return joined
 
     def _members_that_end(self, changed: dict[bytes, Row]) -> dict[int, continuations.Ended]:
@@ -649,7 +649,7 @@ class DatabaseStore:
                     of.failed += 1
         return ended
 
-    def _count(self, ended: Mapping[int, continuations.Ended]) -> None:
+    def _count_members(self, ended: Mapping[int, continuations.Ended]) -> None:
         self.laid |= continuations.count(ended, self._using, self._workload_limit).laid
 
     @property

@@ -356,6 +356,9 @@ class _Runner:
         self._set_clock()
         self._journal.claim_soon()
         self._settle()
+        # What was claimed may have become due since the clock was set.
+        self._set_clock()
+        self._core.tick()
         assigned = self._grab()
         if assigned is None and self._end_pause():
             self._settle()

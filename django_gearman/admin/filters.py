@@ -116,6 +116,23 @@ class QueueFilter(JobFilter):
         return Q(queue_name=value)
 
 
+class GroupFilter(JobFilter):
+    """For who comes from the page of a group; else it is not there."""
+
+    title = _("group")
+    parameter_name = "group"
+    indexed = True
+
+    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> Choices:
+        chosen = self.value()
+        return [] if chosen is None else [(chosen, visible(chosen, 20))]
+
+    def condition(self, value: str) -> Q:
+        if not (value.isascii() and value.isdigit() and len(value) < 19):
+            raise KeyError(value)
+        return Q(group=int(value))
+
+
 class KindFilter(JobFilter):
     title = _("kind")
     parameter_name = "kind"

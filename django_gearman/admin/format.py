@@ -178,6 +178,11 @@ def progress(job: JobRecord) -> str:
     done, total = job.numerator, job.denominator
     if done is None or total is None:
         return NOTHING
+    return fraction(done, total, _("Progress of job %(id)d") % {"id": job.pk})
+
+
+def fraction(done: int, total: int, label: str) -> str:
+    """Return so much of so much, as ``progress``; the label is read out."""
     figures = f"{done}/{total}"
     if total <= 0:
         return figures
@@ -186,7 +191,7 @@ def progress(job: JobRecord) -> str:
         '<span class="gearman-figures">{}</span></span>',
         total,
         min(max(done, 0), total),
-        _("Progress of job %(id)d") % {"id": job.pk},
+        label,
         figures,
     )
 

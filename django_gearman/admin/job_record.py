@@ -14,13 +14,15 @@ from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.db.models.functions import Substr
 from django.forms.widgets import CheckboxInput, Script
 from django.http import HttpRequest, HttpResponse
+from django.urls import reverse
+from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from django_gearman.exceptions import ConnectionFailed, JobResultDoesNotExist
 from django_gearman.jobs import JobResult
-from django_gearman.models import JobAttempt, JobRecord
+from django_gearman.models import JobAttempt, JobGroup, JobRecord
 
 from . import filters, format, payload
 from .change_list import JobChangeList
@@ -55,6 +57,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
     list_filter = (
         filters.StatusFilter,
         filters.FunctionFilter,
+        filters.GroupFilter,
         filters.QueueFilter,
         filters.KindFilter,
         filters.PriorityFilter,
@@ -159,6 +162,7 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
                     "fields": (
                         ("status_badge", "progress", "attempts_made"),
                         ("worker_name", "server_name", "handle_text"),
+                        *(("group_link",) if obj is not None and obj.group_id is not None else ()),
                     )
                 },
             ),
@@ -285,6 +289,21 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
             log_head=Substr("log", 1, payload.READ),
         )
         return format.past_attempts(attempts.defer("message", "traceback", "log")[:ATTEMPTS])
+
+    @admin.display(description=gettext_lazy("group"))
+    def group_link(self, job: JobRecord) -> str:
+        group = JobGroup.objects.filter(pk=job.group_id or 0).first()
+        if group is None:
+            return format.NOTHING
+        url = reverse(
+            "admin:django_gearman_jobgroup_change", args=[group.pk], current_app=self.admin_site.name
+        )
+        if job.group_index is not None:
+            place = _("member %(place)d of %(total)d") % {"place": job.group_index, "total": group.total}
+        else:
+            place = _("follows it")
+        link = format_html('<a href="{}">{} {}</a>', url, group.pk, format.visible(group.name, 80))
+        return format.with_remark(link, place)
 
     @admin.display(description=gettext_lazy("kind"))
     def kind(self, job: JobRecord) -> str:

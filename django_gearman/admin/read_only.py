@@ -8,15 +8,16 @@ from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
 
-from django_gearman.models import JobRecord, Schedule, ServerLease
+from django_gearman.models import JobGroup, JobRecord, Schedule, ServerLease
 
 if TYPE_CHECKING:
     # Only the stubs know that it is generic.
     JobRecordModelAdmin = admin.ModelAdmin[JobRecord]
     ServerLeaseModelAdmin = admin.ModelAdmin[ServerLease]
     ScheduleModelAdmin = admin.ModelAdmin[Schedule]
+    JobGroupModelAdmin = admin.ModelAdmin[JobGroup]
 else:
-    JobRecordModelAdmin = ServerLeaseModelAdmin = ScheduleModelAdmin = admin.ModelAdmin
+    JobRecordModelAdmin = ServerLeaseModelAdmin = ScheduleModelAdmin = JobGroupModelAdmin = admin.ModelAdmin
 
 
 class ReadOnly:

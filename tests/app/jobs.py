@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from django_gearman import Discard, JobContext, JobResult, Retry, job
 
+AN_HOUR = timedelta(hours=1)
 logger = logging.getLogger("django_gearman.tests")
 
 
@@ -63,6 +65,11 @@ def wait_for_file(path: str) -> int:
             raise TimeoutError(path)
         time.sleep(0.01)
     return os.getpid()
+
+
+@job
+def wait_for_files(paths: list[str]) -> int:
+    return sum(wait_for_file.call(path) for path in paths)
 
 
 @job
@@ -159,3 +166,18 @@ def total(numbers: list[int], more: int = 0) -> int:
 @job
 def note(text: str) -> str:
     return text
+
+
+@job(takes_context=True)
+def tell_group(context: JobContext, *args: int) -> list[object]:
+    """What a continuation sees of its group."""
+    group = context.group
+    assert group is not None
+    return [group.total, group.failed, [result.status for result in group], *args]
+
+
+@job(takes_context=True)
+async def atell_group(context: JobContext, values: list[int]) -> list[object]:
+    group = await context.agroup()
+    assert group is not None
+    return [values, [result.status async for result in group]]

@@ -2,22 +2,28 @@
 
 from collections.abc import AsyncGenerator, Generator
 from datetime import timedelta
-from typing import assert_type
+from typing import Any, assert_type
 
 from django_gearman import (
     AsyncClient,
     Client,
     Data,
+    GroupResult,
     Job,
     JobContext,
     JobResult,
     Progress,
+    Signature,
     Task,
     Value,
     Warned,
+    amap_reduce,
+    chain,
     cron,
     every,
+    group,
     job,
+    map_reduce,
 )
 
 
@@ -67,6 +73,16 @@ def scheduled(left: int) -> str:
 
 @job(schedule=[cron("0 3 * * *"), every(timedelta(minutes=5), name="often")], takes_context=True)
 def scheduled_twice(context: JobContext) -> None: ...
+
+
+@job
+def length(texts: list[str]) -> int:
+    return sum(map(len, texts))
+
+
+@job
+def merge(left: int, right: int) -> int:
+    return left + right
 
 
 def names_and_defaults() -> None:
@@ -148,6 +164,32 @@ async def clients(client: Client, other: AsyncClient) -> None:
     assert_type(client.add_task("f", b"w", on_complete=lambda task: task.data), Task)
     assert_type(client.run_tasks(timeout=5, on_fail=print), list[Task])
     assert_type(await other.run_tasks(timeout=5, on_fail=print), list[Task])
+
+
+def parallel() -> None:
+    assert_type(add.s(1), Signature[str])
+    assert_type(add.si(1, right=2), Signature[str])
+    assert_type(add.using(priority=5).si(1), Signature[str])
+    assert_type(add_later.si(1), Signature[str])
+    assert_type(report.si(steps=3), Signature[list[str]])
+    assert_type(group(add.s(1), add.s(2)), group[str])
+    assert_type(group(add.s(number) for number in range(3)).run(timeout=5), list[str])
+    result = group([add.s(1)]).enqueue(on_success=no_context.s(), on_complete=report.si(1))
+    assert_type(result, GroupResult[list[str]])
+    assert_type(result.get(timeout=5), list[str])
+    assert_type(result.on_success, JobResult[Any] | None)
+    assert_type(chain(add.s(1), report.s()).run(), list[str])
+    assert_type(chain(add.s(1), group(add.s(1)), no_context.si(3), report.s()).enqueue().get(), list[str])
+    assert_type(map_reduce(length, lambda left, right: left + right, ["a"]), int)
+    assert_type(map_reduce(length, merge, ["a"], chunk=10, timeout=5), int)
+    for member in result:
+        assert_type(member, JobResult[Any])
+
+
+async def parallel_twins() -> None:
+    assert_type(await group(add.s(1)).arun(timeout=5), list[str])
+    assert_type(await (await chain(add.s(1), report.s()).aenqueue()).aget(), list[str])
+    assert_type(await amap_reduce(length, merge, ["a"]), int)
 
 
 def a_job_can_be_passed_on(any_job: Job[[int], str]) -> None:

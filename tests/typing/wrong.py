@@ -1,6 +1,6 @@
 """Calls that type checkers are to refuse: every line with the word ``error`` in its comment, and no other."""
 
-from django_gearman import Client, JobContext, cron, every, job
+from django_gearman import Client, JobContext, chain, cron, every, group, job, map_reduce
 
 
 @job
@@ -35,6 +35,13 @@ add.stream("1")  # error: arg-type
 add.astream()  # error: call-arg
 add.enqueue_many([1, 2])  # error: list-item
 add.using(run_timeout="1")  # error: arg-type
+add.si("1")  # error: arg-type
+add.si()  # error: call-arg
+group(add, add)  # error: call-overload
+chain(add.s(1), 3)  # error: call-overload
+group(add.s(1)).enqueue(on_success=add)  # error: arg-type
+map_reduce(add, add, [1])  # error: arg-type
+number: int = group(add.s(1)).run()  # error: assignment
 
 
 async def twins() -> int:
