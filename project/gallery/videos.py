@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -391,8 +392,15 @@ class _Writer:
             return
         if self._video is None:
             self._begin(frame)
-        self._prepare(frame)
-        self._graph.vpush(frame)
+        kind_of_frame = (frame.width, frame.height, frame.format.name, frame.rotation)
+        if kind_of_frame != self._graph_for:
+            # A video may change its size on the way.
+            self._drain()
+            with _unconvertible():
+                self._graph = self._graph_of(frame)
+            self._graph_for = kind_of_frame
+        with _unconvertible():
+            self._graph.vpush(frame)
         self._pull()
 
     def _begin(self, frame: Any) -> None:
@@ -414,24 +422,19 @@ class _Writer:
             self._audio = self._container.add_stream("aac", rate=48_000, layout="mono" if mono else "stereo")
             self._audio.bit_rate = 64_000 if mono else 128_000
 
-    def _prepare(self, frame: Any) -> None:
-        """The filters for frames like this one; a video may change its size on the way."""
-        kind = (frame.width, frame.height, frame.format.name, frame.rotation)
-        if kind == self._graph_for:
-            return
-        self._drain()
-        self._graph_for = kind
+    def _graph_of(self, frame: Any) -> Any:
+        """The filters for frames like this one."""
+        graph = av.filter.Graph()
         time_base = _fraction(frame.time_base, 1)
-        graph = self._graph = av.filter.Graph()
         nodes = [
             graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
         ]
-        for name, arguments in self._filters(frame):
-            nodes.append(graph.add(name, arguments))
+        nodes += [graph.add(name, arguments) for name, arguments in self._filters(frame)]
         nodes.append(graph.add("buffersink"))
-        for one, next_one in zip(nodes, nodes[1:]):  # noqa: B905, RUF007 - each with the one behind it
+        for one, next_one in pairwise(nodes):
             one.link_to(next_one)
         graph.configure()
+        return graph
 
     def _filters(self, frame: Any) -> Iterator[tuple[str, str]]:
         if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
@@ -454,16 +457,18 @@ class _Writer:
 
     def _drain(self) -> None:
         if self._graph is not None:
-            self._graph.vpush(None)
+            with _unconvertible():
+                self._graph.vpush(None)
             self._pull()
             self._graph = None
 
     def _pull(self) -> None:
         while True:
-            try:
-                frame = self._graph.vpull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
+            with _unconvertible():
+                try:
+                    frame = self._graph.vpull()
+                except (av.error.BlockingIOError, av.error.EOFError):
+                    return
             self._encode(frame)
 
     def _encode(self, frame: Any) -> None:
@@ -498,7 +503,7 @@ class _Writer:
     def finish(self) -> Made:
         self._drain()
         self._container.mux(self._video.encode(None))
-        if self._samples:
+        if self._samples and self._reader.audio is not None:
             self._container.mux(self._audio.encode(None))
         self._container.close()
         return Made(
@@ -515,6 +520,15 @@ class _Writer:
             os.unlink(self._path)
         with suppress(av.error.FFmpegError, ValueError):
             self._container.close()
+
+
+@contextmanager
+def _unconvertible() -> Iterator[None]:
+    """Only around the filters, since what is written may fail as well, for want of room."""
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        raise UnreadableVideo("its pictures cannot be converted") from error
 
 
 class _Poster:

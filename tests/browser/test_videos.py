@@ -121,7 +121,7 @@ class TestVideos:
         """Who gets no stream polls, and nobody is kept from the site."""
         card = upload(page, long)
         expect(status(card)).to_have_text(re.compile("Converting"))
-        others = [Visitor(browser, site) for _ in range(6)]
+        others = [Visitor(browser, site) for _ in range(5)]
         asked: list[str] = []
         pages = [other.context.new_page() for other in others]
         for each in pages:

@@ -475,6 +475,47 @@ class TestUnreadable:
         assert not made.sound
         assert made.notes == ["Its sound is coded in a way that is not known here, and was left out."]
 
+    def test_pictures_that_no_filter_takes(
+        self, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(
+            "project.gallery.videos._Writer._filters", lambda writer, frame: [("format", "no_such_format")]
+        )
+        assert refused(clip(tmp_path / "a.mp4")) == "its pictures cannot be converted"
+
+    def test_full_disk_is_not_the_visitors_fault(self, make: Maker, tmp_path: Path):
+        """As small a limit for files as a full disk would be."""
+        clip(tmp_path / "a.mp4", seconds=3, picture=Image.effect_noise((640, 480), 90).convert("RGB"))
+        code = (
+            "import resource, signal, sys; from pathlib import Path;"
+            "from project.gallery.videos import Limits, write_web_video;"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+            "folder = Path(sys.argv[1]);"
+            "write_web_video(folder / 'a.mp4', folder / 'made', folder / 'scratch', Limits())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1
+        assert "File too large" in done.stderr.splitlines()[-1]
+        assert make.files() == set()
+
+    def test_size_that_changes_on_the_way(self, make: Maker, tmp_path: Path):
+        options: dict[str, Any] = {"codec": "libx264"}
+        one = clip(tmp_path / "1.ts", size=(320, 240), moments=[0, 0.1, 0.2], **options)
+        other = clip(tmp_path / "2.ts", size=(160, 240), moments=[2, 2.1, 2.2], **options)
+        parts = [one.read_bytes(), other.read_bytes()]
+        (tmp_path / "both.ts").write_bytes(b"".join(parts))
+        made = make(tmp_path / "both.ts")
+
+        assert (made.width, made.height) == (320, 240)
+        with av.open(str(make.web)) as file:
+            pictures = [frame.to_image() for frame in file.decode(video=0)]
+        assert len(pictures) == 6
+        for picture in pictures:
+            assert_quarters(picture)
+
     @pytest.mark.parametrize("seed", range(6))
     def test_damaged_anywhere(self, make: Maker, tmp_path: Path, seed: int):
         """Either comes out as well as it can or is refused; nothing else happens."""
