@@ -15,7 +15,7 @@ from typing import Final
 
 from django.db import models
 
-from .exceptions import NotJSON
+from .exceptions import GearmanError, NotJSON
 
 _MAX_MESSAGE: Final = 8 * 1024
 _MAX_TRACEBACK: Final = 64 * 1024
@@ -84,7 +84,9 @@ def describe_exception(error: BaseException) -> bytes:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(_OWN_FRAMES):
         trace = trace.tb_next
-    lines = traceback.format_exception(kind, error, trace or error.__traceback__)
+    if trace is None and not isinstance(error, GearmanError):
+        trace = error.__traceback__
+    lines = traceback.format_exception(kind, error, trace)
     return dumps(
         {
             "exception": f"{kind.__module__}.{kind.__qualname__}",

@@ -233,8 +233,10 @@ class JobFailed(GearmanError):
             self.add_note(f"At the worker:\n{traceback.rstrip()}")
 
     def __str__(self) -> str:
-        reason = ": ".join(part for part in (self.exception, self.message) if part)
-        return f"job {self.job} failed" + (f" with {reason}" if reason else "")
+        if not self.exception:
+            return f"job {self.job} failed" + (f": {self.message}" if self.message else "")
+        kind = self.exception.removeprefix("builtins.")
+        return f"job {self.job} failed with {kind}" + (f": {self.message}" if self.message else "")
 
 
 class GroupFailed(GearmanError):

@@ -21,12 +21,11 @@ from django.db import transaction
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from . import conf, continuations, jobs, signals, tracing
+from . import conf, continuations, jobs, rows, signals, tracing
 from .client.tasks import Task
 from .continuations import Plan, Stage
 from .encoding import dumps, refuse_unless_json
 from .exceptions import (
-    ConnectionFailed,
     GearmanError,
     GroupDoesNotExist,
     GroupFailed,
@@ -35,13 +34,12 @@ from .exceptions import (
     JobFailed,
     JobNotFinished,
     ResponseTimeout,
-    ServerError,
     TooLarge,
     WaitInTransaction,
 )
 from .insertion import insert_workloads
 from .jobs import Job, JobResult, Signature
-from .models import JobGroup, JobRecord, unique_key_of
+from .models import Cancellation, JobGroup, JobRecord, unique_key_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -547,7 +545,7 @@ class _Insertion:
 
     def _insert_one(self, job: Job[Any, Any], record: JobRecord, what: str) -> None:
         if record.unique_key is None:
-            record.save(using=self._using, force_insert=True)
+            rows.insert(record, self._using)
         else:
             found = jobs._insert_unless_there(record, self._using)
             if found is not None:
@@ -770,71 +768,55 @@ class GroupResult(Generic[V]):
         End all members that have not ended, as ``CANCELLED``; False when all have already.
 
         Those that run are told as ``JobResult.cancel`` does. What was to follow
-        their success is cancelled, ``on_complete`` runs. In an open transaction
-        it does not wait until a job server has written that.
+        their success is cancelled, ``on_complete`` runs. In a transaction nothing is
+        waited for: True says that what job servers have will be ended when that is committed.
 
         Raises:
-            ConnectionFailed: A job server that has some cannot be told.
+            ResponseTimeout: Not all have been in ``TIMEOUT`` seconds; they will be, once the job
+                servers that have them are there again, or others take their jobs over.
         """
-        deadline = monotonic() + conf.settings_for().timeout
+        limit = conf.settings_for().timeout
+        deadline, pause, nudge_at = monotonic() + limit, 0.01, 0.0
         self.refresh()
         if self.is_finished:
             return False
-        in_transaction = transaction.get_connection(self._using).in_atomic_block
-        pause = 0.01
-        while True:
-            if in_transaction:
-                # Its lock would keep the server from writing what it is told.
-                left = self._cancel_held()
+        asked: set[int] = set()
+        while not self.is_finished:
             following = continuations.cancel_records(
                 self._group.pk, self._using, conf.settings_for().max_packet, "The group was cancelled"
             )
-            if following.laid:
+            held = self._members.filter(status__in=JobRecord.SERVED, server__isnull=False)
+            wanted = set(held.values_list("pk", flat=True)) - asked
+            asked |= wanted
+            wishes = [Cancellation(job_id=id) for id in sorted(wanted)]
+            Cancellation.objects.using(self._using).bulk_create(wishes, batch_size=500, ignore_conflicts=True)
+            if following.laid or wanted or monotonic() >= nudge_at:
                 jobs._nudge_after_commit(self._using)
-            if in_transaction:
-                self.refresh()
-                return True
-            left = self._cancel_held()
+                nudge_at = monotonic() + jobs.NUDGE_AGAIN
             self.refresh()
-            if self.is_finished:
+            if transaction.get_connection(self._using).in_atomic_block:
                 return True
-            if monotonic() >= deadline:
-                if left:
-                    raise self._cannot_tell(left)
-                # It was told, and writes it later.
-                return True
-            sleep(pause)
-            pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+            if not self.is_finished:
+                if monotonic() >= deadline:
+                    raise self._not_cancelled(limit)
+                sleep(pause)
+                pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+        return True
+
+    def _not_cancelled(self, limit: float) -> ResponseTimeout:
+        left = self.total - self.finished
+        error = ResponseTimeout(
+            f"the cancelling of group {self.id}, of which {left} are left,", limit
+        )
+        error.add_note(
+            "It is asked for still, and will be done by the job servers that have the jobs, or by those "
+            "that take their jobs over: is one running on this database?"
+        )
+        return error
 
     async def acancel(self) -> bool:
         """As ``cancel``."""
         return await sync_to_async(self.cancel)()
-
-    def _cancel_held(self) -> int:
-        """Tell the job servers of the members that they have; how many none of them knew."""
-        held = self._members.filter(status__in=JobRecord.SERVED, server__isnull=False)
-        handles = [handle for handle in held.values_list("handle", flat=True) if handle]
-        if not handles:
-            return 0
-        for admin in jobs._admins():
-            unknown = []
-            try:
-                for handle in handles:
-                    try:
-                        admin.cancel(handle)
-                    except (ServerError, ValueError):
-                        unknown.append(handle)
-            except GearmanError:
-                continue
-            handles = unknown
-        return len(handles)
-
-    def _cannot_tell(self, left: int) -> ConnectionFailed:
-        return ConnectionFailed(
-            ", ".join(conf.settings_for().servers),
-            f"none of them has {left} jobs of group {self.id}",
-            "are the job servers that have them in SERVERS?",
-        )
 
     @property
     def _using(self) -> str:

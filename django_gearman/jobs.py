@@ -62,7 +62,7 @@ from django.db import IntegrityError, close_old_connections, connections, reset_
 from django.dispatch import Signal, receiver
 from django.utils import timezone
 
-from . import conf, continuations, logs, reports, schedules, signals, tracing
+from . import conf, continuations, logs, reports, rows, schedules, signals, tracing
 from .client.admin_client import AdminClient
 from .client.aio import AsyncClient
 from .client.core import Priority
@@ -86,11 +86,12 @@ from .exceptions import (
     ResponseTimeout,
     ResultNotKept,
     Retry,
+    ServerError,
     TooLarge,
     WaitInTransaction,
 )
 from .insertion import insert_workloads, like
-from .models import JobRecord, Schedule, unique_key_of
+from .models import Cancellation, JobRecord, Schedule, unique_key_of
 
 if TYPE_CHECKING:
     from .groups import GroupResult
@@ -114,6 +115,12 @@ LONGEST_PAUSE_OF_GET: Final = 0.25
 
 LISTEN_AFTER: Final = 0.02
 """Pause between two looks from which on ``get`` asks the wire instead; short jobs have ended by then."""
+
+LISTENING_PAUSE: Final = 0.005
+"""Seconds after which ``get`` looks by itself though a job server was to tell it."""
+
+NUDGE_AGAIN: Final = 0.2
+"""Seconds after which job servers are told once more that somebody waits for a job's end."""
 
 LISTEN_FOR: Final = 30.0
 """Seconds that ``get`` waits by the wire before it looks at the record all the same."""
@@ -407,7 +414,7 @@ class JobResult(Generic[R]):
             JobResultDoesNotExist: It is gone.
         """
         try:
-            self._record.refresh_from_db(fields=_STANDING)
+            rows.refresh(self._record, _STANDING)
         except JobRecord.DoesNotExist:
             raise JobResultDoesNotExist(self.id) from None
 
@@ -419,8 +426,8 @@ class JobResult(Generic[R]):
         """
         Wait for the end, and return what the function returned.
 
-        Looks at the record for a moment; from then on one of our job servers
-        tells of the end, if it can be asked.
+        One of our job servers tells when the record has it, if it can be asked;
+        else, or when another server has the job, looks at the record now and then.
 
         Args:
             timeout: Seconds to wait; None to wait for ever.
@@ -431,14 +438,23 @@ class JobResult(Generic[R]):
         """
         patience = _Patience(timeout)
         self.refresh()
-        while not self.is_finished:
-            if transaction.get_connection(self._record._state.db).in_atomic_block:
-                raise WaitInTransaction(self._name)
-            if not patience.is_left:
-                raise self._too_late(timeout or 0.0)
-            if not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
-                sleep(patience.pause())
-            self.refresh()
+        if self.is_finished:
+            return self.return_value
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            raise WaitInTransaction(self._name)
+        with closing(client_for().watch(self.id)) as watch:
+            if watch.is_open:
+                patience.is_told()
+            while not self.is_finished:
+                if not patience.is_left:
+                    raise self._too_late(timeout or 0.0)
+                if patience.listens:
+                    watch.close()
+                if watch.is_open:
+                    watch.wait(patience.pause())
+                elif not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
+                    sleep(patience.pause())
+                self.refresh()
         return self.return_value
 
     async def aget(self, timeout: float | None = None) -> R:
@@ -475,41 +491,66 @@ class JobResult(Generic[R]):
 
     def cancel(self) -> bool:
         """
-        End the job, as ``CANCELLED``; False when it has ended already.
+        End the job, as ``CANCELLED``; False when it has ended before.
 
         A worker of ours that runs it is told: ``JobCancelled`` is raised in the
         function, and its process is killed if it goes on. What any worker says
         of the job is passed over.
 
+        The job server that has the job reads in the database that it is to end,
+        within a second, wherever it runs. In a transaction nothing is waited for:
+        True says that it will be asked to when that is committed.
+
         Raises:
-            ConnectionFailed: The job server that has it cannot be told.
+            ResponseTimeout: Nobody has carried it out in ``TIMEOUT`` seconds; it will be, once the job
+                server that has the job is there again, or another takes its jobs over.
             JobResultDoesNotExist: The record is gone.
         """
+        if not self._ask_to_cancel():
+            return False
+        limit = conf.settings_for().timeout
+        if not self._wait_for_cancelled(monotonic() + limit):
+            raise self._not_cancelled(limit)
+        return not self.is_finished or self.status == JobRecord.Status.CANCELLED
+
+    def _ask_to_cancel(self) -> bool:
+        """End what no server has, and let the others know what is to end; False when it has ended before."""
         using = self._record._state.db or conf.settings_for().database
-        deadline = monotonic() + conf.settings_for().timeout
+        self.refresh()
+        if self.is_finished:
+            return False
+        # What no server has claimed is nobody's; from then on it is that server's alone.
+        if _cancel_at_door(self._record.pk, using):
+            self.refresh()
+        else:
+            wish = Cancellation(job_id=self._record.pk)
+            Cancellation.objects.using(using).bulk_create([wish], ignore_conflicts=True)
+            _nudge_after_commit(using)
+        return True
+
+    def _wait_for_cancelled(self, deadline: float) -> bool:
+        """Whether it has ended by then; at once where nothing can be seen of it before the commit."""
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            return True
+        pause, nudge_at = 0.002, monotonic() + NUDGE_AGAIN
         while True:
             self.refresh()
-            if self.is_finished:
-                return False
-            # What no server has claimed is nobody's; from then on it is that server's alone.
-            if _cancel_at_door(self._record.pk, using) or _cancel_by_wire(self.handle):
-                break
-            if monotonic() >= deadline:
-                raise ConnectionFailed(
-                    ", ".join(conf.settings_for().servers),
-                    f"none of them has job {self._name}",
-                    "is the job server that has it in SERVERS?",
-                )
-            sleep(0.05)
-        # A job server writes it a moment later.
-        pause = 0.001
-        while monotonic() < deadline:
-            self.refresh()
-            if self.is_finished:
-                break
+            if self.is_finished or monotonic() >= deadline:
+                return self.is_finished
+            if monotonic() >= nudge_at:
+                # The server that heard of it may have looked a moment before.
+                nudge_at = monotonic() + NUDGE_AGAIN
+                _nudge()
             sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
-        return True
+
+    def _not_cancelled(self, limit: float) -> ResponseTimeout:
+        error = ResponseTimeout(f"the cancelling of job {self._name}", limit)
+        error.add_note(
+            "It is asked for still, and will be done by the job server that has the job, or by the one "
+            "that takes its jobs over: is one running on this database?"
+        )
+        return error
 
     async def acancel(self) -> bool:
         """As ``cancel``."""
@@ -574,6 +615,10 @@ class _Patience:
         """Whether it has been long enough to ask a job server."""
         return self._pause >= LISTEN_AFTER
 
+    def is_told(self) -> None:
+        """A job server will say when it is time to look; that another has the job is the exception."""
+        self._pause = LISTENING_PAUSE
+
     def heard(self, told: bool) -> bool:
         """Whether a job server told something: then the record will say so at once."""
         if told:
@@ -634,7 +679,11 @@ class WireJobResult(JobResult[R]):
         """
         End the job; False when the server has it no more, or it was not submitted yet.
 
-        gearmand keeps one that runs until it ends.
+        gearmand keeps one that runs until it ends. Our own server takes the command from its own
+        machine alone: elsewhere, cancel jobs of its records.
+
+        Raises:
+            ServerError: It does not take the command from here.
         """
         return self.handle != "" and _cancel_by_wire(self.handle)
 
@@ -1355,7 +1404,7 @@ def _insert(record: JobRecord, using: str) -> JobRecord:
         if found is not None:
             return found
     else:
-        record.save(using=using, force_insert=True)
+        rows.insert(record, using)
     _nudge_after_commit(using)
     return record
 
@@ -1369,7 +1418,7 @@ def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
             return found
         try:
             with transaction.atomic(using=using):
-                record.save(using=using, force_insert=True)
+                rows.insert(record, using)
         except IntegrityError:
             # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
             if connections[using].features.has_select_for_update:
@@ -1810,14 +1859,52 @@ def _cancel_at_door(id: int, using: str) -> bool:
     return cancelled
 
 
+def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:
+    """
+    Cancel jobs at once; how many were, and how many are only asked to be after ``limit`` seconds.
+
+    Those that ended before, or whose records are gone, are in neither.
+    """
+    deadline = monotonic() + limit
+    asked = []
+    for result in results:
+        try:
+            if result._ask_to_cancel():
+                asked.append(result)
+        except JobResultDoesNotExist:
+            continue
+    done = waiting = 0
+    for result in asked:
+        try:
+            if not result._wait_for_cancelled(deadline):
+                waiting += 1
+            elif not result.is_finished or result.status == JobRecord.Status.CANCELLED:
+                done += 1
+        except JobResultDoesNotExist:
+            continue
+    return done, waiting
+
+
 def _cancel_by_wire(handle: str) -> bool:
-    """Whether one of the job servers had the job, and has ended it."""
+    """
+    Whether one of the job servers had the job, and has ended it.
+
+    Raises:
+        ServerError: One of ours may have it, and takes the command from its own machine alone.
+    """
+    refusal: ServerError | None = None
     for admin in _admins():
         try:
             admin.cancel(handle)
+        except ServerError as error:
+            if error.code == "PERMISSION_DENIED":
+                refusal = error
         except (GearmanError, ValueError):
             continue
-        return True
+        else:
+            return True
+    if refusal is not None:
+        raise refusal
     return False
 
 

@@ -375,6 +375,26 @@ class JobGroup(models.Model):
         return self.successful + self.failed
 
 
+class Cancellation(models.Model):
+    """
+    Somebody wants a job to end that a job server has: that server, whichever it is, sees to it.
+
+    Rows are made by whoever cancels, and deleted by job servers once the job has ended.
+    """
+
+    job_id = models.BigIntegerField(_("job"), primary_key=True)
+    """Of the ``JobRecord``. No relation: to prune records need not look for these."""
+
+    requested_at = models.DateTimeField(_("requested at"), default=timezone.now)
+
+    class Meta:
+        verbose_name = _("cancellation")
+        verbose_name_plural = _("cancellations")
+
+    def __str__(self) -> str:
+        return f"cancellation of #{self.job_id}"
+
+
 class Schedule(models.Model):
     """
     When a function is to be run, again and again.

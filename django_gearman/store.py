@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -32,7 +33,7 @@ from . import continuations
 from .encoding import exception_of
 from .exceptions import LeaseLost, StoreError
 from .history import History
-from .models import JobAttempt, JobRecord, ServerLease, unique_key_of
+from .models import Cancellation, JobAttempt, JobRecord, ServerLease, unique_key_of
 from .scheduler import Scheduler, current_time
 from .server.entries import (
     Claimed,
@@ -45,6 +46,7 @@ from .server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -84,6 +86,9 @@ WATCH_INTERVAL: Final = 60.0
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
 
+CANCEL_INTERVAL: Final = 0.1
+"""Seconds between two looks at what is to be cancelled, however often somebody calls."""
+
 _READY: Final = Status.READY.value
 _SCHEDULED: Final = Status.SCHEDULED.value
 _RUNNING: Final = Status.RUNNING.value
@@ -91,6 +96,8 @@ _RETRYING: Final = Status.RETRYING.value
 _AT_DOOR: Final = (Status.READY, Status.SCHEDULED, Status.RETRYING)
 """Of a job that no server has, and that is to do."""
 _MAX_PROGRESS: Final = 2**63 - 1
+_OF_MEMBERS: Final = ("group", "group_index")
+"""Fields that stay null in what comes over the wire."""
 
 
 class DatabaseStore:
@@ -154,8 +161,12 @@ class DatabaseStore:
         self._look_for_due_at = 0.0
         """Monotonic time at which jobs for later are looked at again."""
         self._has_later = False
+        self._look_for_cancelled_at = 0.0
+        """Monotonic time at which what is to be cancelled is looked at again."""
         self._count_at = 0.0
         """Monotonic time from which what lies at the door is counted again."""
+        self._without_schedules = 0
+        """The second, since 1970, of which is known that no schedule was due."""
         self.epoch = 0
         self._fields = {field.name: field for field in JobRecord._meta.concrete_fields}
         self._kinds = {name: field.get_internal_type() for name, field in self._fields.items()}
@@ -213,9 +224,17 @@ class DatabaseStore:
                 # What is older must not come behind what lies at the door already.
                 return Claimed([], more=True)
         with self._database_errors():
+            # Claims may follow each other by the millisecond.
+            if moment == self._without_schedules:
+                scheduler = None
             is_time = scheduler is not None and scheduler.has_work(moment)
+        if not is_time:
+            self._without_schedules = moment
         if monotonic() - self._looked_for_dead >= self._lease / 3:
             self._free_jobs_of_the_dead()
+            # Some of them may be to end.
+            self._look_for_cancelled_at = 0.0
+        cancelled = self._cancelled()
         with self._database_errors():
             # Mostly there is nothing, and finding that out need not write.
             door = _Look() if is_time else self._look(limit, full)
@@ -223,7 +242,7 @@ class DatabaseStore:
         taken = self._found_again()
         if door.rows or is_time or monotonic() - self.renewed >= self._lease / 3:
             try:
-                with self._transaction():
+                with self._transaction() if is_time else self._unsynced_transaction():
                     self._prove_lease()
                     if is_time and scheduler is not None:
                         scheduler.work(moment)
@@ -237,7 +256,40 @@ class DatabaseStore:
         if door.is_partial and monotonic() >= self._count_at:
             with self._database_errors():
                 left = self._count()
-        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in)
+        return Claimed(taken, door.more, frozenset(door.emptied), left, door.due_in, cancelled)
+
+    def _cancelled(self) -> list[bytes]:
+        """
+        Handles of this server's jobs that somebody wants to end; ends those that lie at the door.
+
+        Each other server sees to its own. The wish is forgotten once the job has ended, however it did.
+        """
+        if monotonic() < self._look_for_cancelled_at:
+            return []
+        self._look_for_cancelled_at = monotonic() + CANCEL_INTERVAL
+        ours: list[bytes] = []
+        at_door: list[int] = []
+        with self._database_errors():
+            wanted = [id for (id,) in self._execute(self._sql.cancellations, [])]
+            over = set(wanted)
+            for start in range(0, len(wanted), 500):
+                live = self._records().filter(pk__in=wanted[start : start + 500], status__in=JobRecord.LIVE)
+                for id, server, handle in live.values_list("pk", "server", "handle"):
+                    over.discard(id)
+                    if server == self.lease_id:
+                        ours.append(str(handle).encode())
+                    elif server is None:
+                        at_door.append(id)
+        if over or at_door:
+            with self._transaction():
+                self._prove_lease()
+                for start in range(0, len(at_door), 500):
+                    # Another server may have been quicker to claim it: then it reads the same.
+                    self._end_at_door(pk__in=at_door[start : start + 500])
+                for start in range(0, len(wanted), 500):
+                    part = over.intersection(wanted[start : start + 500])
+                    Cancellation.objects.using(self._using).filter(pk__in=part).delete()
+        return ours
 
     def _resume_more(self) -> None:
         with self._transaction():
@@ -415,20 +467,25 @@ class DatabaseStore:
 
     def _cancel(self, question: Question) -> bool | None:
         """End a job that lies at the door."""
-        ended = {
-            "status": Status.CANCELLED,
-            "finished_at": timezone.now(),
-            "message": "An operator cancelled the job",
-            "unique_key": None,
-        }
         with self._transaction():
             self._prove_lease()
-            job = self._records().filter(handle=text_of(question.handle))
-            if not job.filter(server=None, status__in=_AT_DOOR).update(**ended):
-                return None
-            for group in job.filter(group_index__isnull=False).values_list("group", flat=True):
-                self._count_members({group: continuations.Ended(failed=1)})
-            return True
+            return bool(self._end_at_door(handle=text_of(question.handle))) or None
+
+    def _end_at_door(self, **which: Any) -> int:
+        """Cancel jobs that lie at the door; how many there were."""
+        door = self._records().filter(server=None, status__in=_AT_DOOR, **which)
+        # Locked, so that each that is counted is ended here and not claimed by somebody else.
+        members = door.filter(group_index__isnull=False).select_for_update().order_by("pk")
+        groups = Counter(members.values_list("group", flat=True))
+        ended = door.update(
+            status=Status.CANCELLED,
+            finished_at=timezone.now(),
+            message="An operator cancelled the job",
+            unique_key=None,
+        )
+        if groups:
+            self._count_members({group: continuations.Ended(failed=n) for group, n in groups.items()})
+        return ended
 
     def _free_jobs_of_the_dead(self) -> None:
         """
@@ -884,11 +941,11 @@ class DatabaseStore:
 
     @cached_property
     def _prepared_defaults(self) -> dict[str, tuple[str, Any]]:
-        """{field: (column, the default as the driver takes it)} for all but the id."""
+        """{field: (column, the default as the driver takes it)} of what a job of the wire may have."""
         return {
             name: (str(field.column), field.get_db_prep_save(field.get_default(), self._connection))
             for name, field in self._fields.items()
-            if not field.primary_key
+            if not field.primary_key and name not in _OF_MEMBERS
         }
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
@@ -982,6 +1039,28 @@ class DatabaseStore:
             if self._connection.needs_rollback:
                 # A savepoint could not be rolled back; Django would now undo everything without a word.
                 raise DatabaseError("The transaction is broken")
+
+    @contextmanager
+    def _unsynced_transaction(self) -> Iterator[None]:
+        """
+        All or nothing, and on SQLite perhaps nothing after a power failure.
+
+        For claims: then their rows lie at the door, as before, and nobody was told of anything.
+        The next commit that is synced keeps all before it.
+        """
+        connection = self._connection
+        with self._database_errors():
+            relaxes = connection.vendor == "sqlite" and not connection.in_atomic_block
+            if relaxes:
+                self._execute("PRAGMA synchronous=NORMAL", [])
+        try:
+            with self._transaction():
+                yield
+        finally:
+            # A connection that was let go of begins anew.
+            if relaxes and self._prepared is not None:
+                with self._database_errors():
+                    self._execute("PRAGMA synchronous=FULL", [])
 
     @contextmanager
     def _database_errors(self) -> Iterator[None]:
@@ -1126,6 +1205,8 @@ class _Statements:
             f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
+        cancellations = quote(Cancellation._meta.db_table)
+        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"  # noqa: S608
         self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
 
         def change(assignments: str, condition: str) -> str:
@@ -1410,6 +1491,8 @@ def _change(row: Row, entry: Entry) -> None:
                 row.update(server=None, server_epoch=None)
         case JobDue():
             row["status"] = _READY
+        case JobUnclaimed():
+            row.update(server=None, server_epoch=None)
         case JobKept():
             row["background"] = True
             row["unique_key"] = _key_of(entry)

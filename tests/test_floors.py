@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "reports": 2,
     "durability": 3,
     "insertion": 3,
+    "rows": 3,
     "scheduler": 3,
     "history": 3,
     "continuations": 3,

@@ -568,7 +568,7 @@ class TestResult:
     def test_failure(self) -> None:
         result = jobs.fail.enqueue("no")
         end(result.id, Status.FAILED, exception="builtins.ValueError", message="no", traceback="Traceback")
-        with pytest.raises(JobFailed, match=r"failed with builtins\.ValueError: no") as caught:
+        with pytest.raises(JobFailed, match=r"failed with ValueError: no") as caught:
             result.get(timeout=1)
         assert (caught.value.exception, caught.value.message) == ("builtins.ValueError", "no")
         assert caught.value.traceback == "Traceback"
@@ -579,7 +579,7 @@ class TestResult:
     def test_an_end_without_a_word(self, status: Status) -> None:
         result = jobs.add.enqueue(1)
         end(result.id, status)
-        with pytest.raises(JobFailed, match=f"failed with {status.label}"):
+        with pytest.raises(JobFailed, match=f"failed: {status.label}"):
             result.get()
         assert len(result.errors) == 1
 
@@ -795,6 +795,10 @@ def raise_unspeakable() -> None:
     raise Unspeakable
 
 
+def return_a_set() -> set[int]:
+    return {1}
+
+
 def raise_chain() -> None:
     try:
         raise_("first")
@@ -820,6 +824,11 @@ class TestDescribeException:
         ]
         assert len(lines) == 1
         assert f"in {function.__name__}" in lines[0]
+
+    def test_a_refusal_of_ours_has_none(self) -> None:
+        """It is a sentence to who wrote the function."""
+        told = described(return_a_set)
+        assert told["traceback"].startswith("django_gearman.exceptions.NotJSON: the return value of ")
 
     def test_an_error_of_ours_has_ours(self) -> None:
         assert "in _invoke" in described(plain, 1, 2, 3)["traceback"]

@@ -19,7 +19,7 @@ from django.utils import timezone
 from django_gearman import store as store_module
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.models import JobRecord, ServerLease, unique_key_of
+from django_gearman.models import Cancellation, JobRecord, ServerLease, unique_key_of
 from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
     JobDue,
@@ -29,6 +29,7 @@ from django_gearman.server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -39,6 +40,7 @@ from django_gearman.server.entries import (
 from django_gearman.server.journal import MemoryStore
 from django_gearman.store import DatabaseStore, bytes_of_unique, text_of, text_of_unique
 
+from . import harness
 from .simulation.store import Database, Row, SimulatedStore
 
 Status = JobRecord.Status
@@ -294,6 +296,12 @@ class TestDoor:
         write(house.store, finished(1, Outcome.CANCELLED))
         assert house.store.claim(10, {}).jobs == []
 
+    def test_what_was_refused_may_be_somebody_elses(self, house: House) -> None:
+        write(house.store, queued(1))
+        write(house.store, JobUnclaimed(queued(1).handle), JobUnclaimed(queued(2).handle))
+        assert [job.handle for job in house.store.claim(10, {}).jobs] == [queued(1).handle]
+        assert house.store.claim(10, {}).jobs == []
+
     def test_a_job_between_two_attempts_lies_there(self, house: House) -> None:
         write(house.store, queued(), started())
         write(house.store, requeued(run_after=AT + 5, unclaimed=True))
@@ -450,6 +458,87 @@ class TestDoorOfTheDatabase:
         database.restart()
         old.close()
         assert row(1).server is not None
+
+
+class TestCancellations:
+    """What somebody without a line to the servers wants to end."""
+
+    @pytest.fixture(autouse=True)
+    def look_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store_module, "CANCEL_INTERVAL", 0.0)
+
+    def wish(self, *records: JobRecord) -> None:
+        Cancellation.objects.bulk_create([Cancellation(job_id=record.pk) for record in records])
+
+    def wished(self) -> set[int]:
+        return set(Cancellation.objects.values_list("pk", flat=True))
+
+    def test_each_server_is_told_of_its_own(self, database: DatabaseHouse) -> None:
+        other = DatabaseHouse("two").store
+        mine = database.put()
+        assert len(database.store.claim(10, {}).jobs) == 1
+        others = database.put()
+        assert len(other.claim(10, {}).jobs) == 1
+        spared = database.put()
+        assert len(database.store.claim(10, {}).jobs) == 1
+        self.wish(mine, others)
+        assert database.store.claim(10, {}).cancelled == [f"H:one:r{mine.pk}".encode()]
+        assert other.claim(10, {}).cancelled == [f"H:two:r{others.pk}".encode()]
+        # It stands until it is done, and then it is forgotten.
+        assert database.store.claim(10, {}).cancelled == [f"H:one:r{mine.pk}".encode()]
+        end = finished(outcome=Outcome.CANCELLED)
+        write(database.store, end._replace(handle=f"H:one:r{mine.pk}".encode()))
+        assert database.store.claim(10, {}).cancelled == []
+        assert self.wished() == {others.pk}
+        spared.refresh_from_db()
+        assert spared.status == Status.READY
+
+    def test_at_the_door(self, database: DatabaseHouse) -> None:
+        """It came back there meanwhile, with or without a time for which it waits."""
+        later = timezone.now() + timedelta(hours=1)
+        records = [database.put(unique=b"u"), database.put(status=Status.RETRYING, run_after=later)]
+        self.wish(*records)
+        assert database.store.claim(10, {}).jobs == []
+        for record in records:
+            record.refresh_from_db()
+            assert (record.status, record.unique_key) == (Status.CANCELLED, None)
+            assert record.finished_at is not None
+        database.store.claim(10, {})
+        assert not self.wished()
+
+    def test_of_a_server_that_is_gone(self, database: DatabaseHouse) -> None:
+        other = DatabaseStore("default", "two", lease=0.2)
+        other.take_lease("")
+        record = database.put()
+        assert len(database.store.claim(10, {}).jobs) == 1
+        self.wish(record)
+        assert other.claim(10, {}).cancelled == []
+        assert self.wished() == {record.pk}
+
+        def is_cancelled() -> bool:
+            assert other.claim(10, {}).jobs == []  # not even for a moment
+            record.refresh_from_db()
+            return record.status == Status.CANCELLED
+
+        harness.wait_until(is_cancelled)
+
+    def test_of_jobs_that_have_ended_or_are_gone(self, database: DatabaseHouse) -> None:
+        ended = database.put(status=Status.SUCCESSFUL, finished_at=timezone.now())
+        gone = database.put(status=Status.SUCCESSFUL, finished_at=timezone.now())
+        self.wish(ended, gone)
+        JobRecord.objects.filter(pk=gone.pk).delete()
+        assert database.store.claim(10, {}).cancelled == []
+        assert not self.wished()
+        ended.refresh_from_db()
+        assert ended.status == Status.SUCCESSFUL
+
+    def test_thousands(self, database: DatabaseHouse) -> None:
+        records = [database.put() for _ in range(1203)]
+        self.wish(*records)
+        assert database.store.claim(10, {}).jobs == []
+        assert JobRecord.objects.filter(status=Status.CANCELLED).count() == 1203
+        database.store.claim(10, {})
+        assert not self.wished()
 
 
 class TestUnique:
@@ -1417,6 +1506,7 @@ class TestCost:
 
     def test_claims(self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(store_module, "DUE_INTERVAL", 600.0)
+        monkeypatch.setattr(store_module, "CANCEL_INTERVAL", 600.0)
         database.store.claim(1, {})
         counts = []
         for size in (1, 300):

@@ -4,7 +4,16 @@
 What Django's own tests ask of a backend (``tests/tasks`` of its repository, as
 far as it holds for any), run through a job server without sockets; and what is
 ours: options, queues, retries, records.
+
+Of Django's, these say nothing of ours: that its ImmediateBackend keeps no
+results and refuses ``run_after``, that its DummyBackend has ``results`` and
+``clear`` (both are Django's classes here too), that a backend without
+``enqueue`` is abstract and that one may have ``OPTIONS`` (ours has none, by a
+check), ``test_utils.py``, and what is not in a released Django yet: order and
+hash of a ``TaskResult``, and metadata.
 """
+
+# ruff: noqa: E402  (what is imported last may not be there)
 
 from __future__ import annotations
 
@@ -27,7 +36,9 @@ from django.test import override_settings
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
-pytest.importorskip("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
+from tests import needs
+
+needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, job
 from django_gearman import jobs as machinery
@@ -179,6 +190,21 @@ class TestTask:
         assert tasks.noop_task.module_path == "tests.app.tasks.noop_task"
         assert import_string(tasks.noop_task.module_path) is tasks.noop_task
         assert import_string(tasks.noop_task_async.module_path) is tasks.noop_task_async
+
+    def test_for_another_backend(self) -> None:
+        path = "django_gearman.backends.ImmediateBackend"
+        with override_settings(TASKS=with_another(path)):
+            other = tasks.noop_task.using(backend="other")
+            assert other.backend == "other"
+            assert isinstance(other.get_backend(), ImmediateBackend)
+            assert other.enqueue().status == SUCCESSFUL
+        assert not JobRecord.objects.exists()
+
+    @is_6_1
+    @pytest.mark.parametrize("path", ["does.not.exist.fake_task", "builtins.any"])
+    def test_unpickle_what_is_no_task(self, path: str) -> None:
+        with pytest.raises(ValueError, match=f"Expected '{path}' to point to a Task instance"):
+            GearmanTask._reconstruct({"func": path})
 
     @is_6_1
     def test_pickle(self) -> None:
@@ -390,10 +416,11 @@ class TestRun:
         assert error.traceback.endswith(f"{kind.__name__}: {message}\n")
         assert result.attempts == 1
 
-    def test_keyboard_interrupt(self, gearman_jobs: GearmanJobs) -> None:
+    def test_keyboard_interrupt(self, gearman_jobs: GearmanJobs, caplog: pytest.LogCaptureFixture) -> None:
         tasks.failing_task_keyboard_interrupt.enqueue()
         with pytest.raises(KeyboardInterrupt):
             gearman_jobs.run_all()
+        assert not [line for line in caplog.records if line.name == LOGGER and line.levelno == logging.ERROR]
 
     def test_complex_exception(self, gearman_jobs: GearmanJobs) -> None:
         result = finished(tasks.complex_exception.enqueue(), gearman_jobs)
@@ -640,6 +667,69 @@ class TestOptions:
         assert (result.status, result.attempts) == (FAILED, 1)
 
 
+class TestErrorsOfAResult:
+    """``test_tasks.py``: an exception's class is imported when it is asked for, and only if it is one."""
+
+    @pytest.fixture
+    def failed(self, gearman_jobs: GearmanJobs) -> Any:
+        return finished(tasks.failing_task_value_error.enqueue(), gearman_jobs)
+
+    def test_a_path_that_is_no_exception(self, failed: Any) -> None:
+        JobRecord.objects.update(exception="subprocess.run")
+        failed.refresh()
+        with pytest.raises(ValueError, match=r"'subprocess\.run' does not reference a valid exception"):
+            _ = failed.errors[0].exception_class
+
+    def test_a_module_that_is_not_there(self, failed: Any) -> None:
+        JobRecord.objects.update(exception="does.not.exist")
+        failed.refresh()
+        with pytest.raises(ImportError):
+            _ = failed.errors[0].exception_class
+
+
+class TestAsync:
+    """The twins of what is tried above, as Django's tests have them."""
+
+    def test_refused_arguments(self) -> None:
+        with pytest.raises(TypeError, match="Unsupported type"):
+            async_to_sync(tasks.noop_task.aenqueue)(datetime.now())
+
+    def test_results(self) -> None:
+        async def look() -> None:
+            result = await tasks.noop_task_async.aenqueue()
+            assert await default_task_backend.aget_result(result.id) == result
+            with pytest.raises(TaskResultMismatch, match="Task does not match"):
+                await tasks.noop_task.aget_result(result.id)
+            with pytest.raises(TaskResultDoesNotExist):
+                await tasks.noop_task.aget_result(NOTHING)
+            with pytest.raises(TaskResultDoesNotExist):
+                await default_task_backend.aget_result(NOTHING)
+
+        async_to_sync(look)()
+
+    def test_refresh(self, gearman_jobs: GearmanJobs) -> None:
+        result = async_to_sync(tasks.calculate_meaning_of_life.aenqueue)()
+        before = dataclasses.asdict(result)
+        async_to_sync(result.arefresh)()
+        assert dataclasses.asdict(result) == before
+        gearman_jobs.run_all()
+        assert result.status == READY
+        async_to_sync(result.arefresh)()
+        assert (result.status, result.return_value) == (SUCCESSFUL, 42)
+
+    def test_where_a_backend_could_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What Django refuses for a backend's flags it would refuse for ours, too, were they others."""
+        monkeypatch.setattr(GearmanBackend, "supports_async_task", False)
+        with pytest.raises(InvalidTask, match=r"Backend does not support async [Tt]asks\."):
+            default_task_backend.validate_task(tasks.noop_task_async)
+        monkeypatch.setattr(GearmanBackend, "supports_priority", False)
+        with pytest.raises(InvalidTask, match=r"Backend does not support setting priority of [Tt]asks\."):
+            tasks.noop_task.using(priority=10)
+        monkeypatch.setattr(GearmanBackend, "supports_defer", False)
+        with pytest.raises(InvalidTask, match=r"Backend does not support run_after\."):
+            tasks.noop_task.using(run_after=timezone.now())
+
+
 class TestTwins:
     """The backends for tests and development know our options."""
 
@@ -656,8 +746,10 @@ class TestTwins:
             if django.VERSION[:2] != (6, 0):
                 made = task(max_attempts=3, backoff=tasks.soon, timeout=5)(made.func)
                 assert (made.max_attempts, made.timeout) == (3, 5)
-            result = made.enqueue()
-            assert result.status == status
+            with transaction.atomic():
+                result = made.enqueue()
+                # Neither waits for the commit.
+                assert result.status == status
         assert not JobRecord.objects.exists()
 
 

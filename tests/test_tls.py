@@ -38,7 +38,7 @@ from django_gearman.server.core import JobServer, ServerOptions
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from django_gearman.tls import TLSFilesError, client_context, server_context
 from django_gearman.worker.loop import AssignedJob
-from tests import harness
+from tests import harness, needs
 from tests.app import jobs
 from tests.client.fake_server import Peer, fake_server
 
@@ -163,7 +163,7 @@ def serving(
 def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop] | None:
     if request.param == "asyncio":
         return None
-    return pytest.importorskip("uvloop").new_event_loop  # type: ignore[no-any-return]
+    return needs.module("uvloop").new_event_loop  # type: ignore[no-any-return]
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -841,7 +841,7 @@ class TestReadme:
 
     def test_certificates(self, tmp_path: Path) -> None:
         if shutil.which("openssl") is None:
-            pytest.skip("openssl is not installed")
+            needs.missing("openssl is not installed")
         readme = (harness.ROOT / "README.md").read_text()
         found = re.search(r"<!-- command: certificates -->\n```sh\n(.*?)```", readme, re.DOTALL)
         assert found is not None

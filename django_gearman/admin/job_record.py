@@ -20,8 +20,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
-from django_gearman.exceptions import ConnectionFailed, JobResultDoesNotExist
-from django_gearman.jobs import JobResult
+from django_gearman.jobs import JobResult, cancel_all
 from django_gearman.models import JobAttempt, JobGroup, JobRecord
 
 from . import filters, format, payload
@@ -31,6 +30,9 @@ from .read_only import JobRecordModelAdmin, ReadOnly
 
 MATCHES = 1000
 """Jobs of one unique to find at most, newest first."""
+
+CANCEL_LIMIT = 5.0
+"""Seconds in which to see the end of jobs that are cancelled."""
 
 ATTEMPTS = 50
 """Earlier attempts to show, the latest first."""
@@ -112,16 +114,15 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
 
     @admin.action(description=gettext_lazy("Cancel"), permissions=["cancel"])
     def cancel(self, request: HttpRequest, queryset: QuerySet[JobRecord]) -> None:
-        count = 0
         jobs = queryset.filter(status__in=JobRecord.LIVE).defer(*payload.COLUMNS)
-        for job in jobs[:MATCHES]:
-            try:
-                count += JobResult(job).cancel()
-            except JobResultDoesNotExist:
-                continue  # it was pruned meanwhile
-            except ConnectionFailed as error:
-                self.message_user(request, str(error), messages.ERROR)
-                break
+        count, waiting = cancel_all([JobResult(job) for job in jobs[:MATCHES]], CANCEL_LIMIT)
+        if waiting:
+            left = ngettext(
+                "%(count)d job will be cancelled once a job server sees to it: is one running?",
+                "%(count)d jobs will be cancelled once a job server sees to it: is one running?",
+                waiting,
+            )
+            self.message_user(request, left % {"count": waiting}, messages.WARNING)
         done = ngettext("%(count)d job was cancelled.", "%(count)d jobs were cancelled.", count)
         self.message_user(request, done % {"count": count})
 

@@ -737,6 +737,8 @@ class AsyncClient(Submitter):
         try:
             return await self._take(route.candidates())
         except ConnectionFailed as failure:
+            if route.may_return():
+                return await self._take_on(route)
             raise route.unreachable(failure) from None
 
     async def _take(self, servers: list[str]) -> _Link:

@@ -71,6 +71,8 @@ class Connection:
         self._received = False
         """Whether anything ever came."""
         self._socket: socket.socket
+        self._timeout: float | None = -1.0
+        """The socket's own; to set it is a system call, even to what it is."""
         deadline = monotonic() + connect_timeout
         try:
             self._socket = socket.create_connection((host, port), timeout=connect_timeout)
@@ -100,7 +102,7 @@ class Connection:
             wrapped = self._socket = tls.wrap_socket(
                 self._socket, server_hostname=host, do_handshake_on_connect=False
             )
-            wrapped.settimeout(_left(deadline))
+            self._set_timeout(_left(deadline))
             wrapped.do_handshake()
         except OSError as error:
             raise ConnectionFailed(self.server, *tls_reasons.explain(error, host)) from error
@@ -138,7 +140,7 @@ class Connection:
             if isinstance(self._socket, ssl.SSLSocket):
                 self._send_records(self._socket, data, timeout)
             else:
-                self._socket.settimeout(timeout)
+                self._set_timeout(timeout)
                 self._socket.sendall(data)
         except OSError as error:
             raise ConnectionLost(self.server, reason_of(error)) from error
@@ -149,7 +151,7 @@ class Connection:
         with memoryview(data) as rest:
             sent = 0
             while sent < len(data):
-                sock.settimeout(_left(deadline))
+                self._set_timeout(_left(deadline))
                 sent += sock.send(rest[sent:])
 
     def send_some(self, data: bytes | bytearray | memoryview) -> int:
@@ -162,7 +164,7 @@ class Connection:
             ConnectionLost: The connection broke; the server may have read it or not.
         """
         try:
-            self._socket.settimeout(0.0)
+            self._set_timeout(0.0)
             return self._socket.send(data)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
@@ -239,7 +241,7 @@ class Connection:
             ConnectionLost: The connection broke, or the other end closed it.
         """
         try:
-            self._socket.settimeout(timeout)
+            self._set_timeout(timeout)
             data = self._socket.recv(_CHUNK)
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return b""
@@ -252,6 +254,11 @@ class Connection:
             if data.startswith(TLS_ALERT):
                 raise ConnectionLost(self.server, SPEAKS_TLS)
         return data
+
+    def _set_timeout(self, timeout: float | None) -> None:
+        if timeout != self._timeout:
+            self._socket.settimeout(timeout)
+            self._timeout = timeout
 
     def close(self) -> None:
         """Close this process's end; in a forked child the parent's stays open."""

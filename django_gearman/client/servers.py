@@ -181,6 +181,18 @@ class Route:
             raise self._lost or self._servers.unreachable()
         return left
 
+    def may_return(self) -> bool:
+        """
+        Whether to try once more those that broke with the request, since no candidate could be reached.
+
+        Of two servers that are restarted in turn, the first is back when the second is away.
+        """
+        if not self._tried or self._moves >= 2 * len(self._servers.names):
+            return False
+        self._tried.clear()
+        self._moves += 1
+        return True
+
     def unreachable(self, failure: ConnectionFailed) -> ConnectionFailed | ConnectionLost:
         """What to raise when no candidate could be reached."""
         return self._lost or failure

@@ -31,7 +31,7 @@ from ..exceptions import (
     ResponseTimeout,
     ServerError,
 )
-from ..protocol.packets import CLAIM, CLAIMED, PacketType
+from ..protocol.packets import CLAIM, CLAIMED, ROW, PacketType
 from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
@@ -124,6 +124,54 @@ def _close_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
+
+
+class Watch:
+    """
+    Waits for what a server says of a row; made by ``Client.watch``, and closed by who made it.
+    """
+
+    def __init__(self, client: Client, row: str) -> None:
+        self._client = client
+        self._request = client._listening(f"{ROW.decode()}{row}")
+        self._session: _Session | None = None
+        servers = [name for name in client._servers.order() if name not in client._deaf]
+        try:
+            self._session = client._take(servers, nudge=True)
+            self._session.connection.send(self._session.protocol.submit(self._request), NUDGE_TIMEOUT)
+        except (ConnectionFailed, ConnectionLost):
+            self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a server may tell something; if not, ``wait`` does not."""
+        return self._session is not None
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the server says that the row has its end, for so long at the most; whether it did."""
+        deadline = monotonic() + seconds
+        while self._session is not None and self._request.outcome is None:
+            try:
+                self._session.protocol.receive(self._session.connection.receive(deadline))
+            except ResponseTimeout:
+                return False
+            except (ConnectionLost, ProtocolError):
+                self.close()
+            if self._request.error is not None and self._session is not None:
+                if self._request.error[0] != b"JOB_NOT_FOUND":
+                    self._client._deaf.add(self._session.server)
+                self.close()
+        return self._request.outcome is not None
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if session.protocol.has_jobs or session.protocol.awaits_answer:
+            # The server forgets who leaves; nothing else can be taken back.
+            session.close()
+        else:
+            self._client._give_back(session)
 
 
 class Client(Submitter):
@@ -367,7 +415,7 @@ class Client(Submitter):
             try:
                 with self._session([server]) as session:
                     self._acknowledged(session, request, deadline)
-                    self._outlast(session, request, deadline, f"job {handle}")
+                    self._outlast(session, request, timeout, deadline, f"job {handle}")
             except ConnectionFailed:
                 continue
             except ServerError as error:
@@ -376,6 +424,18 @@ class Client(Submitter):
                 continue
             return True
         return False
+
+    def watch(self, row: str) -> Watch:
+        """
+        Have a server that keeps its jobs in a database tell when a row of it says how its job ended.
+
+        Never raises and never takes long, as ``claim``. Our own server's
+        extension, see ``protocol.packets.ROW``.
+
+        Args:
+            row: The row's number.
+        """
+        return Watch(self, row)
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
@@ -454,7 +514,7 @@ class Client(Submitter):
             try:
                 with self._using(session):
                     self._acknowledged(session, request, deadline)
-                    self._outlast(session, request, deadline, f"job {request.function.decode()}")
+                    self._outlast(session, request, timeout, deadline, f"job {request.function.decode()}")
                 return result_of(request)
             except ConnectionLost as error:
                 route.lost(session.server, error)
@@ -479,7 +539,7 @@ class Client(Submitter):
             while request.outcome is None:
                 while parts:
                     yield parts.popleft()
-                self._hear(session, request, deadline, what)
+                self._hear(session, request, timeout, deadline, what)
         yield from parts
         yield Value(result_of(request))
 
@@ -497,17 +557,23 @@ class Client(Submitter):
                 raise
         return request.handle
 
-    def _outlast(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+    def _outlast(
+        self, session: _Session, request: JobRequest, timeout: float | None, deadline: float | None, what: str
+    ) -> None:
         """Receive until the job has ended."""
         while request.outcome is None:
-            self._hear(session, request, deadline, what)
+            self._hear(session, request, timeout, deadline, what)
         if request.raised is not None:
             raise request.raised
 
-    def _hear(self, session: _Session, request: JobRequest, deadline: float | None, what: str) -> None:
+    def _hear(
+        self, session: _Session, request: JobRequest, timeout: float | None, deadline: float | None, what: str
+    ) -> None:
         try:
             session.protocol.receive(session.connection.receive(deadline, what))
         except ResponseTimeout as error:
+            # What the caller allowed, and not what was left of it when the server last said something.
+            error.timeout = timeout or 0.0
             # Before the connection is closed, and the job dropped with it.
             if request.function and (better := self._nobody_came(session.server, request, error)):
                 raise better from None
@@ -696,6 +762,8 @@ class Client(Submitter):
         try:
             return self._take(route.candidates())
         except ConnectionFailed as failure:
+            if route.may_return():
+                return self._take_on(route)
             raise route.unreachable(failure) from None
 
     def _take(self, servers: list[str], *, nudge: bool = False) -> _Session:

@@ -31,6 +31,15 @@ Answered by OPTION_RES when the server holds the job, and by ERROR JOB_NOT_FOUND
 not: it ended, or is another server's. No other server knows the option.
 """
 
+ROW = b"row "
+"""
+OPTION_REQ ``listen row NUMBER``, to a job server that keeps its jobs in a database: hear of a row's end.
+
+For who inserted the row and cannot know its handle yet. Answered by OPTION_RES at once, and by
+WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way.
+Nothing follows when another server has it; who waits looks at the row now and then.
+"""
+
 ATTEMPTS = b"attempts"
 """
 An option of our job server: the worker speaks of attempts.
@@ -114,7 +123,6 @@ CANCEL = b"cancel "
 CLAIMED = b"claim"
 """What the handle ends with that our server answers then; gearmand's end with a number."""
 
-_header = Struct(">4sII")
 _size = Struct(">I")
 
 
@@ -261,6 +269,7 @@ SEPARATORS: tuple[int | None, ...] = tuple(
 )
 """By number of the type: how many NULs part its arguments; None where there is no such type."""
 
+_REQUEST_HEADERS = tuple(REQUEST + _size.pack(kind) for kind in range(HIGHEST_TYPE + 1))
 _RESPONSE_HEADERS = tuple(RESPONSE + _size.pack(kind) for kind in range(HIGHEST_TYPE + 1))
 _pack_size = _size.pack
 
@@ -268,7 +277,7 @@ _pack_size = _size.pack
 def encode_request(kind: PacketType, *arguments: bytes) -> bytes:
     """A packet to the server."""
     body = b"\0".join(arguments)
-    return _header.pack(REQUEST, kind, len(body)) + body
+    return _REQUEST_HEADERS[kind] + _pack_size(len(body)) + body
 
 
 def encode_response(kind: PacketType, *arguments: bytes) -> bytes:

@@ -3,14 +3,11 @@ What each packet means to the job server.
 
 No sockets, no asyncio, no database, no clock: the shell says what happened
 (``connected``, ``receive``, ``disconnected``, ``committed``, ``rejected``,
-``claimed``, ``replied``, ``tick``) and then performs what the core left behind:
-``dirty`` peers with ``output`` to send, ``entries`` and ``questions`` for the
-journal. Behaviour follows gearmand's PROTOCOL document; where we differ or it
-is silent, the handler says so.
-
-A queue may be larger than memory. Of each function a window of jobs is here,
-the next of each priority; those behind them, and all that wait for their time,
-lie at the store's door, where any server claims them.
+``joined``, ``tick``; to the ``window`` what the store claimed and replied) and
+then performs what the core left behind: ``dirty`` peers with ``output`` to
+send, ``entries`` and ``questions`` for the journal. Behaviour follows
+gearmand's PROTOCOL document; where we differ or it is silent, the handler says
+so.
 
 The law of this file: JOB_CREATED of a background job leaves when the journal
 has written the job, answers keep the order of their requests, and a final
@@ -39,6 +36,7 @@ from ..protocol.packets import (
     LOGS,
     MAX_LOG,
     RETRY,
+    ROW,
     PacketType,
     encode_response,
 )
@@ -46,7 +44,6 @@ from ..protocol.reader import Packet
 from .crews import Crews
 from .cron import next_match
 from .entries import (
-    Claimed,
     Entry,
     JobDue,
     JobFinished,
@@ -63,8 +60,10 @@ from .entries import (
     StoredJob,
     Topic,
 )
-from .jobs import HIGHEST, Function, Job, JobState, UniqueKey
+from .jobs import Function, Job, JobState, UniqueKey
 from .metrics import SECONDS, Histogram
+from .watchers import Watchers
+from .window import Window
 
 HIGH: Final = 50
 NORMAL: Final = 0
@@ -75,18 +74,6 @@ ENDED_LIMIT: Final = 1_000
 
 CANCELLED_LIMIT: Final = 1_000
 """Cancelled jobs of one worker whose late results are passed over; of more, the first get an ERROR."""
-
-LEAST_SHARE: Final = 256 * 1024
-"""Bytes of jobs that every function may have waiting, however much of memory others take."""
-
-PATIENCE: Final = 1.0
-"""Seconds that a client waits for what only the store knows."""
-
-MAX_QUESTIONS: Final = 10_000
-"""Questions that may wait for the store; what is asked beyond gets the answer that is given without it."""
-
-STORE_AWAY: Final = 3.0
-"""Seconds without a claim after which the store must be out of reach; there is one each second."""
 
 WORKERS_RETURN: Final = 5.0
 """Seconds after the start in which workers may come back with jobs that they had when the server ended."""
@@ -336,12 +323,10 @@ class JobServer:
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
-        self.door_seen = True
-        """Whether the store has told what lies at its door. Set it to False, where anything may lie there."""
         self.claim_wanted = False
         """Whether jobs wait at the store's door for which there is room, or somebody said so."""
         self.questions: list[Question] = []
-        """What only the store knows; each is answered by ``replied``."""
+        """What only the store knows; each is answered by the window's ``replied``."""
         self.shutdown_wanted: Shutdown | None = None
         """How an operator said that the server is to end; None while it goes on."""
         self._delayed: list[tuple[float, int, Job]] = []
@@ -359,15 +344,6 @@ class JobServer:
         """Jobs whose progress or log is newer than what is recorded."""
         prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
         self._handle_prefix = prefix.encode()
-        self._open: dict[int, tuple[Question, Callable[[Reply], None]]] = {}
-        """{number of a question: itself, and what is done with the reply}, the oldest first."""
-        self._asked = 0
-        self._claimed_at = 0.0
-        """The clock's time of the last claim."""
-        self._away: dict[Function, None] = {}
-        """Functions of which jobs lie at the store's door, as far as is known."""
-        self._weight = 0
-        """Of all jobs that wait here."""
         self._idle: OrderedDict[Function, None] = OrderedDict()
         """Functions that were without workers and jobs when last looked at, longest first."""
         self._serial = 0
@@ -378,7 +354,10 @@ class JobServer:
         self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        row_prefix = f"{self.options.handle_prefix or f'H:{self.options.name}'}:r"
+        self._watchers = Watchers(row_prefix.encode())
         self.crews = Crews(self)
+        self.window = Window(self)
         self._handlers = self._make_handlers()
 
     # What the shell says.
@@ -404,7 +383,9 @@ class JobServer:
         for job in list(peer.listens):
             assert job.listeners is not None
             job.listeners = [listener for listener in job.listeners if listener is not peer] or None
-            self._drop_if_abandoned(job)
+            self.drop_if_abandoned(job)
+        if self._watchers:
+            self._watchers.forget(peer)
         if not self.crews.waits_for_word(peer):
             self.lose_jobs_of(peer)
         self.crews.peer_left(peer)
@@ -425,6 +406,9 @@ class JobServer:
 
     def committed(self, entries: Iterable[Entry]) -> None:
         """The journal has written these: acknowledge and hand out what waited for it."""
+        if self._watchers:
+            entries = list(entries)
+            self._tell_watchers(entries)
         for entry in entries:
             if (type(entry) is JobQueued and entry.background) or type(entry) is JobKept:
                 job = self.jobs.get(entry.handle)
@@ -433,22 +417,32 @@ class JobServer:
                 self._give_answers(job, encode_response(PacketType.JOB_CREATED, job.handle))
                 if job.state is PENDING:
                     if job.spilled:
-                        self._lay(job)
+                        self.window.lay(job)
                     else:
-                        self._admit(job)
+                        self.admit(job)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+    def _tell_watchers(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if type(entry) is JobFinished:
+                row, peers = self._watchers.ended(entry.handle)
+                for peer in peers:
+                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, b""))
+
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """
         The journal could not keep a submission: its clients get ERROR instead of JOB_CREATED.
 
         Args:
             entry: As it was left in ``entries``.
             reason: Shown to the client; must not contain secrets.
+            perhaps_kept: It may be written all the same. A job that runs here for others then stays what
+                its record may say, since whoever saw that may have joined it.
         """
         job = self.jobs.get(entry.handle)
         if job is None or self._is_overtaken(job, entry):
             return
-        if type(entry) is JobQueued:
+        stays = perhaps_kept and job.state is not PENDING
+        if type(entry) is JobQueued and not stays:
             job.recorded = False
         if job.answers is None:
             return
@@ -458,11 +452,15 @@ class JobServer:
             for peer in refused:
                 peer.listens.discard(job)
             job.listeners = None
-            self._remove(job)
+            self.remove(job)
+        elif stays:
+            # Who joins it now is not told that it is kept before it is.
+            job.answers = []
+            job.awaited = entry
         else:
             # It was foreground before somebody wanted it kept, and is again.
             job.background = False
-            self._drop_if_abandoned(job)
+            self.drop_if_abandoned(job)
 
     def _is_overtaken(self, job: Job, entry: JobQueued | JobKept) -> bool:
         """
@@ -495,9 +493,9 @@ class JobServer:
             self._give_answers(job, encode_response(PacketType.JOB_CREATED, named))
             job.background = False
             if is_pending:
-                self._admit(job)
+                self.admit(job)
             else:
-                self._drop_if_abandoned(job)
+                self.drop_if_abandoned(job)
             return
         self._give_answers(job, encode_response(PacketType.JOB_CREATED, handle))
         for listener in job.listeners or ():
@@ -506,82 +504,10 @@ class JobServer:
                 self._listen(listener, other)
         job.listeners = None
         key = job.key
-        self._remove(job)
+        self.remove(job)
         if other is not None and other.key is None and key is not None:
             other.key = key
             other.function.uniques[key] = other
-
-    def claimed(self, claim: Claimed) -> None:
-        """The store has looked at its door: take the jobs over, and note what is left there."""
-        self._claimed_at = self.clock
-        if claim.left is not None:
-            self.door_seen = True
-            for function in list(self._away):
-                function.left.clear()
-                function.later = 0
-            for (name, priority), waiting in claim.left.items():
-                function = self.functions.get(name) or self._add_function(name)
-                if waiting.ready:
-                    function.left[priority] = waiting.ready
-                function.later += waiting.later
-                self._away[function] = None
-        else:
-            for job in claim.jobs:
-                self._take_from_door(job)
-            for name in claim.emptied:
-                if name in self.functions:
-                    self.functions[name].left.clear()
-        for function in list(self._away):
-            self._note_if_all_here(function)
-        self.adopt(claim.jobs)
-
-    def _take_from_door(self, job: StoredJob) -> None:
-        """Count one less there."""
-        function = self.functions.get(job.function)
-        if function is None:
-            return
-        if job.run_after:
-            function.later = max(function.later - 1, 0)
-        else:
-            # It may be one that nobody had counted, from a view or another server: the last is only
-            # taken off when the store says that nothing is left, or what came later would go first.
-            count = function.left.get(job.priority, 0)
-            if count > 1:
-                function.left[job.priority] = count - 1
-        self._note_if_all_here(function)
-
-    def _note_if_all_here(self, function: Function) -> None:
-        if not function.away:
-            self._away.pop(function, None)
-            self._note_if_idle(function)
-            for _ in range(min(function.waiting, len(function.sleepers))):
-                # They may have waited for more urgent ones, which another server took.
-                self._wake(function)
-
-    def replied(self, question: Question, reply: Reply) -> None:
-        """The store has answered. A job that it handed over is taken over, also when nobody waits for it."""
-        if isinstance(reply, StoredJob):
-            self._take_from_door(reply)
-            # Perhaps it was the last there.
-            self.claim_wanted = True
-        _, then = self._open.pop(question.number, (None, None))
-        if then is not None:
-            then(reply)
-        elif isinstance(reply, StoredJob):
-            self.adopt([reply])
-
-    def is_open(self, question: Question) -> bool:
-        """Whether somebody still waits for the reply."""
-        return question.number in self._open
-
-    def full(self) -> dict[bytes, int]:
-        """{function: priority from which down no more of its jobs are taken in}."""
-        found = {}
-        for function in self.ready:
-            priority = self._full_from(function)
-            if priority is not None:
-                found[function.name] = priority
-        return found
 
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         """The store handed these over: from now on they are this server's."""
@@ -590,7 +516,7 @@ class JobServer:
             if held is not None:
                 self._take_back(held, stored)
                 continue
-            function = self.functions.get(stored.function) or self._add_function(stored.function)
+            function = self.functions.get(stored.function) or self.add_function(stored.function)
             job = Job(
                 stored.handle,
                 function,
@@ -614,7 +540,7 @@ class JobServer:
                 job.key = key
                 function.uniques[key] = job
             self._hold(job)
-            self._admit(job)
+            self.admit(job)
 
     def adopt_interrupted(self, jobs: Iterable[StoredJob]) -> None:
         """
@@ -680,7 +606,7 @@ class JobServer:
         It may have been given up meanwhile as another server's: then it is kept again from now on.
         """
         if job.state is PENDING:
-            self._admit(job)
+            self.admit(job)
         elif job.elsewhere:
             job.elsewhere = False
             job.background = job.recorded = True
@@ -717,21 +643,9 @@ class JobServer:
             self.lose_worker(job, "The job's time was up")
         for function in self.ready:
             if function.sleepers:
-                self._wake(function)
-        self._answer_impatient()
-
-    def _answer_impatient(self) -> None:
-        """Whoever has waited too long for what only the store knows is told what can be said without it."""
-        while self._open:
-            question, then = next(iter(self._open.values()))
-            if self.clock - question.at < PATIENCE:
-                break
-            del self._open[question.number]
-            then(self._guess(question.topic))
-
-    def _guess(self, topic: Topic) -> Reply:
-        """Who asks how a job stands asks again while it is there: rather so than that it were gone."""
-        return Standing(running=False) if self._away and topic in (Topic.STATUS, Topic.UNIQUE) else None
+                self.wake(function)
+        self.window.tick()
+        self._watchers.tick(self.clock)
 
     # Packets of workers.
 
@@ -793,7 +707,7 @@ class JobServer:
         if peer.timeouts is not None:
             peer.timeouts.pop(function.name, None)
         function.sleepers.pop(peer, None)
-        self._note_if_idle(function)
+        self.note_if_idle(function)
 
     def _pre_sleep(self, peer: Peer, arguments: list[bytes]) -> None:
         if self._best_function(peer) is not None:
@@ -854,8 +768,8 @@ class JobServer:
         job = function.take() if self.clock < self.hand_out_until else function.take_foreground()
         if not function.waiting:
             del self.ready[function]
-        self._unload(job)
-        if function.left and self._wants_more(function, job.priority):
+        self.window.unload(job)
+        if function.left and self.window.wants_more(function, job.priority):
             self.claim_wanted = True
         self._served = function.served = self._served + 1
         if self.options.function_order is FunctionOrder.ROUND_ROBIN:
@@ -904,38 +818,22 @@ class JobServer:
         if len(abilities) == 1:
             (function,) = abilities.values()
             return (
-                function if function.waiting and not (function.left and self._must_wait(function)) else None
+                function
+                if function.waiting and not (function.left and self.window.must_wait(function))
+                else None
             )
         if not self._fair:
             offered = (each for each in reversed(abilities.values()) if each.waiting)
-            return next((each for each in offered if not (each.left and self._must_wait(each))), None)
+            return next((each for each in offered if not (each.left and self.window.must_wait(each))), None)
         if len(abilities) <= len(ready):
             candidates = [function for function in abilities.values() if function.waiting]
         else:
             candidates = [function for function in ready if function.name in abilities]
-        if self._away:
-            candidates = [each for each in candidates if not (each.left and self._must_wait(each))]
+        if self.window.away:
+            candidates = [each for each in candidates if not (each.left and self.window.must_wait(each))]
         if len(candidates) > 1:
             return max(candidates, key=lambda function: (function.best_priority(), -function.served))
         return candidates[0] if candidates else None
-
-    def _must_wait(self, function: Function) -> bool:
-        """
-        Whether the jobs here must wait since more urgent ones lie at the store's door.
-
-        They are about to be claimed. Not when the store is away: then nobody knows for how long.
-        """
-        best = function.best_priority()
-        if all(priority <= best for priority in function.left):
-            return False
-        return self.clock - self._claimed_at < STORE_AWAY
-
-    def _wants_more(self, function: Function, taken: int) -> bool:
-        """Whether it is time to claim more, after a job of some priority was taken; ahead of the need."""
-        half = (self.options.window + 1) // 2
-        if function.waiting >= half and (taken not in function.left or function.counts.get(taken, 0) >= half):
-            return False
-        return function.weight < self.options.window_bytes // 8
 
     def _work_status(self, peer: Peer, arguments: list[bytes]) -> None:
         handle, numerator, denominator = arguments
@@ -1121,7 +1019,7 @@ class JobServer:
             job.due = due
         if background and recorded:
             job.state = PENDING
-            job.spilled = job.due > 0 or self._is_behind(function, priority)
+            job.spilled = job.due > 0 or self.window.is_behind(function, priority)
             if job.spilled:
                 function.spilling[priority] = function.spilling.get(priority, 0) + 1
             else:
@@ -1140,7 +1038,7 @@ class JobServer:
         self._send(peer, encode_response(PacketType.JOB_CREATED, handle))
         if not background:
             self._listen(peer, job)
-        self._admit(job)
+        self.admit(job)
 
     def _ask_before_submitting(
         self, peer: Peer, arguments: list[bytes], priority: int, reducer: bytes
@@ -1167,24 +1065,7 @@ class JobServer:
             peer.line = line
             self._send_line(peer)
 
-        self._ask(Topic.TAKE, submit, function=name, unique=unique, workload=workload)
-
-    def _is_behind(self, function: Function, priority: int) -> bool:
-        """Whether a new job is to wait at the store's door: others of its kind do, or the window is full."""
-        if priority in function.left or priority in function.spilling or not self.door_seen:
-            return True
-        full_from = self._full_from(function)
-        return full_from is not None and priority <= full_from
-
-    def _full_from(self, function: Function) -> int | None:
-        """The priority from which down no more of its jobs are taken in; None while there is room."""
-        options = self.options
-        weight = function.weight
-        if weight >= LEAST_SHARE and (
-            weight >= options.window_bytes // 4 or self._weight >= options.window_bytes
-        ):
-            return function.best_priority() if function.waiting else HIGHEST
-        return function.full_from(options.window)
+        self.window.ask(Topic.TAKE, submit, function=name, unique=unique, workload=workload)
 
     def _join(self, peer: Peer, job: Job, *, background: bool) -> None:
         """Attach a submission to the live job of the same unique, which keeps its own workload."""
@@ -1234,7 +1115,7 @@ class JobServer:
                 numbers = _status_numbers(reply)
                 self._fill(place, encode_response(PacketType.STATUS_RES, handle, *numbers))
 
-            self._ask(Topic.STATUS, answer, handle=handle)
+            self.window.ask(Topic.STATUS, answer, handle=handle)
             return
         if job is None or job.state is PENDING:
             self._send(peer, encode_response(PacketType.STATUS_RES, handle, b"0", b"0", b"0", b"0"))
@@ -1275,7 +1156,7 @@ class JobServer:
                 told = [*_status_numbers(reply), b"0"]
                 self._fill(place, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *told))
 
-            self._ask(Topic.UNIQUE, answer, unique=unique)
+            self.window.ask(Topic.UNIQUE, answer, unique=unique)
             return
         else:
             numbers = [b"0"] * 5
@@ -1303,6 +1184,11 @@ class JobServer:
             self._log(peer, handle, text)
         elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
+        elif option.startswith(LISTEN + ROW) and self._durable:
+            if self._watchers.add(peer, option.removeprefix(LISTEN), self.clock):
+                self._send(peer, encode_response(PacketType.OPTION_RES, option))
+            else:
+                self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
         elif option.startswith(LISTEN):
             job = self.jobs.get(option.removeprefix(LISTEN))
             if job is None or job.state is PENDING:
@@ -1349,7 +1235,9 @@ class JobServer:
             self._send(peer, done if self.cancel(handle) else missing)
             return
         place = self._keep_place(peer)
-        self._ask(Topic.CANCEL, lambda reply: self._fill(place, done if reply else missing), handle=handle)
+        self.window.ask(
+            Topic.CANCEL, lambda reply: self._fill(place, done if reply else missing), handle=handle
+        )
 
     def create_function(self, name: bytes) -> tuple[bytes, bytes] | None:
         """List a function before anybody uses it; code and text of the error when the name is refused."""
@@ -1357,7 +1245,7 @@ class JobServer:
             return None
         refusal = self._refusal_of(name)
         if refusal is None:
-            self._add_function(name)
+            self.add_function(name)
         return refusal
 
     def drop_function(self, name: bytes) -> bool:
@@ -1385,7 +1273,7 @@ class JobServer:
         function = self.functions.get(name)
         if function is not None:
             function.limits = (high, normal, low) if high or normal or low else None
-            self._note_if_idle(function)
+            self.note_if_idle(function)
 
     def shut_down(self, how: Shutdown) -> None:
         """Have the shell end the server. An immediate end overtakes a graceful one."""
@@ -1394,11 +1282,11 @@ class JobServer:
 
     # Moving jobs.
 
-    def _admit(self, job: Job) -> None:
+    def admit(self, job: Job) -> None:
         """A new job is kept: it waits for a worker, or for its time first."""
         if job.state is PENDING:
             if job.spilled:
-                self._load(job)
+                self.window.load(job)
             self._arrive(job)
         if job.due > self.now:
             job.state = DELAYED
@@ -1418,41 +1306,6 @@ class JobServer:
             function.spilling[job.priority] = count - 1
         job.spilled = False
 
-    def _lay(self, job: Job) -> None:
-        """The store has it at its door: forget it until it is claimed."""
-        function = job.function
-        self._away[function] = None
-        if job.due:
-            function.later += 1
-        else:
-            function.left[job.priority] = function.left.get(job.priority, 0) + 1
-        if not job.listeners:
-            self._remove(job)
-            return
-
-        def take_back(reply: Reply) -> None:
-            if job.state is not PENDING:
-                return
-            if not isinstance(reply, StoredJob):
-                # Another server has it. Who waits for it here cannot hear of it there.
-                job.background = job.recorded = False
-                job.elsewhere = True
-            self._admit(job)
-            self._drop_if_abandoned(job)
-
-        self._ask(Topic.TAKE, take_back, handle=job.handle)
-
-    def _load(self, job: Job) -> None:
-        """It waits here: what it weighs counts."""
-        weight = job.weight
-        job.function.weight += weight
-        self._weight += weight
-
-    def _unload(self, job: Job) -> None:
-        weight = job.weight
-        job.function.weight -= weight
-        self._weight -= weight
-
     def _make_ready(self, job: Job) -> None:
         job.state = READY
         job.ready_at = self.now
@@ -1462,9 +1315,9 @@ class JobServer:
         if function.sleepers:
             count = len(function.sleepers)
             for _ in range(min(self.options.worker_wakeup or count, count)):
-                self._wake(function)
+                self.wake(function)
 
-    def _wake(self, function: Function) -> None:
+    def wake(self, function: Function) -> None:
         """
         NOOP to one worker that sleeps on the function, the last to fall asleep.
 
@@ -1486,7 +1339,7 @@ class JobServer:
         function = peer.woken_for
         peer.woken_for = None
         if function is not None and function is not taken and function.waiting:
-            self._wake(function)
+            self.wake(function)
 
     def lose_jobs_of(self, peer: Peer) -> None:
         """A worker is gone, and nobody says why."""
@@ -1508,11 +1361,11 @@ class JobServer:
             return
         if job.state is READY:
             self._take_out(job)
-            self._unload(job)
+            self.window.unload(job)
         elif job in self._returning:
             del self._returning[job]
             function.delayed -= 1
-            self._unload(job)
+            self.window.unload(job)
         elif job.state is RUNNING:
             self._release(job)
         else:
@@ -1572,16 +1425,15 @@ class JobServer:
             job.attempts -= 1
         self._release(job)
         if unclaimed:
-            job.function.later += 1
-            self._away[job.function] = None
-            self._remove(job)
+            self.window.lay_for_later(job.function)
+            self.remove(job)
             return
-        self._load(job)
+        self.window.load(job)
         job.numerator = job.denominator = b"0"
         job.progress_unsaved = False
         if due > self.now:
             job.due = due
-            self._admit(job)
+            self.admit(job)
             return
         self._put_first(job)
 
@@ -1596,7 +1448,7 @@ class JobServer:
             function.put(job)
         self.ready[function] = None
         if function.sleepers:
-            self._wake(function)
+            self.wake(function)
 
     def _release(self, job: Job) -> None:
         if job.worker is not None:
@@ -1636,12 +1488,12 @@ class JobServer:
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             self.urgent = self.urgent or job.background
-        self._remove(job)
+        self.remove(job)
 
-    def _remove(self, job: Job) -> None:
+    def remove(self, job: Job) -> None:
         function = job.function
         if job.state is not RUNNING and not job.spilled:
-            self._unload(job)
+            self.window.unload(job)
         if job.state is PENDING:
             self._arrive(job)
         elif job.state is DELAYED:
@@ -1668,7 +1520,7 @@ class JobServer:
             function.ended = 0
         elif function.ended > function.waiting + ENDED_LIMIT:
             function.drop_ended()
-        self._note_if_idle(function)
+        self.note_if_idle(function)
 
     def _measure_wait(self, job: Job) -> None:
         counts = job.function.tally
@@ -1683,7 +1535,7 @@ class JobServer:
             counts.ran = Histogram(SECONDS)
         counts.ran.note(max(self.now - job.started_at, 0.0))
 
-    def _drop_if_abandoned(self, job: Job) -> None:
+    def drop_if_abandoned(self, job: Job) -> None:
         if job.state in (READY, DELAYED) and not job.background and not job.listeners:
             self._finish(job, Outcome.CANCELLED, b"", "The client left before a worker took the job")
 
@@ -1708,27 +1560,6 @@ class JobServer:
             peer.line = deque()
         peer.line.append(answer)
         return answer
-
-    def _ask(
-        self,
-        topic: Topic,
-        then: Callable[[Reply], None],
-        *,
-        handle: bytes = b"",
-        function: bytes = b"",
-        unique: bytes = b"",
-        workload: bytes = b"",
-    ) -> None:
-        """Ask the store; ``then`` is told within ``PATIENCE``, and at once if too much is asked."""
-        if len(self._open) >= MAX_QUESTIONS:
-            then(self._guess(topic))
-            return
-        self._asked += 1
-        # Of a workload only what tells jobs apart is needed.
-        sent = workload if unique == b"-" else b""
-        question = Question(topic, self._asked, self.clock, handle, function, unique, sent)
-        self._open[self._asked] = question, then
-        self.questions.append(question)
 
     def _give_answers(self, job: Job, data: bytes) -> None:
         answers = job.answers or ()
@@ -1805,7 +1636,7 @@ class JobServer:
         if refusal is not None:
             self.refuse(peer, *refusal)
             return None
-        return self._add_function(name)
+        return self.add_function(name)
 
     def _refusal_of(self, name: bytes) -> tuple[bytes, bytes] | None:
         """Code and text of the error about a new function's name; None when it may be made."""
@@ -1816,12 +1647,12 @@ class JobServer:
             return b"INVALID_FUNCTION_NAME", b"Function names are UTF-8 without control characters"
         return None
 
-    def _add_function(self, name: bytes) -> Function:
+    def add_function(self, name: bytes) -> Function:
         function = self.functions[name] = Function(name)
-        self._note_if_idle(function)
+        self.note_if_idle(function)
         return function
 
-    def _note_if_idle(self, function: Function) -> None:
+    def note_if_idle(self, function: Function) -> None:
         """
         Functions without workers and jobs stay listed, but not without limit.
 
@@ -1842,7 +1673,7 @@ class JobServer:
         self._serial += 1
         job.serial = self._serial
         if not job.spilled:
-            self._load(job)
+            self.window.load(job)
 
     def _make_handlers(self) -> list[Callable[[Peer, list[bytes]], None]]:
         handlers: list[Callable[[Peer, list[bytes]], None]] = [self._unexpected] * (HIGHEST_TYPE + 1)

@@ -9,6 +9,7 @@ time in seconds since 1970.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
@@ -139,6 +140,12 @@ class JobFinished(NamedTuple):
     at: float
 
 
+class JobUnclaimed(NamedTuple):
+    """The server knows nothing more of the job: if it is in the store, it lies at the door again."""
+
+    handle: bytes
+
+
 class Joined(NamedTuple):
     """
     What became of a submission instead of a row: its unique has one already.
@@ -149,7 +156,22 @@ class Joined(NamedTuple):
     handle: bytes
 
 
-Entry = JobQueued | JobDue | JobKept | JobStarted | JobProgress | JobLogged | JobRequeued | JobFinished
+Entry = (
+    JobQueued
+    | JobDue
+    | JobKept
+    | JobStarted
+    | JobProgress
+    | JobLogged
+    | JobRequeued
+    | JobFinished
+    | JobUnclaimed
+)
+
+
+def has_key(unique: bytes, workload: bytes) -> bool:
+    """Whether jobs of that unique are to be one; ``-`` stands for the workload, if there is any."""
+    return bool(workload) if unique == b"-" else bool(unique)
 
 
 class StoredJob(NamedTuple):
@@ -194,6 +216,9 @@ class Claimed(NamedTuple):
 
     due_in: float = float("inf")
     """Seconds until the next job for later is due; infinite for none."""
+
+    cancelled: Sequence[bytes] = ()
+    """Handles of jobs of this server that somebody wants to end."""
 
 
 class Topic(Enum):

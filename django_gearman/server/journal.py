@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -31,7 +31,6 @@ from .core import JobServer
 from .entries import (
     Claimed,
     Entry,
-    JobDue,
     JobFinished,
     JobKept,
     JobLogged,
@@ -39,6 +38,7 @@ from .entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -47,6 +47,7 @@ from .entries import (
     StoredJob,
     Topic,
     Waiting,
+    has_key,
 )
 from .metrics import StoreCounts
 
@@ -72,6 +73,9 @@ TEND_AGAIN: Final = 10.0
 
 SUBMIT_LIMIT: Final = 10.0
 """Seconds that a background submission waits for a store that is out of reach or hangs."""
+
+OUT_OF_REACH: Final = "The store is out of reach"
+"""What the client of a submission is told that has waited for so long."""
 
 BACKLOG: Final = 256 * 1024 * 1024
 """Bytes that may wait to be written before background submissions are refused at once."""
@@ -200,6 +204,9 @@ class MemoryStore:
                     self.jobs[handle] = self.jobs[handle]._replace(run_after=entry.run_after)
                 if handle in self.jobs and entry.unclaimed:
                     self.unclaimed.append(self.jobs.pop(handle))
+            elif isinstance(entry, JobUnclaimed):
+                if handle in self.jobs:
+                    self.unclaimed.append(self.jobs.pop(handle))
             elif isinstance(entry, JobFinished):
                 self._forget(handle)
                 self.finished[handle] = entry
@@ -230,7 +237,7 @@ class MemoryStore:
 
     def find_live(self, function: bytes, unique: bytes, workload: bytes) -> StoredJob | None:
         """The job to do that has the unique; ``-`` stands for the workload."""
-        if not unique or (unique == b"-" and not workload):
+        if not has_key(unique, workload):
             return None
         wanted = workload if unique == b"-" else None
         for job in (*self.jobs.values(), *self.unclaimed):
@@ -461,8 +468,9 @@ class Journal:
         Let no submission wait longer than its limit while the writer is stuck; call it about once a second.
 
         Those that the store has right now may be written all the same: what
-        follows them then undoes that. A server that is killed before may run
-        them when it starts again, though their clients were told of an error.
+        follows them then undoes that, but for those with a unique: they run, and
+        whoever submits one again joins it. A server that is killed before may run
+        others too when it starts again, though their clients were told of an error.
         """
         if self._failed is not None or not self._in_flight:
             return  # the next attempt begins soon, and ``done`` refuses what is overdue
@@ -470,10 +478,11 @@ class Journal:
         undone: list[Entry] = []
         for index, entry in enumerate(batch.entries):
             if _is_submission(entry) and self._is_overdue(entry) and index not in batch.late:
-                batch.late.add(index)
-                undone += self._refuse(entry)
+                instead = self._refuse(entry)
+                if instead is not entry:
+                    batch.late.add(index)
+                    undone.append(instead)
         gathered = self._without_overdue(self._gathering, tried=False)
-        gathered = _without_sequels(gathered, {entry.handle for entry in undone})
         if undone or len(gathered) != len(self._gathering):
             self._gathering = deque([*undone, *gathered])
             self._weigh_again()
@@ -531,8 +540,8 @@ class Journal:
                 self._next_claim = now + self._claim_interval
                 self._claimed_at = now
                 batch.claim = True
-                batch.full = self._server.full()
-        batch.questions = [question for question in self._questions if self._server.is_open(question)]
+                batch.full = self._server.window.full()
+        batch.questions = [question for question in self._questions if self._server.window.is_open(question)]
         self._questions = []
         self._in_flight = batch
         return batch
@@ -576,7 +585,7 @@ class Journal:
                 if question.number in batch.replies:
                     reply = batch.replies[question.number]
                     has_ended = isinstance(reply, StoredJob) and reply.handle in self._ended(batch)
-                    server.replied(question, None if has_ended else reply)
+                    server.window.replied(question, None if has_ended else reply)
             if batch.claimed is not None:
                 self._adopt(batch, batch.claimed, now)
         if batch.error is None:
@@ -594,7 +603,7 @@ class Journal:
         ended = self._ended(batch)
         if ended:
             claimed = claimed._replace(jobs=[job for job in claimed.jobs if job.handle not in ended])
-        self._server.claimed(claimed)
+        self._server.window.claimed(claimed)
         if claimed.more:
             self._next_claim = 0.0
         self._next_claim = min(self._next_claim, now + claimed.due_in)
@@ -603,7 +612,7 @@ class Journal:
         """Handles of jobs that have ended, or were refused, and of which the store does not know it yet."""
         late = {batch.entries[index].handle for index in batch.late}
         waiting = (*self._gathering, *self._server.entries)
-        return late | {entry.handle for entry in waiting if type(entry) is JobFinished}
+        return late | {entry.handle for entry in waiting if type(entry) in (JobFinished, JobUnclaimed)}
 
     def _claim_when_due(self, entries: Iterable[Entry], now: float) -> None:
         """Jobs for later were laid at the door: look there when they are due."""
@@ -625,24 +634,19 @@ class Journal:
             return
         waiting = [entry for index, entry in enumerate(batch.entries) if index not in batch.late]
         entries = self._without_overdue(waiting, tried=True)
-        late = [batch.entries[index] for index in batch.late]
-        refused = {entry.handle for entry in late if type(entry) is JobQueued}
-        refused |= {entry.handle for entry in waiting if type(entry) is JobQueued}
-        refused -= {entry.handle for entry in entries if type(entry) is JobQueued}
-        gathered = self._without_overdue(self._gathering, tried=False)
-        entries = _without_sequels(entries, refused)
-        self._gathering = deque(_without_sequels(gathered, refused))
+        self._gathering = deque(self._without_overdue(self._gathering, tried=False))
         self._failed = Batch(entries, again=True, claim=batch.claim, full=batch.full)
         self._weigh_again()
 
     def _without_overdue(self, entries: Iterable[Entry], *, tried: bool) -> list[Entry]:
         kept: list[Entry] = []
         for entry in entries:
-            if _is_submission(entry) and self._is_overdue(entry):
-                undoing = self._refuse(entry)
-                kept += undoing if tried else []
-            else:
+            if not _is_submission(entry) or not self._is_overdue(entry):
                 kept.append(entry)
+            elif tried:
+                kept.append(self._refuse(entry))
+            else:
+                self._server.rejected(entry, OUT_OF_REACH)
         return kept
 
     def _is_overdue(self, entry: JobQueued | JobKept) -> bool:
@@ -650,15 +654,18 @@ class Journal:
         server = self._server
         return server.clock - entry.clock >= self._submit_limit and entry.handle in server.jobs
 
-    def _refuse(self, entry: JobQueued | JobKept) -> list[Entry]:
-        """Tell the clients of a submission that it is lost; what undoes it if the store has seen it."""
-        reason = "The store is out of reach"
-        self._server.rejected(entry, reason)
-        if isinstance(entry, JobKept):
-            # Nothing to undo: the job lives on for its foreground clients, and its record with it.
-            return []
-        # It may be written all the same, when the store is slow or only its answer was lost.
-        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]
+    def _refuse(self, entry: JobQueued | JobKept) -> Entry:
+        """Tell the clients of a submission that it is lost, though it may be written; what follows then."""
+        server = self._server
+        server.rejected(entry, OUT_OF_REACH, perhaps_kept=True)
+        if entry.handle in server.jobs:
+            # It lives on for others.
+            return entry
+        assert isinstance(entry, JobQueued), "a job that is to be kept after all has others who wait for it"
+        if has_key(entry.unique, entry.workload):
+            # Another server's submission may have joined it, whose client was told that it is kept.
+            return JobUnclaimed(entry.handle)
+        return JobFinished(entry.handle, Outcome.CANCELLED, b"", OUT_OF_REACH, server.now)
 
     def _without_submissions(self, entries: Iterable[Entry]) -> list[Entry]:
         """Too much waits already: refuse what can be refused. Records of foreground jobs are left out."""
@@ -702,24 +709,6 @@ class Journal:
             entries.append(entry)
             weight += _weight(entry)
         return Batch(entries, weight=weight)
-
-
-def _without_sequels(entries: Iterable[Entry], handles: Collection[bytes]) -> list[Entry]:
-    """
-    Leave out what happened to jobs whose record is undone, but for their ends.
-
-    It would have them run, or wait, in a record that has ended.
-    """
-    undone = set(handles)
-    kept: list[Entry] = []
-    for entry in entries:
-        if entry.handle in undone:
-            if type(entry) is JobQueued:
-                undone.discard(entry.handle)
-            elif type(entry) in (JobStarted, JobDue, JobProgress, JobRequeued):
-                continue
-        kept.append(entry)
-    return kept
 
 
 def _is_submission(entry: Entry) -> TypeGuard[JobQueued | JobKept]:

@@ -18,13 +18,13 @@ import socket
 import ssl
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final
 
 from ..client.connection import Connection
-from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
+from ..exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout, TooLarge
 from ..protocol.packets import (
     ATTEMPTS,
     CANCEL,
@@ -67,6 +67,21 @@ _HEADROOM: Final = 1024
 
 _LONGEST: Final = 1000
 """Characters of an exception in the log; all of it goes to the server."""
+
+GATHER: Final = 0.005
+"""Seconds for which what jobs say waits for more, once something has just been sent."""
+
+ENOUGH: Final = 64 * 1024
+"""Bytes that wait for no more."""
+
+MOST_UNSENT: Final = 1024 * 1024
+"""Bytes that wait to be sent from which on the function that says more waits, too."""
+
+SEND_LIMIT: Final = 30.0
+"""Seconds in which a server takes something of what it is sent, or is given up."""
+
+_PUMP_LINGER: Final = 0.5
+"""Seconds for which the thread stays that sends what a job has said, once there is nothing."""
 
 _GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
@@ -215,6 +230,17 @@ class _Link:
         """What it said of the job that it hands out next."""
         self.unconfirmed: list[AssignedJob] = []
         """Jobs whose reports were sent, and may not have arrived."""
+        self.unsent = 0
+        """Bytes that wait to be sent. With what follows, for who has ``Worker.sending`` alone."""
+        self.is_stuck = False
+        """Whether the kernel takes no more for now."""
+        self.flushed_at = 0.0
+        """When something was last sent, or tried to be."""
+        self._taken_at = 0.0
+        """When the kernel last took something, or there was nothing to take."""
+        self._said: list[bytes] = []
+        self._rest = memoryview(b"")
+        """What is left of a part of it that was begun to be sent."""
         self._marks: deque[int] = deque()
         """For each question that has not been answered: how many reports were sent before it."""
         self._confirmed = 0
@@ -228,12 +254,7 @@ class _Link:
         return self.connection is not None and self.asked_at is None and self.asleep_since is None
 
     def connected(self, connection: Connection, introduction: bytes) -> None:
-        """
-        Introduce ourselves; with jobs in hand, or done since, that it may take back.
-
-        Raises:
-            ConnectionLost: It is gone again.
-        """
+        """Introduce ourselves; with jobs in hand, or done since, that it may take back."""
         self.connection = connection
         self.asked_at = self.asleep_since = self.echo_at = None
         self.heard_at = monotonic()
@@ -255,7 +276,7 @@ class _Link:
                     self,
                 )
             self.unconfirmed = []
-        connection.send(b"".join(packets))
+        self.send(b"".join(packets))
 
     def answered(self) -> None:
         """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
@@ -265,8 +286,10 @@ class _Link:
         """Try again later; the pauses grow, and differ so that workers do not return all at once."""
         self.asked_at = self.asleep_since = self.echo_at = None
         if self.connection is not None:
-            self.connection.close()
-            self.connection = None
+            with self.worker.sending:
+                self.connection.close()
+                self.connection = None
+                self._forget_unsent()
             logger.warning("%s; connecting again", error)
         elif self._pause == FIRST_PAUSE:
             logger.warning("%s Trying until one does.", error)
@@ -274,12 +297,58 @@ class _Link:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
     def send(self, data: bytes) -> None:
-        """Send packets; a connection that breaks is noted."""
-        if self.connection is not None:
-            try:
-                self.connection.send(data)
-            except ConnectionLost as error:
-                self.lost(error)
+        """Send packets, behind what waits; as far as is possible without waiting."""
+        with self.worker.sending:
+            self.put(data)
+            self.flush()
+
+    def put(self, data: bytes) -> bool:
+        """Let packets wait to be sent; whether they are the first."""
+        if self.connection is None:
+            return False
+        is_first = not self.unsent
+        self._said.append(data)
+        self.unsent += len(data)
+        return is_first
+
+    def flush(self) -> None:
+        """Send what waits, as far as is possible without waiting; a connection that breaks is noted."""
+        connection = self.connection
+        if connection is None:
+            return
+        now = self.flushed_at = monotonic()
+        if not self.is_stuck:
+            self._taken_at = now
+        try:
+            while self._said or self._rest:
+                if not self._rest:
+                    said, self._said = self._said, []
+                    self._rest = memoryview(said[0] if len(said) == 1 else b"".join(said))
+                taken = connection.send_some(self._rest)
+                self._rest = self._rest[taken:]
+                if taken:
+                    self._taken_at = now
+                if self._rest:
+                    break
+            self.is_stuck = bool(self._rest)
+            self.unsent = len(self._rest) + sum(map(len, self._said))
+            if self.is_stuck and now - self._taken_at >= SEND_LIMIT:
+                raise ConnectionLost(str(self), "it does not take what it is sent")
+        except ConnectionLost as error:
+            self.lost(error)
+
+    def _forget_unsent(self) -> None:
+        self._said = []
+        self._rest = memoryview(b"")
+        self.unsent = 0
+        self.is_stuck = False
+
+    @property
+    def flush_at(self) -> float:
+        """The monotonic time at which to ``flush``, if the kernel does not call for it before."""
+        if not self.unsent:
+            return math.inf
+        return self._taken_at + SEND_LIMIT if self.is_stuck else self.flushed_at + GATHER
 
     def ask(self, before: bytes = b"") -> None:
         """Ask for a job, in one breath with what is said before."""
@@ -415,8 +484,9 @@ class Worker:
         self._stop_by = math.inf
         self._control: int | None = None
         self._thread = threading.get_ident()
-        self._sending = threading.RLock()
-        """Held by who uses a connection while a job runs in the worker's own thread."""
+        self.sending = threading.RLock()
+        """Held by who sends, and by who receives while a job runs in the worker's own thread."""
+        self._pump = _Pump(self)
         self._runs_here = False
         """Whether one does."""
         self._events: deque[Callable[[], None]] = deque()
@@ -461,24 +531,70 @@ class Worker:
             self._close()
 
     def say(self, link: _Link, data: bytes) -> None:
-        """Send packets of a job, from any thread."""
-        if threading.get_ident() == self._thread:
-            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
-                link.send(data)
-            return
-        with self._sending:
+        """
+        Send packets of a job, from any thread: at once, or gathered for a moment.
+
+        Waits while too much waits to be sent.
+        """
+        alarm = self._alarm
+        if alarm is None or threading.get_ident() != self._thread:
+            self._say(link, data)
+        else:
+            alarm.hold()
+            try:
+                self._say(link, data)
+            finally:
+                alarm.release()
+        if link.unsent > MOST_UNSENT:
+            self._wait_for_room(link)
+
+    def _say(self, link: _Link, data: bytes) -> None:
+        with self.sending:
+            before = link.unsent
+            is_first = link.put(data)
             if self._runs_here:
-                # This thread's owner is in the job, and leaves the connection alone meanwhile.
-                link.send(data)
+                # The worker's thread is in the job, and leaves the connection alone meanwhile.
+                is_time = link.unsent >= ENOUGH or monotonic() - link.flushed_at >= GATHER
+                if is_time and not link.is_stuck:
+                    link.flush()
+                if is_first and link.unsent:
+                    self._pump.start()
                 return
-        self._events.append(lambda: link.send(data))
-        self.wake()
+            is_enough = before < ENOUGH <= link.unsent
+        if is_first or is_enough:
+            self.wake()
+
+    def _wait_for_room(self, link: _Link) -> None:
+        """The server, or the way to it, is slower than the function that speaks."""
+        connection = link.connection
+        pause = 0.0005
+        # Whoever sends gives up a server that takes nothing for long.
+        while link.unsent > MOST_UNSENT and link.connection is connection:
+            sleep(pause)
+            pause = min(pause * 2, 0.01)
+
+    def flush_aside(self) -> bool:
+        """Send what waits while a job runs in this worker's own thread; whether something does still."""
+        with self.sending:
+            if not self._runs_here:
+                return False
+            for link in self._links:
+                if link.unsent:
+                    link.flush()
+            return any(link.unsent for link in self._links)
 
     def listen(self, link: _Link) -> None:
         """Hear what a server says while a job of it runs in this thread."""
         if threading.get_ident() == self._thread:
-            with nullcontext() if self._alarm is None else self._alarm.held(), self._sending:
-                self._receive(link)
+            alarm = self._alarm
+            if alarm is not None:
+                alarm.hold()
+            try:
+                with self.sending:
+                    self._receive(link)
+            finally:
+                if alarm is not None:
+                    alarm.release()
 
     # The turn of the loop.
 
@@ -498,7 +614,7 @@ class Worker:
                 # Whatever it hands out on that question goes back.
                 link.asked_at = None
                 link.send(_RETURN_ALL)
-        if not any(link.unconfirmed or link.asked_at is not None for link in self._links):
+        if not any(link.unconfirmed or link.unsent or link.asked_at is not None for link in self._links):
             return True
         results = any(link.unconfirmed for link in self._links)
         self._stop_by = min(self._stop_by, monotonic() + (DELIVERY_LIMIT if results else PATIENCE))
@@ -552,11 +668,8 @@ class Worker:
 
     def _connected(self, link: _Link, connection: Connection) -> None:
         link.connecting = None
-        try:
-            link.connected(connection, self._introduction(link.lane))
-        except ConnectionLost as error:
-            link.lost(error)
-        else:
+        link.connected(connection, self._introduction(link.lane))
+        if link.connection is not None:
             logger.info("Connected to the job server at %s", link)
             if self._stopping and link.unconfirmed:
                 link.echo()
@@ -601,7 +714,8 @@ class Worker:
             self._row.fall_asleep()
         now = monotonic()
         try:
-            ready = select.select(watched, [], [], max(0.0, min(until - now, RECHECK)))[0]
+            stuck = [link.connection for link in self._links if link.is_stuck and link.connection]
+            ready, takes, _ = select.select(watched, stuck, [], max(0.0, min(until - now, RECHECK)))
         except OSError as error:
             # A job has closed a descriptor that was not its own.
             for link in self._links:
@@ -612,12 +726,20 @@ class Worker:
             self._hear_threads(self._wake[0])
         if self._control in ready:
             self._stopping = True
+        self._flush(takes)
         for link in self._links:
             connection = link.connection
             if connection is not None and (connection in ready or connection.has_decrypted):
                 self._receive(link, is_ready=True)
         self._look_at_jobs()
         self._look_at_links()
+
+    def _flush(self, takes: Collection[Connection]) -> None:
+        """Send what waits, where it is time or the kernel takes more."""
+        for link in self._links:
+            if link.unsent and (link.connection in takes or monotonic() >= link.flush_at):
+                with self.sending:
+                    link.flush()
 
     def _is_idle(self) -> bool:
         return not any(lane.jobs for lane in self._lanes) and all(
@@ -637,6 +759,8 @@ class Worker:
         """The monotonic time at which there is something to do though nothing came."""
         moments = [self._stop_by]
         for link in self._links:
+            if link.unsent:
+                moments.append(link.flush_at)
             if link.connection is None:
                 if link.connecting is None:
                     moments.append(link.retry_at)
@@ -785,6 +909,9 @@ class Worker:
         result = None
         failure: BaseException | None = None
         self._runs_here = True
+        if any(each.unsent for each in self._links):
+            # A server may be slow to take the result of the job before.
+            self._pump.start()
         try:
             with nullcontext() if self._alarm is None else self._alarm.begin(job):
                 result = self._function(lane, job)(job)
@@ -795,7 +922,7 @@ class Worker:
             raise
         except BaseException as error:  # whatever a job raises ends the job, not the worker
             failure = error
-        with self._sending:
+        with self.sending:
             self._runs_here = False
         self._finish(job, result, failure)
 
@@ -841,10 +968,8 @@ class Worker:
             problem: Exception = TypeError(f"{name} must return bytes, not {type(result).__name__}")
             return self._report_failure(job, problem)
         if len(result) + len(job.handle) + 1 > self._max_packet:
-            problem = ValueError(
-                f"the result of {name} has {len(result)} bytes, more than max_packet={self._max_packet}; "
-                "store it, and return a reference"
-            )
+            remedy = "store it, and return a reference"
+            problem = TooLarge(f"the result of {name}", len(result), self._max_packet, remedy=remedy)
             logger.error("Job %s (%s) failed: %s", _text(job.handle), name, problem)
             return encode_request(PacketType.WORK_EXCEPTION, job.handle, self._describe(problem))
         if logger.isEnabledFor(logging.INFO):
@@ -890,6 +1015,38 @@ class Worker:
                 lane.pool.close()
         for end in self._wake or ():
             end.close()
+
+
+class _Pump:
+    """Sends what a job has said, and has stopped saying, while it keeps the worker's own thread busy."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._thread: threading.Thread | None = None
+        self._wanted = threading.Event()
+
+    def start(self) -> None:
+        """Begin, if it has not; for who has ``Worker.sending``."""
+        self._wanted.set()
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="gearman-pump", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return  # the system has none left: it leaves with what is said next, or at the job's end
+            self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            if not self._wanted.wait(_PUMP_LINGER):
+                with self._worker.sending:
+                    if not self._wanted.is_set():
+                        self._thread = None
+                        return
+            self._wanted.clear()
+            sleep(GATHER)
+            if self._worker.flush_aside():
+                self._wanted.set()
 
 
 def _attempt(told: bytes) -> tuple[int, int]:

@@ -15,8 +15,7 @@ import ctypes
 import math
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -62,14 +61,13 @@ class Alarm:
         self._is_due = False
         signal.signal(signal.SIGALRM, self._ring)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing is raised in the block: it is not to be left halfway. After it, what was due is."""
+    def hold(self) -> None:
+        """Raise nothing until ``release``: what follows is not to be left halfway."""
         self._is_held = True
-        try:
-            yield
-        finally:
-            self._is_held = False
+
+    def release(self) -> None:
+        """Raise what was due meanwhile."""
+        self._is_held = False
         if self._is_due:
             self._ring()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import harness
+from tests.needs import missing
 
 SITE = {"DJANGO_SETTINGS_MODULE": "tests.acceptance.site.settings"}
 """Environment of servers and workers that know the jobs of ``tests.acceptance.site``."""
@@ -31,12 +32,6 @@ def program(name: str) -> str:
     if path is None:
         missing(f"{name} is not installed")
     return path
-
-
-def missing(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def call(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import harness
+from tests import harness, needs
 
 from .conftest import call, missing, program
 
@@ -44,7 +44,7 @@ def test_every_figure_of_both_servers():
 def test_every_figure_of_both_durable_queues():
     program("cc")
     program("gearmand")
-    pytest.importorskip("psycopg")
+    needs.module("psycopg")
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         missing("initdb is not installed")
     script = harness.ROOT / "benchmarks" / "durable.py"

@@ -40,7 +40,7 @@ from django_gearman.protocol.reader import PacketReader
 from django_gearman.server.core import JobServer
 from django_gearman.server.transport import GearmanServer, Keepalive, TransportLimits, bind
 from django_gearman.worker.loop import AssignedJob
-from tests import harness
+from tests import harness, needs
 
 from .conftest import LIMIT, call, missing, program
 from .test_startup import refused
@@ -577,7 +577,7 @@ class TestKeepalive:
 
     @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
     def test_told(self, loop: str):
-        factory = None if loop == "asyncio" else pytest.importorskip("uvloop").new_event_loop
+        factory = None if loop == "asyncio" else needs.module("uvloop").new_event_loop
         limits = TransportLimits(keepalive=Keepalive(idle=17, interval=5, count=4))
         with connections(limits, factory) as connect:
             sock = connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import Permission
+from django.db import transaction
 
 from django_gearman import AdminClient, JobResult
-from django_gearman.exceptions import ServerError
-from django_gearman.models import JobRecord
+from django_gearman.exceptions import ResponseTimeout, ServerError
+from django_gearman.models import Cancellation, JobRecord
 from tests import harness
 from tests.app import jobs
 
@@ -94,6 +96,81 @@ def test_by_its_result_and_by_the_admin(
         wait_for(tmp_path / "second.cancelled")
         waiting.refresh()
         assert waiting.status == Status.CANCELLED
+
+
+def test_from_a_machine_that_knows_no_server(
+    site_server: Server, tmp_path: Path, settings: Any, admin_client: Any
+):
+    """All that it shares with the job server is the database."""
+    with harness.worker(site_server, processes=3, env=SITE):
+        results = [pools.be_interrupted.enqueue(str(tmp_path), name) for name in ("first", "second")]
+        held = pools.hold.enqueue(str(tmp_path), "held")
+        for name in ("first", "second", "held"):
+            wait_for(tmp_path / f"{name}.begun")
+        settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{harness.free_port()}"]}}
+        settings.ROOT_URLCONF = "tests.admin.urls"
+        assert results[0].cancel() is True
+        wait_for(tmp_path / "first.cancelled")
+        assert results[0].cancel() is False
+        page = admin_client.post(
+            "/admin/django_gearman/jobrecord/",
+            {"action": "cancel", "_selected_action": [result.id for result in results]},
+            follow=True,
+        )
+        assert "1 job was cancelled." in page.content.decode()
+        wait_for(tmp_path / "second.cancelled")
+        (tmp_path / "go").touch()
+        assert held.get(timeout=10)
+        results[1].refresh()
+        assert [result.status for result in results] == [Status.CANCELLED] * 2
+        harness.wait_until(lambda: not Cancellation.objects.exists())
+
+
+def test_job_of_another_server_than_the_one_that_is_known(site_server: Server, tmp_path: Path, settings: Any):
+    with harness.server(env=SITE) as second, harness.worker([site_server, second], processes=1, env=SITE):
+        result = pools.be_interrupted.enqueue(str(tmp_path), "job")
+        wait_for(tmp_path / "job.begun")
+        record = JobRecord.objects.select_related("server").get(pk=result.id)
+        assert record.server is not None
+        is_seconds = record.server.name.endswith(f":{second.port}")
+        settings.GEARMAN = (site_server if is_seconds else second).setting
+        assert result.cancel() is True
+        wait_for(tmp_path / "job.cancelled")
+
+
+def test_no_server_is_there(site_server: Server, tmp_path: Path, settings: Any):
+    """What was asked for stands, and is done by the server that is back."""
+    result = jobs.add.enqueue(1)
+    harness.wait_until(lambda: (result.refresh(), result.handle)[1], what="a server's claim")
+    site_server.kill()
+    settings.GEARMAN = {"default": {"SERVERS": [site_server.address], "TIMEOUT": 0.3}}
+    with pytest.raises(ResponseTimeout) as caught:
+        result.cancel()
+    assert "asked for still" in caught.value.__notes__[0]
+    with pytest.raises(ResponseTimeout):
+        result.cancel()  # it does no harm to ask twice
+    site_server.start()
+    harness.wait_until(lambda: (result.refresh(), result.is_finished)[1])
+    assert result.status == Status.CANCELLED
+    harness.wait_until(lambda: not Cancellation.objects.exists())
+
+
+def test_in_a_transaction(site_server: Server, tmp_path: Path):
+    with harness.worker(site_server, processes=1, env=SITE):
+        result = pools.be_interrupted.enqueue(str(tmp_path), "job")
+        wait_for(tmp_path / "job.begun")
+        with contextlib.suppress(LookupError), transaction.atomic():
+            assert result.cancel() is True
+            raise LookupError  # it is rolled back, and nothing was asked for
+        assert not Cancellation.objects.exists()
+        with transaction.atomic():
+            mine = jobs.add.enqueue(1)
+            assert mine.cancel() is True
+            assert mine.status == Status.CANCELLED
+            assert result.cancel() is True
+        wait_for(tmp_path / "job.cancelled")
+        harness.wait_until(lambda: (result.refresh(), result.is_finished)[1])
+    assert result.status == Status.CANCELLED
 
 
 def test_admin_who_may_only_look_cannot_cancel(client: Any, django_user_model: Any, settings: Any):

@@ -12,7 +12,7 @@ import pytest
 
 from django_gearman.exceptions import JobFailed
 from django_gearman.models import JobRecord
-from tests import harness
+from tests import harness, needs
 from tests.app import jobs
 
 from .conftest import SITE
@@ -241,7 +241,7 @@ class TestChoice:
 
 
 def test_titles_say_what_a_process_does(site_server: Server, tmp_path: Path):
-    pytest.importorskip("setproctitle")
+    needs.module("setproctitle")
 
     def titles(pids: list[int]) -> list[str]:
         return [Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0") for pid in pids]

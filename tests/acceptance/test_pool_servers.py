@@ -14,7 +14,7 @@ import pytest
 from django.db import connections
 
 from django_gearman.models import JobRecord
-from tests import harness
+from tests import harness, needs
 from tests.app import jobs
 
 from .conftest import SITE, Trace
@@ -115,7 +115,7 @@ stdout_logfile={folder}/worker.log
 def test_supervisorctl_restart_all_loses_and_repeats_nothing(
     transactional_db: None, settings: Any, tmp_path_factory: Any, trace: Trace, group: str
 ):
-    pytest.importorskip("supervisor")
+    needs.module("supervisor")
     # The path of a socket may not be long.
     folder = tmp_path_factory.mktemp("s")
     port = harness.free_port()

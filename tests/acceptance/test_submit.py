@@ -178,7 +178,7 @@ class TestForeground:
     def test_failure(self, server: str):
         done = submit(server, "fail", "no luck", code=1)
         assert done.stdout == b""
-        assert done.stderr == b"CommandError: Job fail failed with builtins.ValueError: no luck.\n"
+        assert done.stderr == b"CommandError: Job fail failed with ValueError: no luck.\n"
 
     def test_failure_with_its_traceback(self, ours: str):
         with harness.worker_thread(FUNCTIONS, port_of(ours), describe=describe_exception):
@@ -191,7 +191,7 @@ class TestForeground:
     def test_many(self, server: str):
         assert submit(server, "reverse", "ab ", "--count", "3").stdout == b" ba ba ba"
         done = submit(server, "fail", "no luck", "--count", "2", code=1)
-        line = "Job fail failed with builtins.ValueError: no luck."
+        line = "Job fail failed with ValueError: no luck."
         assert done.stderr.decode().splitlines() == [line, line, "CommandError: 2 of 2 jobs failed."]
 
     def test_time_limit(self, server: str):
@@ -207,7 +207,7 @@ class TestForeground:
                 submit(ours, "tests.app.jobs.add", "--args", "[2]", "--kwargs", '{"right": 3}').stdout == b"5"
             )
             done = submit(ours, "tests.app.jobs.fail", "--args", '["no luck"]', code=1)
-        assert b"failed with builtins.ValueError: no luck." in done.stderr
+        assert b"failed with ValueError: no luck." in done.stderr
 
     def test_whoever_reads_leaves(self, ours: str):
         go_on.clear()

@@ -1,5 +1,7 @@
 """Tasks of ``django.tasks``, run by real workers."""
 
+# ruff: noqa: E402  (what is imported last may not be there)
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
-pytest.importorskip("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
+from tests import needs
+
+needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman.backends import TaskResultStatus
 from django_gearman.exceptions import JobFailed, JobTimedOut

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from django.test import Client as Browser
 
+from django_gearman import JobResult
+from django_gearman.jobs import client_for
 from django_gearman.models import JobRecord
 from tests import harness
 from tests.app.jobs import add
@@ -60,6 +63,44 @@ class TestTransaction:
         # The next one is not disturbed by it.
         assert Browser().get("/enqueue/", {"left": 1}).status_code == 200
         assert JobRecord.objects.count() == 1
+
+
+class TestGet:
+    """``JobResult.get`` right after ``enqueue``."""
+
+    def test_is_told_when_the_record_has_the_end(self, site_server: harness.GearmanServerProcess):
+        told = 0
+        with harness.worker(site_server, processes=1, env=SITE) as worker:
+            worker.wait_connected()
+            for number in range(20):
+                result = add.enqueue(number)
+                with closing(client_for().watch(result.id)) as watch:
+                    if watch.wait(2.0):
+                        told += 1
+                        result.refresh()
+                        assert result.is_finished
+                assert result.get(timeout=20) == number + 1
+        # The server is asked before the job is claimed, but for a caller that is held up.
+        assert told >= 15
+
+    def claimed_by(self, prefix: str) -> JobResult[int]:
+        """A job of the server whose handles begin so; others look at the door once a second."""
+        for _ in range(20):
+            result = add.enqueue(1)
+            record = JobRecord.objects.filter(pk=result.id).exclude(handle=None)
+            if harness.wait_until(record.first, what="a claim").handle.startswith(prefix):
+                return result
+        raise AssertionError("another server was quicker each time")
+
+    def test_of_a_job_that_another_server_has(self, site_server: harness.GearmanServerProcess, settings: Any):
+        """The first of the servers is told of the row, and another one has claimed it."""
+        with harness.server(name="other", env=SITE) as other:
+            address = settings.GEARMAN["default"]["SERVERS"][0]
+            settings.GEARMAN = other.setting
+            result = self.claimed_by("H:other:")
+            settings.GEARMAN = {"default": {"SERVERS": [address, other.address]}}
+            with harness.worker(other, processes=1, env=SITE):
+                assert result.get(timeout=20) == 2
 
 
 class TestServerOutOfReach:

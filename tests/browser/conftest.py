@@ -11,10 +11,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.needs import missing
 
 from . import photos
 from .site import PASSWORD, USER, Site, running_site
@@ -29,13 +31,6 @@ ARGUMENTS = (
     "--disable-sync",
     "--no-first-run",
 )
-
-
-def missing(reason: str) -> NoReturn:
-    """Where everything ought to be installed, a test that cannot run has failed."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.hookimpl(wrapper=True)

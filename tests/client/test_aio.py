@@ -422,7 +422,7 @@ def test_time_is_not_spent_in_threads(server: harness.GearmanServerProcess) -> N
             found = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(each, ResponseTimeout) for each in found)
             assert time.monotonic() - began < 5
-            assert threading.active_count() == before
+            assert threading.active_count() <= before  # another test's may end meanwhile
 
     before = threading.active_count()
     asyncio.run(main())

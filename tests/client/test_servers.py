@@ -327,6 +327,30 @@ class TestResubmission:
         ):
             assert client.do("f", b"w", timeout=5, resubmit=True) == b"r"
 
+    @pytest.mark.parametrize("background", [False, True])
+    def test_back_to_one_that_broke_since_the_other_is_away(self, background: bool) -> None:
+        """The first was killed and is back when the second is restarted."""
+        submit = P.SUBMIT_JOB_BG if background else P.SUBMIT_JOB
+        lose = play(*self.proof, submit)
+        answer = play(*self.proof, submit, self.taken, (P.WORK_COMPLETE, b"H:2", b"r"), None)
+        with (
+            fake_server(lose, answer) as first,
+            Client(addresses(first, harness.free_port()), timeout=5) as client,
+        ):
+            if background:
+                assert client.do_background("f", b"w") == "H:2"
+            else:
+                assert client.do("f", b"w", timeout=5, resubmit=True) == b"r"
+
+    def test_not_back_for_ever(self) -> None:
+        lose = play(*self.proof, P.SUBMIT_JOB)
+        with (
+            fake_server(*[lose] * 10) as first,
+            Client(addresses(first, harness.free_port()), timeout=5) as client,
+            pytest.raises(ConnectionLost),
+        ):
+            client.do("f", b"w", timeout=5, resubmit=True)
+
     def test_tasks(self) -> None:
         one, other = self.both(
             [P.SUBMIT_JOB_BG, (P.JOB_CREATED, b"H:1"), P.SUBMIT_JOB_BG, P.SUBMIT_JOB],

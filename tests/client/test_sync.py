@@ -417,6 +417,26 @@ class TestNobodyComes:
         assert (error.function, error.waiting) == ("misspelt", 3)
         assert "no worker offers it at 127.0.0.1" in str(error)
 
+    def test_what_is_told_is_what_was_allowed(
+        self, server: harness.GearmanServerProcess, client: Client
+    ) -> None:
+        """Not what was left of it when the job last said something."""
+        go_on = threading.Event()
+
+        def work(job: AssignedJob) -> bytes:
+            go_on.wait(0.1)
+            job.send_status(1, 2)
+            go_on.wait(20)
+            return b""
+
+        with harness.worker_thread({"slow": work}, server):
+            try:
+                with pytest.raises(ResponseTimeout, match=r"^job slow took longer than 0\.5 s$") as caught:
+                    client.do("slow", timeout=0.5)
+            finally:
+                go_on.set()
+        assert caught.value.timeout == 0.5
+
     def test_not_when_they_are_busy(self, server: harness.GearmanServerProcess, client: Client) -> None:
         go_on = threading.Event()
 
@@ -432,6 +452,80 @@ class TestNobodyComes:
             finally:
                 go_on.set()
         assert type(caught.value) is ResponseTimeout
+
+
+class TestWatch:
+    """``watch``: our server's extension, ``packets.ROW``."""
+
+    asked = P.OPTION_REQ
+    """What ``exceptions`` is asked with as well, first of all."""
+
+    def test_told(self) -> None:
+        with (
+            fake_server(
+                play(
+                    self.asked,
+                    (P.OPTION_RES, b"exceptions"),
+                    self.asked,
+                    (P.OPTION_RES, b"listen row 5"),
+                    (P.WORK_COMPLETE, b"row 5", b""),
+                    P.ECHO_REQ,
+                    (P.ECHO_RES, b"x"),
+                    None,
+                )
+            ) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+        ):
+            with closing(client.watch("5")) as watch:
+                assert watch.is_open
+                assert watch.wait(10)
+                assert watch.wait(10)
+            # The same connection serves the next.
+            assert client.echo(b"x") == b"x"
+
+    def test_not_told(self) -> None:
+        script = play(
+            self.asked, (P.OPTION_RES, b"exceptions"), self.asked, (P.OPTION_RES, b"listen row 5"), None
+        )
+        with (
+            fake_server(script, play(P.ECHO_REQ, (P.ECHO_RES, b"x"), None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+        ):
+            with closing(client.watch("5")) as watch:
+                assert not watch.wait(0.05)
+                assert watch.is_open
+            # What comes late is for nobody: another connection.
+            assert client.echo(b"x") == b"x"
+
+    @pytest.mark.parametrize(("code", "asked"), [(b"JOB_NOT_FOUND", 2), (b"UNKNOWN_OPTION", 1)])
+    def test_refused(self, code: bytes, asked: int) -> None:
+        """A server that is none of ours is not asked again."""
+        told = [self.asked, (P.ERROR, code, b"")]
+        with (
+            fake_server(play(self.asked, (P.OPTION_RES, b"exceptions"), *told * asked, None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+        ):
+            for number in range(2):
+                with closing(client.watch("5")) as watch:
+                    assert watch.is_open == (number < asked)
+                    assert not watch.wait(10)
+                    assert not watch.is_open
+
+    def test_nobody_there(self) -> None:
+        with Client([f"127.0.0.1:{harness.free_port()}"]) as client:
+            watch = client.watch("5")
+            assert not watch.is_open
+            assert not watch.wait(10)
+            watch.close()
+
+    def test_lost(self) -> None:
+        with (
+            fake_server(play(self.asked, (P.OPTION_RES, b"exceptions"), self.asked)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            closing(client.watch("5")) as watch,
+        ):
+            assert not watch.wait(10)
+            assert not watch.is_open
 
 
 class TestWaiting:

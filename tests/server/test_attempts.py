@@ -99,7 +99,7 @@ class TestRetry:
         assert not wire.core.jobs
         assert worker.line(b"status") == b"f\t1\t0\t1\n.\n"
         passes(wire, 5)
-        wire.core.claimed(Claimed([stored(attempts=1, max_attempts=3, run_after=NOW + 5)]))
+        wire.core.window.claimed(Claimed([stored(attempts=1, max_attempts=3, run_after=NOW + 5)]))
         assert worker.hears() == [(P.NOOP,)]
         assert worker.line(b"status") == b"f\t1\t0\t1\n.\n"
         told, job = worker(P.GRAB_JOB_UNIQ)

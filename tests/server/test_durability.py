@@ -110,7 +110,7 @@ class TestOrderOfAnswers:
             [encode_response(P.JOB_CREATED, handle(1)), encode_response(P.ECHO_RES, b"1")]
         )
         # Only the store knows that there is no such job.
-        wire.core.replied(question, None)
+        wire.core.window.replied(question, None)
         assert client.takes() == b"".join(
             [
                 encode_response(P.STATUS_RES, b"H:no", b"0", b"0", b"0", b"0"),

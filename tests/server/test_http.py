@@ -19,7 +19,7 @@ from django_gearman.server import transport as transport_module
 from django_gearman.server.core import JobServer, Peer, ServerOptions
 from django_gearman.server.http import MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
-from tests import harness
+from tests import harness, needs
 
 from ..acceptance.conftest import program
 from .harness import Caller, Wire, handle
@@ -1003,7 +1003,7 @@ class HTTPServerProcess(harness.GearmanServerProcess):
 @pytest.fixture(params=["uvloop", "asyncio"])
 def process(request: pytest.FixtureRequest) -> Iterator[HTTPServerProcess]:
     if request.param == "uvloop":
-        pytest.importorskip("uvloop")
+        needs.module("uvloop")
     with HTTPServerProcess(loop=request.param) as process:
         yield process
 

@@ -466,6 +466,21 @@ class TestStoreHangs:
         assert office.store.jobs == {}
         assert client.hears() == []
 
+    def test_others_may_have_joined_one_with_a_unique(self):
+        office, client = settled(submit_limit=10.0)
+        client(P.SUBMIT_JOB_BG, b"f", b"u", b"w")
+        batch = office.begin()
+        assert batch is not None
+        office.pass_time(10.0)
+        office.journal.refuse_overdue()
+        assert client.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        office.trip()
+        # It was laid at the door and claimed: to submit it again is to join it.
+        assert client(P.SUBMIT_JOB_BG, b"f", b"u", b"w") == [(P.JOB_CREATED, handle(1))]
+        assert office.wire.worker(b"f").grabs() == handle(1)
+
     def test_undoing_comes_before_what_gathered_meanwhile(self):
         office, _, _ = self.hang(gathered=2)
         kinds = [type(entry) for entry in office.journal._gathering]
@@ -730,14 +745,15 @@ class TestClaims:
         assert office.store.unclaimed == []
 
 
-class TestUndone:
-    def test_what_happened_to_a_job_that_is_undone_is_not_written(self):
-        """It would make a record go on that has ended."""
+class TestRefusedThoughItRuns:
+    """A job that a client waits for was to be kept for another one, whose patience is at an end."""
+
+    def start(self) -> tuple[Office, Caller, Batch, Caller]:
         office = Office(submit_limit=3.0, record_foreground=False)
         assert office.trip() is not None
-        client = office.wire.connect()
+        client, other = office.wire.connect(), office.wire.connect()
         client(P.SUBMIT_JOB, b"f", b"u", b"w")
-        client(P.SUBMIT_JOB_BG, b"f", b"u", b"w")
+        other(P.SUBMIT_JOB_BG, b"f", b"u", b"w")
         batch = office.begin()
         assert batch is not None
         worker = office.wire.worker(b"f")
@@ -746,15 +762,36 @@ class TestUndone:
         office.pass_time(5.0)
         office.wire.core.clock = office.now
         office.journal.refuse_overdue()
+        assert other.hears() == [(P.ERROR, b"QUEUE_ERROR", b"The store is out of reach")]
+        return office, other, batch, worker
+
+    def test_it_stays_what_its_record_says(self):
+        """Another server's submission may have joined it there."""
+        office, _, batch, worker = self.start()
         batch.perform(office.store)
         office.journal.done(batch, office.now)
         office.trip()
-        written = [entry for entries, _ in office.store.writes for entry in entries]
-        assert [type(entry) for entry in written] == [JobQueued, JobFinished]
-        # It is run all the same, for the client that waits for it.
-        client.hears()
         worker(P.WORK_COMPLETE, handle(1), b"done")
-        assert client.hears() == [(P.WORK_COMPLETE, handle(1), b"done")]
+        office.trip()
+        written = [type(entry) for entries, _ in office.store.writes for entry in entries]
+        assert written == [JobQueued, JobStarted, JobFinished]
+
+    def test_who_joins_it_then_waits_until_it_is_kept(self):
+        office, other, batch, _ = self.start()
+        assert other(P.SUBMIT_JOB_BG, b"f", b"u", b"w") == []
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        assert other.hears() == [(P.JOB_CREATED, handle(1))]
+
+    def test_it_is_tried_again(self):
+        office, _, batch, _ = self.start()
+        batch.error = DOWN
+        office.journal.done(batch, office.now)
+        office.pass_time(1.0)
+        office.trip()
+        assert [type(entry) for entries, again in office.store.writes for entry in entries if again] == [
+            JobQueued
+        ]
 
 
 class TestMemoryStore:

@@ -1,10 +1,14 @@
-"""``listen HANDLE``: our extension by which one hears of a job that somebody else submitted."""
+"""``listen HANDLE`` and ``listen row NUMBER``: our extensions by which one hears of others' jobs."""
 
 from __future__ import annotations
 
-from django_gearman.protocol.packets import LISTEN, PacketType
+import pytest
 
-from .harness import Wire, handle
+from django_gearman.protocol.packets import LISTEN, ROW, PacketType
+from django_gearman.server import watchers
+from django_gearman.server.entries import StoredJob
+
+from .harness import Caller, Wire, handle
 
 P = PacketType
 NOT_FOUND = (P.ERROR, b"JOB_NOT_FOUND", b"No such job to listen to")
@@ -58,3 +62,92 @@ class TestListen:
         listener(P.OPTION_REQ, LISTEN + handle(1))
         wire.core.cancel(handle(1))
         assert listener.hears() == [(P.WORK_FAIL, handle(1))]
+
+
+NAME = b"H:test:1:r5"
+ROW_5 = ROW + b"5"
+
+
+def watching(wire: Wire, row: bytes = ROW_5) -> Caller:
+    listener = wire.connect()
+    assert listener(P.OPTION_REQ, LISTEN + row) == [(P.OPTION_RES, LISTEN + row)]
+    return listener
+
+
+class TestListenToARow:
+    def test_hears_when_the_end_is_written(self):
+        wire = Wire(durable=True)
+        # Before the row was claimed.
+        listener = watching(wire)
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
+        worker = wire.worker(b"f")
+        worker(P.GRAB_JOB)
+        worker(P.WORK_STATUS, NAME, b"1", b"2")
+        wire.commit()
+        worker(P.WORK_COMPLETE, NAME, b"r")
+        assert listener.hears() == []
+        wire.commit()
+        assert listener.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
+        assert not wire.core._watchers
+
+    @pytest.mark.parametrize("how", ["failed", "cancelled"])
+    def test_whichever_end(self, how: str):
+        wire = Wire(durable=True)
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
+        first, second = watching(wire), watching(wire)
+        if how == "cancelled":
+            wire.core.cancel(NAME)
+        else:
+            worker = wire.worker(b"f")
+            worker(P.GRAB_JOB)
+            worker(P.WORK_FAIL, NAME)
+        wire.commit()
+        assert first.hears() == second.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
+
+    def test_another_row(self):
+        wire = Wire(durable=True)
+        listener = watching(wire, ROW + b"55")
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
+        wire.core.cancel(NAME)
+        wire.commit()
+        assert listener.hears() == []
+
+    @pytest.mark.parametrize("number", [b"", b"x", b"-5", b"5 ", b"1" * 21])
+    def test_no_number(self, number: bytes):
+        assert Wire(durable=True).connect()(P.OPTION_REQ, LISTEN + ROW + number) == [NOT_FOUND]
+
+    def test_a_server_without_rows(self):
+        assert Wire().connect()(P.OPTION_REQ, LISTEN + ROW_5) == [NOT_FOUND]
+
+    def test_who_left_is_forgotten(self):
+        wire = Wire(durable=True)
+        gone, other = watching(wire), watching(wire)
+        gone.leaves()
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
+        wire.core.cancel(NAME)
+        wire.commit()
+        assert other.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
+        other.leaves()
+        last = watching(wire)
+        last.leaves()
+        assert not wire.core._watchers
+
+    def test_a_row_that_does_not_come_is_forgotten(self):
+        wire = Wire(durable=True)
+        watching(wire)
+        wire.core.clock += watchers.LONGEST / 2
+        watching(wire, ROW + b"6")
+        wire.core.clock += watchers.LONGEST / 2
+        wire.core.tick()
+        assert len(wire.core._watchers._rows) == 1
+        wire.core.clock += watchers.LONGEST / 2
+        wire.core.tick()
+        assert not wire.core._watchers
+        assert not wire.core._watchers._of_peers
+
+    def test_no_more_than_so_many(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(watchers, "MOST", 2)
+        wire = Wire(durable=True)
+        watching(wire)
+        watching(wire, ROW + b"6")
+        assert wire.connect()(P.OPTION_REQ, LISTEN + ROW + b"7") == [NOT_FOUND]

@@ -83,7 +83,7 @@ class TestWaitingJob:
         wire.connect()(P.SUBMIT_JOB_BG, b"f", b"", b"")
         store.write([JobQueued(b"H:r1", b"f", b"", b"", 5, True, b"", 0.0)], again=False)
         wire.core.adopt(store.resume())
-        wire.core.claimed(store.claim(1, {}))
+        wire.core.window.claimed(store.claim(1, {}))
         assert wire.core.cancel(b"H:r1")
         assert [entry.handle for entry in wire.entries() if type(entry) is JobFinished] == [b"H:r1"]
 

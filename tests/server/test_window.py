@@ -8,9 +8,9 @@ import pytest
 
 from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.core import PATIENCE
 from django_gearman.server.entries import Claimed, JobFinished, JobQueued, Outcome, StoredJob
 from django_gearman.server.journal import CLAIM_PAUSE
+from django_gearman.server.window import PATIENCE
 
 from .harness import Caller, handle
 from .test_journal import Office
@@ -48,7 +48,7 @@ def drain(office: Office, worker: Caller) -> list[int]:
     for _ in range(100):
         heard = worker(P.GRAB_JOB)[-1]
         if heard == (P.NO_JOB,):
-            if not office.wire.core._away:
+            if not office.wire.core.window.away:
                 return done
         else:
             done.append(int(heard[-1]))
@@ -153,7 +153,7 @@ class TestDepth:
             worker(P.WORK_COMPLETE, heard[1], b"")
             settle(office)
         assert sizes == [10_000_000] * 4
-        assert office.wire.core._weight == 0
+        assert office.wire.core.window.weight == 0
 
     def test_limit_of_a_function_counts_all_of_its_jobs(self):
         office = office_of(window=2)
@@ -529,7 +529,7 @@ class TestWindow:
 
     def test_before_the_first_look_at_the_door_new_jobs_are_behind(self):
         office = Office(window=2)
-        office.wire.core.door_seen = False
+        office.wire.core.window.door_seen = False
         office.store.unclaimed.append(StoredJob(b"H:old", b"f", b"", b"1", 0, 0, None))
         client = office.wire.connect()
         client(P.SUBMIT_JOB_BG, b"f", b"", b"2")
@@ -543,7 +543,7 @@ class TestWindow:
         assert core.functions[b"f"].left == {0: 1}
         # From a view, and more urgent than what was laid there.
         views = StoredJob(b"H:r1", b"f", b"", b"9", 0, 0, None)
-        core.claimed(Claimed([views], more=True))
+        core.window.claimed(Claimed([views], more=True))
         client = office.wire.connect()
         client(P.SUBMIT_JOB_BG, b"f", b"", b"3")
         (entry,) = core.entries

@@ -17,6 +17,7 @@ CORE: Final = "django_gearman.server.core"
 CREWS: Final = "django_gearman.server.crews"
 JOBS: Final = "django_gearman.server.jobs"
 JOURNAL: Final = "django_gearman.server.journal"
+WINDOW: Final = "django_gearman.server.window"
 STORE: Final = "tests.simulation.store"
 
 
@@ -49,7 +50,7 @@ DEFECTS: Final = [
     Defect(
         "wake-up lost with the worker that was woken",
         CORE,
-        "function is not taken and function.waiting:\n            self._wake(function)",
+        "function is not taken and function.waiting:\n            self.wake(function)",
         "function is not taken and function.waiting:\n            pass",
     ),
     Defect(
@@ -134,8 +135,14 @@ DEFECTS: Final = [
     Defect(
         "late refusal not undone",
         JOURNAL,
-        '        return [JobFinished(entry.handle, Outcome.CANCELLED, b"", reason, self._server.now)]',
-        "        return []",
+        '        return JobFinished(entry.handle, Outcome.CANCELLED, b"", OUT_OF_REACH, server.now)',
+        "        return JobDue(entry.handle)",
+    ),
+    Defect(
+        "late refusal undone though others joined",
+        JOURNAL,
+        "        if has_key(entry.unique, entry.workload):\n            # Another",
+        "        if not entry.unique and has_key(entry.unique, entry.workload):\n            # Another",
     ),
     Defect(
         "submissions wait for ever",
@@ -212,13 +219,13 @@ DEFECTS: Final = [
     ),
     Defect(
         "later jobs overtake those at the door",
-        CORE,
+        WINDOW,
         "        if priority in function.left or priority in function.spilling or not self.door_seen:",
         "        if priority in function.spilling or not self.door_seen:",
     ),
     Defect(
         "first jobs after a start overtake those at the door",
-        CORE,
+        WINDOW,
         " or priority in function.spilling or not self.door_seen:",
         " or priority in function.spilling:",
     ),
@@ -230,20 +237,20 @@ DEFECTS: Final = [
     ),
     Defect(
         "less urgent jobs do not wait for those at the door",
-        CORE,
-        "        return self.clock - self._claimed_at < STORE_AWAY",
+        WINDOW,
+        "        return self._server.clock - self.claimed_at < STORE_AWAY",
         "        return False",
     ),
     Defect(
         "counts forget what lies at the door",
-        CORE,
+        WINDOW,
         "                function.later += waiting.later\n",
         "",
     ),
     Defect(
         "abandoned foreground job stays",
         CORE,
-        " if listener is not peer] or None\n            self._drop_if_abandoned(job)\n",
+        " if listener is not peer] or None\n            self.drop_if_abandoned(job)\n",
         " if listener is not peer] or None\n",
     ),
     Defect(

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, PacketType, encode_response
-from django_gearman.server import core as core_module
 from django_gearman.server import text
+from django_gearman.server import window as window_module
 from django_gearman.server.core import (
     HIGH,
     LOW,
     NORMAL,
-    STORE_AWAY,
     FunctionOrder,
     JobServer,
     Peer,
@@ -42,6 +41,7 @@ from django_gearman.server.entries import (
 )
 from django_gearman.server.jobs import JobState
 from django_gearman.server.journal import Batch, Journal
+from django_gearman.server.window import Window
 
 from .store import SimulatedStore
 
@@ -213,23 +213,31 @@ class Watched(JobServer):
             self.model.committed(entry)
         super().committed(entries)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
-        self.model.rejected(entry, reason)
-        super().rejected(entry, reason)
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
+        self.model.rejected(entry, reason, perhaps_kept=perhaps_kept)
+        super().rejected(entry, reason, perhaps_kept=perhaps_kept)
 
     def joined(self, entry: JobQueued, handle: bytes) -> None:
         self.model.joined(entry, handle)
         super().joined(entry, handle)
-
-    def replied(self, question: Question, reply: Reply) -> None:
-        super().replied(question, reply)
-        self.model.replied(question, reply)
 
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         jobs = list(jobs)
         for job in jobs:
             self.model.adopted(job)
         super().adopt(jobs)
+
+
+class WatchedWindow(Window):
+    """So too of what the store was asked."""
+
+    def __init__(self, core: Watched) -> None:
+        super().__init__(core)
+        self.model = core.model
+
+    def replied(self, question: Question, reply: Reply) -> None:
+        super().replied(question, reply)
+        self.model.replied(question, reply)
 
 
 class Server:
@@ -262,9 +270,10 @@ class Server:
         )
         self.core = core = Watched(options)
         core.model = self
+        core.window = WatchedWindow(core)
         core.now = world.wall(name)
         core.clock = world.clock
-        core.door_seen = not self.durable
+        core.window.door_seen = not self.durable
         self.journal = Journal(
             core,
             submit_limit=shape.submit_limit,
@@ -469,7 +478,7 @@ class Server:
         self.drop_if_abandoned(job)
 
     def ask_store(self, topic: Topic, then: Callable[[Reply], None]) -> None:
-        if len(self.open) >= core_module.MAX_QUESTIONS:
+        if len(self.open) >= window_module.MAX_QUESTIONS:
             then(self.guess(topic))
             return
         self.asked += 1
@@ -478,7 +487,7 @@ class Server:
     def guess(self, topic: Topic) -> Reply:
         """What is told without the store: a job that may be there is not gone."""
         asks = topic in (Topic.STATUS, Topic.UNIQUE)
-        return Standing(running=False) if asks and self.core._away else None
+        return Standing(running=False) if asks and self.core.window.away else None
 
     def replied(self, question: Question, reply: Reply) -> None:
         _, _, then = self.open.pop(question.number, (0.0, None, None))
@@ -494,11 +503,18 @@ class Server:
             peer.touched = True
             self.touched.append(peer)
 
-    def rejected(self, entry: JobQueued | JobKept, reason: str) -> None:
+    def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool) -> None:
         handle = entry.handle
+        job = self.jobs.get(handle)
+        if job is not None and perhaps_kept and job.state != "pending":
+            # It runs here for others, and stays what its record may say.
+            if job.slots is not None and not self.is_overtaken(job, entry):
+                self.answer(job, encode_response(P.ERROR, b"QUEUE_ERROR", reason.encode()), None)
+                job.slots = []
+                job.awaited = entry
+            return
         self.world.refused(self, entry, reason)
         self.disowned[handle] = None
-        job = self.jobs.get(handle)
         if job is None or self.is_overtaken(job, entry):
             return
         if isinstance(entry, JobQueued):
@@ -758,7 +774,10 @@ class Server:
         core = self.core
         left = core.functions[function].left
         best = self.front(function).priority
-        if not any(priority > best for priority in left) or core.clock - core._claimed_at >= STORE_AWAY:
+        if (
+            not any(priority > best for priority in left)
+            or core.clock - core.window.claimed_at >= window_module.STORE_AWAY
+        ):
             return False
         self.held_back = True
         return True
@@ -1093,7 +1112,7 @@ class Server:
         asleep = [peer for peer in self.peers if peer.asleep]
         while self.open:
             number, (at, topic, then) = next(iter(self.open.items()))
-            if core.clock - at < core_module.PATIENCE:
+            if core.clock - at < window_module.PATIENCE:
                 break
             del self.open[number]
             then(self.guess(topic))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from django_gearman.server import core, journal
+from django_gearman.server import core, journal, window
 
 from .world import World
 
@@ -22,8 +22,8 @@ CONSTANTS = [
     (core, "CANCELLED_LIMIT"),
     (journal, "MAX_BATCH"),
     (journal, "CLAIM_LIMIT"),
-    (core, "LEAST_SHARE"),
-    (core, "MAX_QUESTIONS"),
+    (window, "LEAST_SHARE"),
+    (window, "MAX_QUESTIONS"),
     (journal, "COMPACT_AT"),
 ]
 """What a world sets to its size."""

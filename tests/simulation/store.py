@@ -24,6 +24,7 @@ from django_gearman.server.entries import (
     JobQueued,
     JobRequeued,
     JobStarted,
+    JobUnclaimed,
     Joined,
     Outcome,
     Question,
@@ -385,6 +386,8 @@ class SimulatedStore:
                 row.kept_attempts.append(entry.attempt)
         elif kind is JobDue:
             row.status = "READY"
+        elif kind is JobUnclaimed:
+            row.server = row.epoch = None
         elif kind is JobKept:
             row.background = True
             if row.key is None and row.wanted is not None and row.wanted not in self.database.keys:

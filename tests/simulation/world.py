@@ -16,7 +16,7 @@ from typing import Any
 
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server import core, journal
+from django_gearman.server import core, journal, window
 from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
 from django_gearman.server.entries import (
     Entry,
@@ -28,6 +28,7 @@ from django_gearman.server.entries import (
     Joined,
     Outcome,
     StoredJob,
+    has_key,
 )
 from django_gearman.server.journal import Batch
 
@@ -119,8 +120,8 @@ class World:
         core.CANCELLED_LIMIT = shape.cancelled_limit
         journal.MAX_BATCH = shape.batch
         journal.CLAIM_LIMIT = shape.claim
-        core.LEAST_SHARE = 700
-        core.MAX_QUESTIONS = shape.questions
+        window.LEAST_SHARE = 700
+        window.MAX_QUESTIONS = shape.questions
         journal.COMPACT_AT = shape.compact_at
         self.events = 0
         self.clock = 1000.0
@@ -477,8 +478,10 @@ class World:
                 raise Broken(f"{server.label} wrote, though its lease is another's")
             assert server.store is not None
             promise(not server.store.taken, f"{server.label} claimed, though its lease is another's")
+        # Operators come after what is written, in the same trip.
+        cancelled = {q.handle for q in batch.questions if batch.replies.get(q.number) is True}
         for index, other in batch.refused.items():
-            if type(other) is Joined:
+            if type(other) is Joined and other.handle not in cancelled:
                 entry = batch.entries[index]
                 assert isinstance(entry, JobQueued)
                 row = self.database.by_handle[other.handle]
@@ -514,6 +517,9 @@ class World:
         self.disowned[entry.handle] = None
         self.out_of_line(entry.handle)
         self.late[entry.handle] = server
+        if type(entry) is JobQueued and has_key(entry.unique, entry.workload):
+            # Others may have joined it: if it was written all the same, it runs.
+            self.escaped[entry.handle] = None
         self._note_escape(server, entry.handle)
         job = server.jobs.get(entry.handle)
         match reason:
@@ -748,10 +754,6 @@ class World:
         assert row.handle is not None
         decisions = self.decisions.get(row.handle, ())
         if row.handle in self.cancelled_at_door:
-            return
-        if row.handle in self.late:
-            # Not kept today: somebody else's submission joined it in the store, and then its server undid it,
-            # since its own client had been refused. The store would have to note who has joined.
             return
         promise(
             any(decision[1] == "CANCELLED" for decision in decisions),

@@ -162,7 +162,7 @@ class TestFailures:
         with harness.worker_thread({"large": lambda job: bytes(1000)}, server, max_packet=1000):
             with pytest.raises(JobFailed) as caught:
                 client.do("large", timeout=10)
-            assert b"has 1000 bytes, more than max_packet=1000; store it" in caught.value.data
+            assert caught.value.data == b"TooLarge('the result of large', 1000, 1000)"
 
     def test_a_function_that_was_not_offered(self) -> None:
         told: list[list[bytes]] = []

@@ -271,7 +271,7 @@ def _core(
         )
     )
     # What earlier runs have left goes before what comes now.
-    core.door_seen = store is None
+    core.window.door_seen = store is None
     core.adopt_interrupted(interrupted)
     return core, replayed
 

@@ -1,0 +1,102 @@
+"""
+One record's row: inserted, and looked at again, by statements that are written once.
+
+The ORM would prepare each of them anew, which takes longer than the database
+does. Where a project listens to the model's own signals, the ORM does it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from django.db import connections, router, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Field
+from django.db.models.signals import post_init, post_save, pre_init, pre_save
+
+from .models import JobRecord
+
+_SIGNALS_OF_SAVE = (pre_save, post_save)
+_SIGNALS_OF_READ = (pre_init, post_init)
+
+AnyField: TypeAlias = "Field[Any, Any]"
+
+
+def insert(record: JobRecord, using: str) -> None:
+    """
+    Insert an unsaved record, as ``save(force_insert=True)`` does.
+
+    Raises:
+        DatabaseError: It cannot be inserted; a transaction around it is to be rolled back.
+    """
+    if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_SAVE):
+        record.save(using=using, force_insert=True)
+        return
+    connection = connections[using]
+    sql, fields, returns = _insertion(using)
+    values = [field.get_db_prep_save(getattr(record, field.attname), connection) for field in fields]
+    with transaction.mark_for_rollback_on_error(using=using), connection.cursor() as cursor:
+        cursor.execute(sql, values)
+        if returns:
+            (record.pk,) = cursor.fetchone()
+        else:
+            record.pk = connection.ops.last_insert_id(cursor, JobRecord._meta.db_table, "id")
+    record._state.adding, record._state.db = False, using
+
+
+def refresh(record: JobRecord, names: tuple[str, ...]) -> None:
+    """
+    Look at some fields of a record again, as ``refresh_from_db(fields=names)`` does.
+
+    Raises:
+        JobRecord.DoesNotExist: It is gone.
+    """
+    if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_READ):
+        record.refresh_from_db(fields=names)
+        return
+    connection = connections[record._state.db or router.db_for_read(JobRecord, instance=record)]
+    sql, fields = _selection(connection.alias, names)
+    with connection.cursor() as cursor:
+        cursor.execute(sql, [record.pk])
+        row = cursor.fetchone()
+    if row is None:
+        raise JobRecord.DoesNotExist
+    for field, value in zip(fields, row, strict=True):
+        if value is not None:
+            value = _converted(field, value, connection)
+        setattr(record, field.attname, value)
+
+
+def _converted(field: AnyField, value: Any, connection: BaseDatabaseWrapper) -> Any:
+    expression = field.cached_col
+    for convert in (*connection.ops.get_db_converters(expression), *field.get_db_converters(connection)):
+        value = convert(value, expression, connection)
+    return value
+
+
+@lru_cache
+def _insertion(using: str) -> tuple[str, tuple[AnyField, ...], bool]:
+    """Statement, the fields whose values it wants, and whether it returns the id."""
+    connection = connections[using]
+    returns = connection.vendor == "postgresql"
+    fields = tuple(field for field in JobRecord._meta.concrete_fields if not field.primary_key)
+    columns, table, id = _names(connection, fields)
+    marks = ", ".join(["%s"] * len(fields))
+    sql = f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608
+    return f"{sql} RETURNING {id}" if returns else sql, fields, returns
+
+
+@lru_cache
+def _selection(using: str, names: tuple[str, ...]) -> tuple[str, tuple[AnyField, ...]]:
+    by_name = {field.name: field for field in JobRecord._meta.concrete_fields}
+    fields = tuple(by_name[name] for name in names)
+    columns, table, id = _names(connections[using], fields)
+    return f"SELECT {columns} FROM {table} WHERE {id} = %s", fields  # noqa: S608
+
+
+def _names(connection: BaseDatabaseWrapper, fields: tuple[AnyField, ...]) -> tuple[str, str, str]:
+    """Columns, table and primary key, as the database wants them."""
+    quote = connection.ops.quote_name
+    columns = ", ".join(quote(str(field.column)) for field in fields)
+    return columns, quote(JobRecord._meta.db_table), quote("id")

@@ -1,0 +1,79 @@
+"""
+Who wants to hear that a row's end is in the database.
+
+A view that waits for a job which it has just inserted knows its row's number
+and no handle: the row may not have been claimed yet. What it wants to hear is
+not that the job ended but that its record says so. See ``packets.ROW``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ..protocol.packets import ROW
+
+if TYPE_CHECKING:
+    from .core import Peer
+
+MOST: Final = 10_000
+"""Rows that are watched at a time; who asks for more looks at the row now and then."""
+
+LONGEST: Final = 60.0
+"""Seconds after which a row is forgotten: its job may be another server's."""
+
+
+class Watchers:
+    """
+    Peers by the row that they wait for.
+
+    Args:
+        prefix: What the handles of rows begin with; their number follows.
+    """
+
+    def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        self._rows: dict[bytes, tuple[float, dict[Peer, None]]] = {}
+        """{handle of a row: since when it is watched, and by whom}, the longest first."""
+        self._of_peers: dict[Peer, set[bytes]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, peer: Peer, row: bytes, clock: float) -> bool:
+        """Whether the peer will hear of ``row NUMBER``; not when too many are watched, or it is none."""
+        number = row.removeprefix(ROW)
+        if not number.isdigit() or len(number) > 20 or len(self._rows) >= MOST:
+            return False
+        handle = self._prefix + number
+        self._rows.setdefault(handle, (clock, {}))[1][peer] = None
+        self._of_peers.setdefault(peer, set()).add(handle)
+        return True
+
+    def ended(self, handle: bytes) -> tuple[bytes, list[Peer]]:
+        """What the row of a handle is called, and who waits for it; they are forgotten."""
+        return ROW + handle[len(self._prefix) :], self._remove(handle)
+
+    def forget(self, peer: Peer) -> None:
+        """A peer is gone."""
+        for handle in self._of_peers.pop(peer, ()):
+            _, peers = self._rows[handle]
+            del peers[peer]
+            if not peers:
+                del self._rows[handle]
+
+    def tick(self, clock: float) -> None:
+        """Forget what nobody can have waited for so long without looking by himself."""
+        while self._rows:
+            handle, (since, _) = next(iter(self._rows.items()))
+            if clock - since < LONGEST:
+                return
+            self._remove(handle)
+
+    def _remove(self, handle: bytes) -> list[Peer]:
+        _, peers = self._rows.pop(handle, (0.0, {}))
+        for peer in peers:
+            handles = self._of_peers[peer]
+            handles.discard(handle)
+            if not handles:
+                del self._of_peers[peer]
+        return list(peers)
