@@ -613,6 +613,9 @@ class JobServer:
             job.interruptions = stored.interruptions
             if job.worker is not None:
                 self.entries.append(JobStarted(job.handle, job.worker.identity, job.attempts, job.started_at))
+            else:
+                # Those that came to nothing while nobody kept it are not in its record.
+                job.attempts = stored.attempts
 
     def next_due(self) -> float:
         """Wall time when the next job for later is due; infinite when there is none."""

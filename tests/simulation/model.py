@@ -576,6 +576,8 @@ class Server:
                 held.elsewhere = False
                 held.background = held.recorded = True
                 held.interruptions = stored.interruptions
+                if held.worker is None:
+                    held.attempts = stored.attempts
                 self.disowned.pop(handle, None)
             return
         job = ModelJob(
