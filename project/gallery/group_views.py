@@ -11,7 +11,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST, require_safe
 
 from django_gearman import GroupResult, group
-from django_gearman.exceptions import GearmanError, GroupDoesNotExist
+from django_gearman.exceptions import GroupDoesNotExist, ResponseTimeout
 
 from . import streams
 from .cards import GroupCard, group_card
@@ -49,8 +49,8 @@ def cancel(request: HttpRequest, pk: int) -> HttpResponseRedirect:
             messages.info(request, "All of it had ended already.")
     except GroupDoesNotExist as error:
         raise Http404 from error
-    except GearmanError:
-        messages.error(request, "It could not be cancelled: its job server does not answer.")
+    except ResponseTimeout:
+        messages.warning(request, "It will be cancelled once its job server is there again.")
     return redirect("gallery:group", pk)
 
 

@@ -12,7 +12,7 @@ from django.template.loader import render_to_string
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST, require_safe
 
-from django_gearman.exceptions import GearmanError
+from django_gearman.exceptions import ResponseTimeout
 
 from . import streams
 from .cards import VideoCard, video_cards
@@ -73,8 +73,8 @@ def cancel(request: HttpRequest, pk: int) -> HttpResponseRedirect:
             messages.success(request, f"“{video}” is cancelled.")
         else:
             messages.info(request, f"“{video}” had ended already.")
-    except GearmanError:
-        messages.error(request, f"“{video}” could not be cancelled: its job server does not answer.")
+    except ResponseTimeout:
+        messages.warning(request, f"“{video}” will be cancelled once its job server is there again.")
     return redirect("gallery:videos")
 
 

