@@ -18,6 +18,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import django
 from django.core.management.utils import get_random_secret_key
 
 
@@ -122,7 +123,18 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # The same addresses tell gearman_server where to listen (the first), and
 # clients and workers where to connect.
-GEARMAN = {"default": {"SERVERS": comma_separated("GEARMAN_SERVERS", "127.0.0.1:4730")}}
+GEARMAN = {
+    "default": {
+        "SERVERS": comma_separated("GEARMAN_SERVERS", "127.0.0.1:4730"),
+        # Seconds: no page waits longer for a job server that does not answer.
+        "TIMEOUT": 10.0,
+        # What `gearman_worker` runs: a video of half an hour keeps no photo waiting.
+        "WORKERS": {
+            "video": {"PROCESSES": 1, "QUEUES": ["video"], "MAX_MEMORY": "+500"},
+            "rest": {"PROCESSES": 2},
+        },
+    }
+}
 
 WEB_ADDRESS = os.environ.get("WEB_ADDRESS", "127.0.0.1:8000")
 
@@ -154,6 +166,28 @@ DATA_UPLOAD_MAX_NUMBER_FILES = 100
 # Beside MEDIA_ROOT, so that a large upload is renamed into place, not copied.
 FILE_UPLOAD_TEMP_DIR = VAR / "uploads"
 FILE_UPLOAD_TEMP_DIR.mkdir(mode=0o700, exist_ok=True)
+
+# Of one video; what is larger or longer fails with a sentence that says so.
+VIDEO_LIMITS = {
+    "max_bytes": 512 * 1024 * 1024,
+    "max_seconds": 30 * 60,
+    "max_pixels": 4096 * 2304,  # of one frame
+    "size": 1280,  # longest side of what is made for the web
+}
+
+# Mail goes into files, one each, in place of a server for it.
+GALLERY_MAIL_TO = "gallery@example.com"
+MAIL_FOLDER = VAR / "mail"
+if django.VERSION >= (6, 1):
+    MAILERS = {
+        "default": {
+            "BACKEND": "django.core.mail.backends.filebased.EmailBackend",
+            "OPTIONS": {"file_path": MAIL_FOLDER},
+        }
+    }
+else:
+    EMAIL_BACKEND = "django.core.mail.backends.filebased.EmailBackend"
+    EMAIL_FILE_PATH = MAIL_FOLDER
 
 LOGGING = {
     "version": 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dj_database_url
+import django
 
 # One folder per process: parallel test processes and the servers they start share nothing.
 SCRATCH = Path(os.environ.get("GEARMAN_TEST_SCRATCH") or tempfile.mkdtemp(prefix="gearman-tests-"))
@@ -73,6 +74,10 @@ TEMPLATES = [
         },
     }
 ]
+GALLERY_MAIL_TO = "gallery@example.com"
+if django.VERSION >= (6, 1):
+    # From then on there is no mailer where none is named.
+    MAILERS = {"default": {"BACKEND": "django.core.mail.backends.locmem.EmailBackend"}}
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 # Nobody listens on port 9 (discard): a test that wants a server starts its own.

@@ -1,4 +1,4 @@
-"""Photos in the admin, each with the way to its job."""
+"""Photos and videos in the admin, each with the way to its job."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.html import format_html
 
-from .models import Photo
+from .models import Photo, Upload, Video
 
 
-@admin.register(Photo)
-class PhotoAdmin(admin.ModelAdmin):
-    list_display = ["title", "thumbnail", "job", "uploaded_at"]
+class UploadAdmin(admin.ModelAdmin):
     search_fields = ["title"]
     list_per_page = 50
-    readonly_fields = ["thumbnail", "job", "width", "height", "uploaded_at"]
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         # Only an upload in the gallery stores a file and enqueues its job.
         return False
+
+    @admin.display(description="job record", ordering="job_id", empty_value="-")
+    def job(self, upload: Upload) -> str | None:
+        if upload.job_id is None:
+            return None
+        url = reverse("admin:django_gearman_jobrecord_change", args=[upload.job_id])
+        return format_html('<a href="{}">Job {}</a>', url, upload.job_id)
+
+
+@admin.register(Photo)
+class PhotoAdmin(UploadAdmin):
+    list_display = ["title", "thumbnail", "job", "uploaded_at"]
+    readonly_fields = ["thumbnail", "job", "width", "height", "uploaded_at"]
 
     @admin.display(empty_value="-")
     def thumbnail(self, photo: Photo) -> str | None:
@@ -28,9 +38,16 @@ class PhotoAdmin(admin.ModelAdmin):
         small = photo.thumbnail_url(Photo.SIZES[0], "jpg")
         return format_html('<a href="{}"><img src="{}" alt="" height="80"></a>', photo.large_url, small)
 
-    @admin.display(description="job record", ordering="job_id", empty_value="-")
-    def job(self, photo: Photo) -> str | None:
-        if photo.job_id is None:
+
+@admin.register(Video)
+class VideoAdmin(UploadAdmin):
+    list_display = ["title", "poster", "job", "uploaded_at"]
+    readonly_fields = ["poster", "job", "width", "height", "seconds", "notes", "uploaded_at"]
+
+    @admin.display(empty_value="-")
+    def poster(self, video: Video) -> str | None:
+        if video.width is None:
             return None
-        url = reverse("admin:django_gearman_jobrecord_change", args=[photo.job_id])
-        return format_html('<a href="{}">Job {}</a>', url, photo.job_id)
+        return format_html(
+            '<a href="{}"><img src="{}" alt="" height="80"></a>', video.web_url, video.poster_url
+        )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
-from django_gearman import JobContext, job
+from django.conf import settings
+from django.core.mail import send_mail
+from django.db.models import F
 
-from .models import Photo
+from django_gearman import Discard, JobContext, job
+from django_gearman.exceptions import JobCancelled
+
+from .models import Photo, Video
 
 
 @job(takes_context=True, queue_name="images")
@@ -23,11 +29,108 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
 
     photo = Photo.objects.get(pk=photo_id)
     made = write_thumbnails(
-        photo.original.path, photo.thumbnails_path, Photo.SIZES, report=context.set_progress
+        photo.original.path, photo.thumbnails_path, photo.sizes, report=context.set_progress
     )
     Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height)
     context.logger.info("%d files of a photo of %d x %d", len(made.files), made.width, made.height)
     return {"width": made.width, "height": made.height, "files": made.files}
+
+
+@job(queue_name="images", timeout=120)
+def render_again(photo_id: int, large: int, quality: int) -> int:
+    """Write the thumbnails of a photo once more, the largest in another size; their bytes."""
+    from .thumbnails import write_thumbnails
+
+    photo = Photo.objects.filter(pk=photo_id).first()
+    if photo is None:
+        raise Discard("The photo was deleted.")
+    before, photo.large = photo.large, large
+    made = write_thumbnails(photo.original.path, photo.thumbnails_path, photo.sizes, quality=quality)
+    # The pages name the new ones from here on.
+    Photo.objects.filter(pk=photo_id).update(large=large, edition=F("edition") + 1)
+    for path in photo.thumbnails_path.glob(f"{before}.*") if before != large else ():
+        path.unlink(missing_ok=True)
+    return sum(made.files.values())
+
+
+@job
+def add_up(sizes: list[int]) -> int:
+    """What follows a group that succeeded: it gets the members' values."""
+    return sum(sizes)
+
+
+@job(takes_context=True)
+def mail_summary(context: JobContext) -> str:
+    """What follows a group that has ended, however: its subject line, once it is mailed."""
+    group = context.group
+    assert group is not None, "it is enqueued as on_complete alone"
+    subject = f"{group.successful} of {group.total} photos were rendered again"
+    lines = [f"{subject}."]
+    if group.failed:
+        lines.append("\nThese were not:\n")
+    for result in group:
+        lines += [f"- job {result.id}: {error.message or 'cancelled'}" for error in result.errors[-1:]]
+    send_mail(subject, "\n".join(lines), None, [settings.GALLERY_MAIL_TO])
+    return subject
+
+
+@job(queue_name="images", timeout=20)
+def make_preview(photo_id: int, look: str, crop: str) -> str:
+    """Write a preview beside the thumbnails of a photo, while a view waits; the file's name."""
+    from .previews import write_preview
+
+    photo = Photo.objects.get(pk=photo_id)
+    name = f"preview-{look}-{crop}.jpg"
+    write_preview(photo.original.path, photo.folder_path / name, look, crop)
+    return name
+
+
+@job(takes_context=True, queue_name="video", unique="video_id", timeout=3600, max_attempts=3)
+def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
+    """
+    Write poster and web version of a video, which may take minutes.
+
+    A worker that dies leaves it to the next, twice; a file that is no video
+    would be none the next time either.
+    """
+    # Only workers need PyAV.
+    from .videos import Limits, UnreadableVideo, duration, write_web_video
+
+    video = Video.objects.filter(pk=video_id).first()
+    if video is None:
+        raise Discard("The video was deleted.")
+
+    told = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        # Asked between two frames, so that nothing is cut off inside FFmpeg.
+        if context.cancelled:
+            raise JobCancelled
+        if done > told:
+            told = done
+            context.set_progress(done, total)
+            if not Video.objects.filter(pk=video_id).exists():
+                raise Discard("The video was deleted meanwhile.")
+
+    try:
+        made = write_web_video(
+            video.original.path,
+            video.folder_path,
+            Video.scratch_path(),
+            Limits(**getattr(settings, "VIDEO_LIMITS", {})),
+            report=report,
+        )
+    except UnreadableVideo as error:
+        raise Discard(str(error)) from error
+    kept = Video.objects.filter(pk=video_id).update(
+        width=made.width, height=made.height, seconds=made.seconds, notes=" ".join(made.notes)
+    )
+    if not kept:
+        shutil.rmtree(video.folder_path, ignore_errors=True)
+        raise Discard("The video was deleted meanwhile.")
+    context.logger.info("%s of video at %d x %d", duration(made.seconds), made.width, made.height)
+    return {"width": made.width, "height": made.height, "seconds": made.seconds, "sound": made.sound}
 
 
 @job(name="reverse", raw=True)

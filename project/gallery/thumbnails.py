@@ -31,7 +31,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # Pillow knows many more, some of which are drawings, or run other programs.
 READABLE = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 
-ENCODINGS = {
+ENCODINGS: dict[str, dict[str, object]] = {
     "webp": {"format": "WEBP", "quality": 80, "method": 4},
     "jpg": {"format": "JPEG", "quality": 82, "progressive": True, "optimize": True},
 }
@@ -69,6 +69,7 @@ def write_thumbnails(
     folder: Path,
     sizes: Sequence[int],
     *,
+    quality: int | None = None,
     report: Report = lambda written, total: None,
 ) -> Thumbnails:
     """
@@ -77,6 +78,8 @@ def write_thumbnails(
     Each file appears whole or not at all, replacing one that is there. An
     image smaller than a size keeps its own.
 
+    Args:
+        quality: Of the encoders, from 1 to 95; None for that of ``ENCODINGS``.
     Raises:
         UnreadableImage: If the source is not a photo.
         OSError: If the source is not there or the folder cannot be written.
@@ -90,8 +93,10 @@ def write_thumbnails(
     for size in sorted(sizes, reverse=True):
         image.thumbnail((size, size), Image.Resampling.LANCZOS)
         for suffix, options in ENCODINGS.items():
+            if quality is not None:
+                options = options | {"quality": quality}
             name = f"{size}.{suffix}"
-            files[name] = _write(image, folder / name, options)
+            files[name] = write(image, folder / name, options)
             report(len(files), total)
     return Thumbnails(width, height, files)
 
@@ -194,8 +199,8 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def _write(image: Image.Image, path: Path, options: dict[str, object]) -> int:
-    """Write the file and return its bytes."""
+def write(image: Image.Image, path: Path, options: dict[str, object]) -> int:
+    """Write the file, whole or not at all, and return its bytes."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     try:
         with open(descriptor, "wb") as file:

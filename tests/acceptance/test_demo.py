@@ -167,8 +167,8 @@ def test_from_start_to_end(demo: Demo):
     assert "project.gallery.jobs.make_thumbnails\t0\t0\t2" in status
 
     family = demo.family()
-    # Server, worker and its two processes, gunicorn and its two.
-    assert len(family) == 7
+    # Server, worker and its three processes, gunicorn and its two.
+    assert len(family) == 8
     demo.signal(signal.SIGINT)
     assert demo.wait(STOP_LIMIT) == 0
     assert not any(map(harness.is_running, family))

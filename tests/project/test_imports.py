@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 class TestWebProcess:
-    def test_pages_need_no_pillow(self, tmp_path: Path):
-        code = "import project.wsgi, project.urls, sys; sys.exit('PIL' in sys.modules)"
+    def test_pages_need_neither_pillow_nor_pyav(self, tmp_path: Path):
+        code = "import project.wsgi, project.urls, sys; sys.exit(bool({'PIL', 'av'} & set(sys.modules)))"
         environment = {
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "project.settings",

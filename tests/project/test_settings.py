@@ -43,7 +43,7 @@ class TestDefaults:
 
         assert settings["DEBUG"] is False
         assert settings["ALLOWED_HOSTS"] == ["localhost", "127.0.0.1", "[::1]"]
-        assert settings["GEARMAN"] == {"default": {"SERVERS": ["127.0.0.1:4730"]}}
+        assert settings["GEARMAN"]["default"]["SERVERS"] == ["127.0.0.1:4730"]
         assert settings["WEB_ADDRESS"] == "127.0.0.1:8000"
 
     def test_everything_kept_lies_in_one_folder_of_its_owner(self, read: Read, tmp_path: Path):

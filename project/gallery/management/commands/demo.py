@@ -17,7 +17,7 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
-EXTRAS = ("PIL", "gunicorn", "supervisor", "whitenoise")
+EXTRAS = ("PIL", "av", "gunicorn", "supervisor", "whitenoise")
 """Modules of the extra ``demo`` that the programs below import."""
 
 
@@ -44,10 +44,14 @@ class Command(BaseCommand):
         self.stdout.write(
             f"""
     Gallery      {self.style.SUCCESS(site + "/")}
+    Videos       {site}/videos/
     Admin        {self.style.SUCCESS(site + "/admin/")}
                  {login}
     Job records  {site}/admin/django_gearman/jobrecord/
     Gearman      {gearman}
+
+    No photo or video at hand?  python manage.py make_sample_photos --submit
+                                python manage.py make_sample_video --submit
 
     Ctrl-C stops everything.
 """
