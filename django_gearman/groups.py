@@ -354,10 +354,8 @@ _Before = tuple[Step, int] | None
 
 def _is_free(job: Job[Any, Any]) -> bool:
     """Whether its submissions have nothing of their own but a workload: no unique, and no key of a limit."""
-    has_unique = job.unique is not None and not (
-        isinstance(job.unique, jobs._Always) and not job.unique.unique
-    )
-    return not has_unique and job.limit_key is None
+    given = job.unique
+    return job.limit_key is None and (given is None or (isinstance(given, jobs._Always) and not given.unique))
 
 
 def _enqueue(
@@ -556,8 +554,8 @@ class _Insertion:
         first = next(iter(job._bind((None, *member.args), member.kwargs)))
         if not names or first in names:
             raise InvalidGroup(
-                f"the limit_key of {job.name} may be made of its first argument, which is not known before the "
-                "job before it has ended; name others, or write .si(...)"
+                f"the limit_key of {job.name} may be made of its first argument, which is not known "
+                "before the job before it has ended; name others, or write .si(...)"
             )
         return job._limit_key_of((None, *member.args), member.kwargs)
 

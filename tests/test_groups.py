@@ -359,7 +359,7 @@ class TestLimitKeys:
     def test_the_value_itself_is_refused(self, db: None, keyed: Any) -> None:
         for limit_key in ("left", ("right", "left"), lambda left, right: str(left)):
             keyed.limit_key = limit_key
-            with pytest.raises(InvalidGroup, match="limit_key .* not known before"):
+            with pytest.raises(InvalidGroup, match=r"limit_key .* not known before"):
                 chain(jobs.add.s(1), keyed.s(7)).enqueue()
         assert not JobRecord.objects.exists()
 
