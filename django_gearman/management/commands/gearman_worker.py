@@ -14,7 +14,7 @@ from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Final
 
 from django.conf import settings as django_settings
@@ -440,6 +440,7 @@ class _CodeWatch:
     def __init__(self) -> None:
         self._reloader = StatReloader()
         autoreload_started.send(sender=self._reloader)
+        self._began_at = time()
         self._times = dict(self._reloader.snapshot_files())
         self._next_at = monotonic() + RELOAD_INTERVAL
 
@@ -448,9 +449,12 @@ class _CodeWatch:
             return False
         self._next_at = monotonic() + RELOAD_INTERVAL
         times = dict(self._reloader.snapshot_files())
-        changed = any(self._times.get(file, math.inf) < time for file, time in times.items())
-        # One that is new to us was imported, or made, since.
-        changed = changed or any(file not in self._times and file.suffix == ".py" for file in times)
+        changed = any(self._times.get(file, math.inf) < at for file, at in times.items())
+        # A module that is new to us was made since, or only imported: that one is no change.
+        changed = changed or any(
+            file not in self._times and file.suffix == ".py" and at >= self._began_at
+            for file, at in times.items()
+        )
         self._times = times
         return changed
 
