@@ -248,15 +248,22 @@ class GroupFailed(GearmanError):
         job: Its function.
         error: Why.
         outcomes: What became of each member, in order: its value, or its error.
+        step: Of a chain, such as ``step 2 of 3 of the chain``; empty for a group.
     """
 
-    def __init__(self, index: int, job: str, error: GearmanError, outcomes: Sequence[object]) -> None:
+    def __init__(
+        self, index: int, job: str, error: GearmanError, outcomes: Sequence[object], step: str = ""
+    ) -> None:
         self.index = index
         self.job = job
         self.error = error
         self.outcomes = outcomes
+        self.step = step
 
     def __str__(self) -> str:
+        if self.step:
+            # What came after it was not begun, and is no failure of its own.
+            return f"{self.step}: {self.error}"
         failed = sum(isinstance(outcome, GearmanError) for outcome in self.outcomes)
         others = f"; {failed} of {len(self.outcomes)} members failed" if failed > 1 else ""
         return f"member {self.index} of the group: {self.error}{others}"

@@ -64,7 +64,7 @@ class group(Generic[R]):  # a function, to who uses it
     @overload
     def __init__(self, *members: Signature[R]) -> None: ...
     def __init__(self, *members: Any) -> None:
-        if len(members) == 1 and not isinstance(members[0], Signature | group | chain | str):
+        if len(members) == 1 and isinstance(members[0], Iterable) and not isinstance(members[0], chain | str):
             (members,) = members
         self.members: tuple[Signature[R], ...] = tuple(members)
         for member in self.members:
@@ -735,8 +735,20 @@ class GroupResult(Generic[V]):
                 outcomes[place] = error
         for place, outcome in enumerate(outcomes):
             if isinstance(outcome, GearmanError):
-                return GroupFailed(place, functions[place], outcome, outcomes)
+                return GroupFailed(place, functions[place], outcome, outcomes, self._step(place))
         raise AssertionError("no member failed")
+
+    def _step(self, place: int) -> str:
+        """Where in a chain the member stands, to read; empty in a group."""
+        stages = cast(Plan, self._group.plan)["stages"]
+        if len(stages) == 1 and stages[0]["many"]:
+            return ""
+        number = 0
+        while place >= stages[number]["size"]:
+            place -= stages[number]["size"]
+            number += 1
+        step = f"step {number + 1} of {len(stages)} of the chain"
+        return f"member {place} of the group in {step}" if stages[number]["many"] else step
 
     def get(self, timeout: float | None = None) -> V:
         """

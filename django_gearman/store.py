@@ -563,7 +563,7 @@ class DatabaseStore:
         ended = door.update(
             status=Status.CANCELLED,
             finished_at=timezone.now(),
-            message="An operator cancelled the job",
+            message="The job was cancelled",
             unique_key=None,
         )
         if groups:

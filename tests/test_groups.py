@@ -221,8 +221,19 @@ class TestChains:
         made.refresh()
         assert (made.total, made.finished, made.failed) == (4, 4, 3)
         assert statuses() == ["SUCCESSFUL", "FAILED", *["CANCELLED"] * 3, "SUCCESSFUL"]
-        with pytest.raises(GroupFailed, match=r"member 1 of the group: .*ValueError: no"):
+        with pytest.raises(GroupFailed, match=r"^step 2 of 4 of the chain: .*ValueError: no$") as caught:
             made.get()
+        assert (caught.value.index, caught.value.job) == (1, jobs.fail.name)
+
+    def test_a_failure_in_a_group_of_it(self, gearman_jobs: GearmanJobs) -> None:
+        members = group(jobs.add.s(1), jobs.fail.s("no"))
+        made = chain(jobs.add.s(1), group(jobs.add.si(1), jobs.fail.si("no")), jobs.total.s()).enqueue()
+        first = chain(members, jobs.total.s()).enqueue()
+        gearman_jobs.run_all()
+        with pytest.raises(GroupFailed, match=r"^member 1 of the group in step 2 of 3 of the chain: job "):
+            made.get()
+        with pytest.raises(GroupFailed, match=r"^member 1 of the group in step 1 of 2 of the chain: job "):
+            first.get()
 
     def test_bytes_of_raw_jobs(self, gearman_jobs: GearmanJobs) -> None:
         made = chain(jobs.shout.s(b"a\xff"), jobs.shout.s()).enqueue(on_success=jobs.shout.s())
@@ -287,6 +298,10 @@ class TestRefused:
             group(jobs.add, jobs.add.s(1))  # type: ignore[arg-type]
         with pytest.raises(InvalidGroup, match="not 3"):
             group([jobs.add.s(1), 3])  # type: ignore[list-item]
+        with pytest.raises(InvalidGroup, match=r"not the job itself; write add\.s\(\.\.\.\)"):
+            group(jobs.add)  # type: ignore[arg-type]
+        with pytest.raises(InvalidGroup, match="a call of a job, .* not 3"):
+            group(3)  # type: ignore[arg-type]
         with pytest.raises(InvalidGroup, match=r"a group is a call of a job, .* not a chain"):
             group([chain(jobs.add.s(1))])  # type: ignore[list-item]
         with pytest.raises(InvalidGroup, match=r"a step of a chain .* not a chain"):

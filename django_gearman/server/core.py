@@ -1255,7 +1255,7 @@ class JobServer:
             if len(cancelled) > CANCELLED_LIMIT:
                 del cancelled[next(iter(cancelled))]
             self.crews.tell_cancelled(job.worker, handle)
-        self._fail(job, Outcome.CANCELLED, "An operator cancelled the job")
+        self._fail(job, Outcome.CANCELLED, "The job was cancelled")
         return True
 
     def cancel_for(self, peer: Peer, handle: bytes, done: bytes, missing: bytes) -> None:

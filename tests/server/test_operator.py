@@ -13,7 +13,7 @@ from django_gearman.server.journal import Journal, MemoryStore
 from .harness import Wire, handle
 
 P = PacketType
-REASON = "An operator cancelled the job"
+REASON = "The job was cancelled"
 
 
 def finished(number: int, reason: str = REASON) -> JobFinished:

@@ -619,7 +619,7 @@ class SimulatedStore:
         if row is None or row.server is not None or row.id not in database.live:
             return None
         database.end(row, "CANCELLED")
-        row.reason = "An operator cancelled the job"
+        row.reason = "The job was cancelled"
         self._fault("after")
         return True
 
