@@ -41,6 +41,7 @@ sentence what can be done.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import ClassVar
 
 
 class GearmanError(Exception):
@@ -69,12 +70,13 @@ class UnreadableStream(ProtocolError):
 class ConnectionFailed(GearmanError):
     """No server could be reached; no job was sent. ``hint`` is the question to ask next."""
 
-    def __init__(
-        self, server: str, reason: str, hint: str = "is `manage.py gearman_server` running?"
-    ) -> None:
+    HINTS: ClassVar[dict[str, str]] = {}
+    """Other questions, for some addresses."""
+
+    def __init__(self, server: str, reason: str, hint: str = "") -> None:
         self.server = server
         self.reason = reason
-        self.hint = hint
+        self.hint = hint or self.HINTS.get(server, "is `manage.py gearman_server` running?")
 
     def __str__(self) -> str:
         return f"no job server answers at {self.server} ({self.reason}); {self.hint}"

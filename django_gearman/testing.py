@@ -31,7 +31,7 @@ from django.test import override_settings
 from . import conf, jobs
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
-from .exceptions import GearmanError
+from .exceptions import ConnectionFailed, GearmanError
 from .jobs import Job, JobResult, attempt_assigned, pause_before_retry
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
@@ -63,6 +63,10 @@ __all__ = [
 
 NOBODY: Final = "127.0.0.1:9"
 """Where no job server listens: a test that has none of its own must not reach a developer's."""
+
+NOBODY_HINT: Final = (
+    "with gearman_jobs no server is asked; call the function as f.call(...), or ask for gearman_cluster"
+)
 
 START_LIMIT: Final = 60.0
 """Seconds in which a cluster is up."""
@@ -171,6 +175,8 @@ class GearmanJobs:
 
     def __enter__(self) -> GearmanJobs:
         self._stack.enter_context(override_gearman(SERVERS=[NOBODY], ENQUEUE="database"))
+        ConnectionFailed.HINTS[NOBODY] = NOBODY_HINT
+        self._stack.callback(ConnectionFailed.HINTS.pop, NOBODY, None)
         self.clear()
         return self
 

@@ -300,7 +300,7 @@ class TestRefused:
             group([jobs.add.s(1), 3])  # type: ignore[list-item]
         with pytest.raises(InvalidGroup, match=r"not the job itself; write add\.s\(\.\.\.\)"):
             group(jobs.add)  # type: ignore[arg-type]
-        with pytest.raises(InvalidGroup, match="a call of a job, .* not 3"):
+        with pytest.raises(InvalidGroup, match=r"a call of a job, .* not 3"):
             group(3)  # type: ignore[arg-type]
         with pytest.raises(InvalidGroup, match=r"a group is a call of a job, .* not a chain"):
             group([chain(jobs.add.s(1))])  # type: ignore[list-item]

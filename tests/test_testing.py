@@ -22,8 +22,8 @@ from django.db import IntegrityError, connection, transaction
 from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
-from django_gearman import JobContext, Retry, conf, job
-from django_gearman.exceptions import ConnectionFailed, JobFailed
+from django_gearman import JobContext, Retry, conf, group, job
+from django_gearman.exceptions import ConnectionFailed, GroupFailed, JobFailed
 from django_gearman.jobs import registry
 from django_gearman.models import JobRecord, ServerLease
 from django_gearman.testing import (
@@ -168,8 +168,10 @@ class TestRecorded:
         gearman_jobs.assert_not_enqueued()
 
     def test_no_server_is_reached(self, gearman_jobs: GearmanJobs) -> None:
-        with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9"):
+        with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9 .* or ask for gearman_cluster$"):
             jobs.add.run(1)
+        with pytest.raises(GroupFailed, match=r"ask for gearman_cluster$"):
+            group(jobs.add.s(1)).run()
 
 
 @pytest.mark.django_db

@@ -37,8 +37,9 @@ class Command(BaseCommand):
 
     def _say_where(self, gearman: str, password: str | None) -> None:
         site = f"http://{settings.WEB_ADDRESS}"
+        manage = f"{python()} manage.py"
         if password is None:
-            login = "user admin is there already; for another password: python manage.py changepassword admin"
+            login = f"user admin is there already; for another password: {manage} changepassword admin"
         else:
             login = f"user admin, password {self.style.SUCCESS(password)}"
         self.stdout.write(
@@ -50,8 +51,8 @@ class Command(BaseCommand):
     Job records  {site}/admin/django_gearman/jobrecord/
     Gearman      {gearman}
 
-    No photo or video at hand?  python manage.py make_sample_photos --submit
-                                python manage.py make_sample_video --submit
+    No photo or video at hand?  {manage} make_sample_photos --submit
+                                {manage} make_sample_video --submit
 
     Ctrl-C stops everything.
 """
@@ -69,6 +70,12 @@ class Command(BaseCommand):
         if os.geteuid() == 0:
             command += ["--user", "root"]  # as it is; without this supervisord complains
         os.execve(sys.executable, command, environment())  # noqa: S606
+
+
+def python() -> str:
+    """This Python, as one would call it from here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def require_extras() -> None:
