@@ -933,7 +933,11 @@ class Job(Generic[P, R]):
             TypeError: Arguments do not fit the function, or JSON cannot carry one; nothing was enqueued.
         """
         options = conf.settings_for()
-        pairs = [(tuple(args), kwargs) for args, kwargs in calls]
+        calls = list(calls)
+        try:
+            pairs = [(tuple(args), kwargs) for args, kwargs in calls]
+        except (TypeError, ValueError):
+            raise _no_pair(self.name, calls) from None
         if not pairs:
             return []
         if self.unique is not None or self.limit_key is not None or options.enqueue == "wire":
@@ -1890,6 +1894,20 @@ def _admins() -> Generator[AdminClient, None, None]:
             server, connect_timeout=timeout, timeout=timeout, tls=conf.client_tls(options)
         ) as admin:
             yield admin
+
+
+def _no_pair(name: str, calls: Sequence[Any]) -> TypeError:
+    """Says which call of ``enqueue_many`` is not what it takes."""
+    for place, call in enumerate(calls):
+        try:
+            args, _ = call
+            tuple(args)
+        except (TypeError, ValueError):
+            break
+    return TypeError(
+        f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and named arguments, "
+        "such as ((7,), {}); write [((value,), {}) for value in values]"
+    )
 
 
 def _timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:

@@ -185,6 +185,9 @@ class TestMany:
 
     def test_none(self) -> None:
         assert jobs.add.enqueue_many([]) == []
+        for wrong in (3, (3,), (3, {})):
+            with pytest.raises(TypeError, match=r"call 1 of .*add.enqueue_many\(\) is .*; write "):
+                jobs.add.enqueue_many([((1,), {}), wrong])  # type: ignore[list-item]
 
     def test_a_wrong_one_leaves_none(self) -> None:
         with pytest.raises(NotJSON, match=r"argument 'left' of .*add is a set"):
