@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import traceback
-from typing import Final
-
-from django.db import models
+from typing import Any, Final
 
 from .exceptions import GearmanError, NotJSON
 
@@ -59,7 +58,9 @@ def refuse_unless_json(value: object, what: str) -> None:
             refuse_unless_json(item, f"{what}, key {key!r}")
     else:
         kind = type(value).__name__
-        if isinstance(value, models.Model):
+        # Clients without Django read what workers tell: without the module there is no such value either.
+        models: Any = sys.modules.get("django.db.models")
+        if models is not None and isinstance(value, models.Model):
             remedy = "its primary key (.pk), and fetch it in the job"
         elif isinstance(value, os.PathLike):
             remedy = "str() of it"

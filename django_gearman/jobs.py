@@ -1903,11 +1903,11 @@ def _no_pair(name: str, calls: Sequence[Any]) -> TypeError:
             args, _ = call
             tuple(args)
         except (TypeError, ValueError):
-            break
-    return TypeError(
-        f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and named arguments, "
-        "such as ((7,), {}); write [((value,), {}) for value in values]"
-    )
+            return TypeError(
+                f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and named "
+                "arguments, such as ((7,), {}); write [((value,), {}) for value in values]"
+            )
+    raise AssertionError("all are pairs")
 
 
 def _timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:

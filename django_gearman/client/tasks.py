@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
 from ..addresses import DEFAULT_PORT
+from ..encoding import exception_of
 from ..exceptions import (
     CommandNotSupported,
     ConnectionLost,
@@ -212,7 +213,7 @@ class Task:
             self.is_done = True
             self._call("on_complete")
             return
-        failure = JobFailed(self.function, data=request.data)
+        failure = JobFailed(self.function, data=request.data, **exception_of(request.data))
         if request.outcome is PacketType.WORK_EXCEPTION:
             self.error, self.is_done = failure, True
             self._call("on_exception")
@@ -490,7 +491,7 @@ def result_of(request: JobRequest) -> bytes:
     """
     if request.outcome is PacketType.WORK_COMPLETE:
         return request.data
-    raise JobFailed(request.function.decode(), data=request.data)
+    raise JobFailed(request.function.decode(), data=request.data, **exception_of(request.data))
 
 
 def nobody_came(

@@ -104,7 +104,7 @@ class TestForeground:
         assert caught.value.data == b""
 
     def test_exception(self, client: Client) -> None:
-        with pytest.raises(JobFailed) as caught:
+        with pytest.raises(JobFailed, match=r"^job fail failed: ValueError\('no'\)$") as caught:
             client.do("fail", b"no", timeout=10)
         assert caught.value.data == b"ValueError('no')"
         assert client.do("reverse", b"ab", timeout=10) == b"ba"
