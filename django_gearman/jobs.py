@@ -1904,8 +1904,8 @@ def _no_pair(name: str, calls: Sequence[Any]) -> TypeError:
             tuple(args)
         except (TypeError, ValueError):
             return TypeError(
-                f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and named "
-                "arguments, such as ((7,), {}); write [((value,), {}) for value in values]"
+                f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and "
+                "named arguments, such as ((7,), {}); write [((value,), {}) for value in values]"
             )
     raise AssertionError("all are pairs")
 
