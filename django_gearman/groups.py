@@ -40,6 +40,7 @@ from .exceptions import (
 from .insertion import insert_workloads
 from .jobs import Job, JobResult, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
+from .registry import decode_result, registry
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -463,7 +464,7 @@ class _Insertion:
         places = [place for place, _ in members]
         ids = insert_workloads(template, workloads, self._using, places)
         template._state.adding, template._state.db = False, self._using
-        if signals.job_enqueued.has_listeners(jobs.registry.get(job.name, job)):
+        if signals.job_enqueued.has_listeners(registry.get(job.name, job)):
             self._told += [
                 (job, JobResult._of_many(template, id, workload))
                 for id, workload in zip(ids, workloads, strict=True)
@@ -717,7 +718,7 @@ class GroupResult(Generic[V]):
         *before, last = cast(Plan, self._group.plan)["stages"]
         first = sum(stage["size"] for stage in before)
         found = continuations.results_of(self._group.pk, first, last["size"], self._using)
-        values = [jobs._decode_result(*each) for each in found]
+        values = [decode_result(*each) for each in found]
         if len(values) < last["size"]:
             raise GroupDoesNotExist(self.id)
         return cast(V, values if last["many"] else values[0])

@@ -92,6 +92,7 @@ from .exceptions import (
 )
 from .insertion import insert_workloads, like
 from .models import Cancellation, JobRecord, Schedule, unique_key_of
+from .registry import decode_result, registry
 
 if TYPE_CHECKING:
     from .groups import GroupResult
@@ -359,7 +360,7 @@ class JobResult(Generic[R]):
         """
         record = self._record
         if record.status == JobRecord.Status.SUCCESSFUL:
-            return cast(R, _decode_result(record.function, bytes(record.result or b"")))
+            return cast(R, decode_result(record.function, bytes(record.result or b"")))
         if not record.is_finished:
             raise JobNotFinished(self._name, self.status)
         raise JobFailed(
@@ -1142,7 +1143,7 @@ class Job(Generic[P, R]):
         return workload, unique, timeout
 
     def _value_of(self, result: bytes) -> R:
-        return cast(R, result if self.raw else _decode_result(self.name, result))
+        return cast(R, result if self.raw else decode_result(self.name, result))
 
     def _as_told(self, error: JobFailed) -> JobFailed:
         """The failure with what a worker of ours said of it."""
@@ -1438,7 +1439,7 @@ def _results_of(told: object) -> list[Any]:
         case _:
             raise TypeError(f"{continuations.RESULTS!r} of a workload is [group, first place, how many]")
     found = continuations.results_of(group, first, size, conf.settings_for().database)
-    values = [_decode_result(*each) for each in found]
+    values = [decode_result(*each) for each in found]
     if len(values) < size:
         raise GroupDoesNotExist(str(group))
     return values
@@ -1476,17 +1477,6 @@ def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
             continue
         return None
     raise JobResultDoesNotExist(f"of unique {record.unique}")
-
-
-def _decode_result(name: str, data: bytes) -> object:
-    """A result of a ``@job``; the bytes themselves for a raw one, known or not."""
-    known = registry.get(name)
-    if known is not None and known.raw:
-        return data
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return data
 
 
 def _refuse_wrong_zone(name: str, moment: datetime) -> None:
@@ -1577,16 +1567,6 @@ def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
 
 def _origin(made: Job[Any, Any]) -> str:
     return f"{made.function.__module__}.{made.function.__qualname__}"
-
-
-registry: dict[str, Job[Any, Any]] = {}
-"""Every job of the process, by its name on the wire."""
-
-
-def queue_of(function: str) -> str:
-    """The queue of a function; "default" for those that are not ours."""
-    known = registry.get(function)
-    return known.queue_name if known is not None else "default"
 
 
 # Schedules.

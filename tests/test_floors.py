@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
     "signals": 2,
     "tracing": 2,
     "reports": 2,
+    "registry": 2,
     "durability": 3,
     "insertion": 3,
     "rows": 3,

@@ -39,10 +39,11 @@ from django_gearman.jobs import (
     declared_limits,
     pause_before_retry,
     perform_assigned,
-    queue_of,
 )
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
+from django_gearman.registry import queue_of
+from django_gearman.registry import registry as of_the_process
 
 from .app import jobs
 from .client.fake_server import Peer, fake_server
@@ -54,11 +55,13 @@ HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job[Any, Any]]:
-    """A registry for this test alone, in which functions of the test may be declared."""
-    own: dict[str, Job[Any, Any]] = {}
-    monkeypatch.setattr(machinery, "registry", own)
-    return own
+def registry() -> Iterator[dict[str, Job[Any, Any]]]:
+    """An empty registry for this test alone, in which functions of the test may be declared."""
+    before = dict(of_the_process)
+    of_the_process.clear()
+    yield of_the_process
+    of_the_process.clear()
+    of_the_process.update(before)
 
 
 def plain(left: int, right: int = 1) -> int:
