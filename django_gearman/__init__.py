@@ -43,7 +43,7 @@ _HOMES = {
     "Discard": "exceptions",
     "GroupResult": "groups",
     "Job": "jobs",
-    "JobContext": "jobs",
+    "JobContext": "context",
     "JobResult": "jobs",
     "Progress": "client.tasks",
     "Retry": "exceptions",
@@ -69,13 +69,13 @@ if TYPE_CHECKING:
     from .client.tasks import Task as Task
     from .client.tasks import Value as Value
     from .client.tasks import Warned as Warned
+    from .context import JobContext as JobContext
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
     from .groups import GroupResult as GroupResult
     from .groups import chain as chain
     from .groups import group as group
     from .jobs import Job as Job
-    from .jobs import JobContext as JobContext
     from .jobs import JobResult as JobResult
     from .jobs import Signature as Signature
     from .jobs import job as job

@@ -40,6 +40,7 @@ FLOORS: dict[str, int] = {
     "limiting": 3,
     "history": 3,
     "continuations": 3,
+    "context": 3,
     "server": 3,
     "client": 3,
     "worker": 4,

@@ -726,7 +726,7 @@ class TestContext:
             nonlocal now
             now += seconds
 
-        monkeypatch.setattr(machinery, "monotonic", lambda: now)
+        monkeypatch.setattr("django_gearman.context.monotonic", lambda: now)
         return advance  # type: ignore[return-value]
 
     def test_progress_is_throttled(self, clock: Callable[[float], None]) -> None:

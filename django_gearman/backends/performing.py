@@ -23,9 +23,10 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
+from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, JobContext, JobResult, pause_before_retry
+from ..jobs import Job, JobResult, pause_before_retry
 from ..models import JobRecord
 from ..registry import registry
 from . import (
