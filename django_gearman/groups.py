@@ -41,6 +41,7 @@ from .insertion import insert_workloads
 from .jobs import Job, JobResult, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
 from .registry import decode_result, registry
+from .submission import async_client_for, client_for, identity, insert_unless_there, nudge_after_commit
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -92,7 +93,7 @@ class group(Generic[R]):  # a function, to who uses it
         return self._run(timeout, ())
 
     def _run(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
-        client = jobs.client_for()
+        client = client_for()
         prepared, most = self._prepared(value)
         tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
         resubmit = any(job.resubmit for job, _, _ in prepared)
@@ -104,7 +105,7 @@ class group(Generic[R]):  # a function, to who uses it
         return await self._arun(timeout, ())
 
     async def _arun(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
-        client = jobs.async_client_for()
+        client = async_client_for()
         prepared, most = self._prepared(value)
         tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
         resubmit = any(job.resubmit for job, _, _ in prepared)
@@ -414,7 +415,7 @@ class _Insertion:
             made.save(using=self._using, update_fields=["plan", "on_success", "on_complete"])
             if not made.left:
                 continuations.begin(made, self._using, self._options.max_packet)
-            jobs._nudge_after_commit(self._using)
+            nudge_after_commit(self._using)
         for job, result in self._told:
             job._enqueued(result)
         return GroupResult(made)
@@ -495,7 +496,7 @@ class _Insertion:
             unique=unique,
             unique_key=unique_key_of(job.name, unique, workload),
             priority=job.priority,
-            client=jobs._identity(os.getpid()),
+            client=identity(os.getpid()),
             run_after=run_after,
             max_attempts=job.max_attempts,
             limit_key=self._limit_key(member, before),
@@ -564,7 +565,7 @@ class _Insertion:
         if record.unique_key is None:
             rows.insert(record, self._using)
         else:
-            found = jobs._insert_unless_there(record, self._using)
+            found = insert_unless_there(record, self._using)
             if found is not None:
                 raise InvalidGroup(
                     f"{what}: there is a job with its unique {record.unique!r} already, {found.pk}, and a "
@@ -808,7 +809,7 @@ class GroupResult(Generic[V]):
             wishes = [Cancellation(job_id=id) for id in sorted(wanted)]
             Cancellation.objects.using(self._using).bulk_create(wishes, batch_size=500, ignore_conflicts=True)
             if following.laid or wanted or monotonic() >= nudge_at:
-                jobs._nudge_after_commit(self._using)
+                nudge_after_commit(self._using)
                 nudge_at = monotonic() + jobs.NUDGE_AGAIN
             self.refresh()
             if transaction.get_connection(self._using).in_atomic_block:

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import random
-import socket
 import threading
 import time
 import uuid
@@ -36,7 +35,7 @@ from collections.abc import (
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache, partial, update_wrapper
+from functools import partial, update_wrapper
 from importlib import import_module
 from time import monotonic, sleep
 from typing import (
@@ -57,16 +56,13 @@ from typing import (
 )
 
 from asgiref.sync import sync_to_async
-from django.core.signals import setting_changed
-from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
-from django.dispatch import Signal, receiver
+from django.db import close_old_connections, connections, reset_queries, transaction
+from django.dispatch import Signal
 from django.utils import timezone
 
 from . import conf, continuations, logs, permits, rows, schedules, signals, tracing
 from .client.admin_client import AdminClient
-from .client.aio import AsyncClient
 from .client.core import Priority
-from .client.sync import Client
 from .client.tasks import EXPLANATION_TIMEOUT, Part, Value
 from .context import JobContext, Reports
 from .encoding import dumps, exception_of, refuse_unless_json
@@ -94,6 +90,16 @@ from .exceptions import (
 from .insertion import insert_workloads, like
 from .models import Cancellation, JobRecord, Schedule, unique_key_of
 from .registry import decode_result, registry
+from .submission import (
+    async_client_for,
+    client_for,
+    identity,
+    insert,
+    nudge,
+    nudge_after_commit,
+    submit,
+    submit_many,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -367,7 +373,7 @@ class JobResult(Generic[R]):
         else:
             wish = Cancellation(job_id=self._record.pk)
             Cancellation.objects.using(using).bulk_create([wish], ignore_conflicts=True)
-            _nudge_after_commit(using)
+            nudge_after_commit(using)
         return True
 
     def _wait_for_cancelled(self, deadline: float) -> bool:
@@ -382,7 +388,7 @@ class JobResult(Generic[R]):
             if monotonic() >= nudge_at:
                 # The server that heard of it may have looked a moment before.
                 nudge_at = monotonic() + NUDGE_AGAIN
-                _nudge()
+                nudge()
             sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
 
@@ -420,14 +426,14 @@ class JobResult(Generic[R]):
             unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
             reducer=old.reducer,
             priority=old.priority,
-            client=_identity(os.getpid()),
+            client=identity(os.getpid()),
             max_attempts=old.max_attempts,
             limit_key=old.limit_key,
             timeout=old.timeout,
             # What follows a group may ask for its results again.
             group_id=old.group_id if old.group_index is None else None,
         )
-        return JobResult(_insert(again, old._state.db or conf.settings_for().database))
+        return JobResult(insert(again, old._state.db or conf.settings_for().database))
 
     async def aretry(self) -> JobResult[R]:
         """As ``retry``."""
@@ -744,12 +750,12 @@ class Job(Generic[P, R]):
         if options.enqueue == "wire":
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
-            transaction.on_commit(partial(_submit, record), using=options.database)
+            transaction.on_commit(partial(submit, record), using=options.database)
             return self._enqueued(WireJobResult(record))
         return self._insert_one(record, options.database)
 
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
-        inserted = _insert(record, using)
+        inserted = insert(record, using)
         result: JobResult[R] = JobResult(inserted)
         # A job of its unique that was there already is told of once.
         return self._enqueued(result) if inserted is record else result
@@ -785,7 +791,7 @@ class Job(Generic[P, R]):
         template = self._new_record(args, kwargs, options)
         ids = insert_workloads(template, workloads, options.database)
         template._state.adding, template._state.db = False, options.database
-        _nudge_after_commit(options.database)
+        nudge_after_commit(options.database)
         results: list[JobResult[R]] = [
             JobResult._of_many(template, id, workload) for id, workload in zip(ids, workloads, strict=True)
         ]
@@ -809,7 +815,7 @@ class Job(Generic[P, R]):
                 return [self._insert_one(record, options.database) for record in records]
         for record in records:
             record.unique = record.unique or uuid.uuid4().hex
-        transaction.on_commit(partial(_submit_many, records), using=options.database)
+        transaction.on_commit(partial(submit_many, records), using=options.database)
         return [self._enqueued(WireJobResult(record)) for record in records]
 
     def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
@@ -886,7 +892,7 @@ class Job(Generic[P, R]):
             unique=unique,
             unique_key=unique_key_of(self.name, unique, workload),
             priority=self.priority,
-            client=_identity(os.getpid()),
+            client=identity(os.getpid()),
             run_after=run_after,
             max_attempts=self.max_attempts,
             limit_key=self._limit_key_of(args, kwargs),
@@ -1286,40 +1292,6 @@ def _results_of(told: object) -> list[Any]:
     return values
 
 
-def _insert(record: JobRecord, using: str) -> JobRecord:
-    """Insert a record and tell a job server after the commit; the live one of its unique, if there is one."""
-    if record.unique_key is not None:
-        found = _insert_unless_there(record, using)
-        if found is not None:
-            return found
-    else:
-        rows.insert(record, using)
-    _nudge_after_commit(using)
-    return record
-
-
-def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
-    """Insert a record with a unique; the live record that has it already, if there is one."""
-    live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
-    for _ in range(20):
-        found = live.first()
-        if found is not None:
-            return found
-        try:
-            with transaction.atomic(using=using):
-                rows.insert(record, using)
-        except IntegrityError:
-            # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
-            if connections[using].features.has_select_for_update:
-                with transaction.atomic(using=using):
-                    found = live.select_for_update().first()
-                if found is not None:
-                    return found
-            continue
-        return None
-    raise JobResultDoesNotExist(f"of unique {record.unique}")
-
-
 def _refuse_wrong_zone(name: str, moment: datetime) -> None:
     from django.conf import settings
 
@@ -1664,41 +1636,6 @@ def _result_of(job: Job[Any, Any], assigned: Assigned) -> JobResult[Any]:
     return JobResult(record)
 
 
-# The wire door, after the commit.
-
-
-def _submit(record: JobRecord) -> None:
-    client = client_for()
-    function, workload, unique = record.function, bytes(record.workload), record.unique
-    if record.status == JobRecord.Status.SCHEDULED:
-        assert record.run_after is not None, "scheduled for a moment"
-        record.handle = client.do_epoch(function, workload, epoch=record.run_after.timestamp(), unique=unique)
-    elif record.priority > 0:
-        record.handle = client.do_high_background(function, workload, unique=unique)
-    elif record.priority < 0:
-        record.handle = client.do_low_background(function, workload, unique=unique)
-    else:
-        record.handle = client.do_background(function, workload, unique=unique)
-
-
-def _submit_many(records: list[JobRecord]) -> None:
-    client = client_for()
-    added = []
-    for record in records:
-        if record.status == JobRecord.Status.SCHEDULED:
-            _submit(record)
-            continue
-        add = client.add_task_background
-        if record.priority:
-            add = client.add_task_high_background if record.priority > 0 else client.add_task_low_background
-        added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
-    client.run_tasks()
-    for record, task in added:
-        record.handle = task.handle or None
-    for _, task in added:
-        task.result()
-
-
 # Why nobody came, and the end of what nobody wants any more.
 
 
@@ -1744,7 +1681,7 @@ def _cancel_at_door(id: int, using: str) -> bool:
         "Cancelled before a job server had it",
     )
     if following.laid:
-        _nudge_after_commit(using)
+        nudge_after_commit(using)
     return cancelled
 
 
@@ -1795,62 +1732,3 @@ def _cancel_by_wire(handle: str) -> bool:
     if refusal is not None:
         raise refusal
     return False
-
-
-# The nudge: rows wait at the database door.
-
-
-@cache
-def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
-    """The process's client for an alias of ``settings.GEARMAN``."""
-    options = conf.settings_for(alias)
-    return Client(
-        options.servers,
-        spread=options.spread,
-        connect_timeout=options.connect_timeout,
-        timeout=options.timeout,
-        max_packet=options.max_packet,
-        tls=conf.client_tls(options),
-    )
-
-
-@cache
-def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
-    """The process's client for asyncio; it has connections for each event loop."""
-    options = conf.settings_for(alias)
-    return AsyncClient(
-        options.servers,
-        spread=options.spread,
-        connect_timeout=options.connect_timeout,
-        timeout=options.timeout,
-        max_packet=options.max_packet,
-        tls=conf.client_tls(options),
-    )
-
-
-def _nudge() -> None:
-    client_for().claim()
-
-
-def _nudge_after_commit(using: str) -> None:
-    waiting = transaction.get_connection(using).run_on_commit
-    # One nudge is enough for all rows of a transaction. The last entry is of this
-    # savepoint or of one around it: when this row survives, so does its nudge.
-    if not waiting or waiting[-1][1] is not _nudge:
-        transaction.on_commit(_nudge, using=using, robust=True)
-
-
-@cache
-def _identity(pid: int) -> str:
-    return f"{socket.gethostname()[:100]}:{pid}"
-
-
-@receiver(setting_changed)
-def _forget_clients(*, setting: str, **kwargs: Any) -> None:
-    if setting == "GEARMAN":
-        if client_for.cache_info().currsize:
-            # A connection that is left to the garbage collector makes a ResourceWarning.
-            client_for().close()
-        client_for.cache_clear()
-        # Its connections end with their event loops.
-        async_client_for.cache_clear()

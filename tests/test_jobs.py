@@ -44,6 +44,7 @@ from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.registry import queue_of
 from django_gearman.registry import registry as of_the_process
+from django_gearman.submission import client_for
 
 from .app import jobs
 from .client.fake_server import Peer, fake_server
@@ -504,8 +505,8 @@ class TestTransactions:
                 self.savepoint(fails=True)
                 self.savepoint(fails=False)
                 assert heard == []
-            machinery.client_for().do_background("marker")
-            machinery.client_for().close()
+            client_for().do_background("marker")
+            client_for().close()
         assert heard == [CLAIM, b"marker"]
 
     def test_other_hooks_between_do_no_harm(self, nudges: list[None]) -> None:
@@ -522,7 +523,7 @@ class TestTransactions:
         assert JobRecord.objects.get().status == Status.READY
 
     def test_a_broken_client_does_not_reach_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machinery, "client_for", lambda: 1 / 0)
+        monkeypatch.setattr("django_gearman.submission.client_for", lambda: 1 / 0)
         with transaction.atomic():
             jobs.add.enqueue(1)
         assert JobRecord.objects.count() == 1
@@ -889,14 +890,14 @@ def count_users() -> int:
 class TestThreads:
     def test_each_alias_has_one_client(self, settings: Any) -> None:
         found: list[object] = []
-        threads = [threading.Thread(target=lambda: found.append(machinery.client_for())) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: found.append(client_for())) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        first = machinery.client_for()
+        first = client_for()
         settings.GEARMAN = {"default": {"TIMEOUT": 7}}
-        assert machinery.client_for() is not first
+        assert client_for() is not first
 
 
 class TestAttempts:
