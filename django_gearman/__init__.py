@@ -44,7 +44,7 @@ _HOMES = {
     "GroupResult": "groups",
     "Job": "jobs",
     "JobContext": "context",
-    "JobResult": "jobs",
+    "JobResult": "results",
     "Progress": "client.tasks",
     "Retry": "exceptions",
     "Signature": "jobs",
@@ -76,11 +76,11 @@ if TYPE_CHECKING:
     from .groups import chain as chain
     from .groups import group as group
     from .jobs import Job as Job
-    from .jobs import JobResult as JobResult
     from .jobs import Signature as Signature
     from .jobs import job as job
     from .reduction import amap_reduce as amap_reduce
     from .reduction import map_reduce as map_reduce
+    from .results import JobResult as JobResult
     from .schedules import cron as cron
     from .schedules import every as every
 

@@ -38,9 +38,10 @@ from .exceptions import (
     WaitInTransaction,
 )
 from .insertion import insert_workloads
-from .jobs import Job, JobResult, Signature
+from .jobs import Job, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
 from .registry import decode_result, registry
+from .results import NUDGE_AGAIN, JobResult, Patience, one_of_many, timed_out
 from .submission import async_client_for, client_for, identity, insert_unless_there, nudge_after_commit
 
 T = TypeVar("T")
@@ -467,7 +468,7 @@ class _Insertion:
         template._state.adding, template._state.db = False, self._using
         if signals.job_enqueued.has_listeners(registry.get(job.name, job)):
             self._told += [
-                (job, JobResult._of_many(template, id, workload))
+                (job, one_of_many(template, id, workload))
                 for id, workload in zip(ids, workloads, strict=True)
             ]
 
@@ -751,7 +752,7 @@ class GroupResult(Generic[V]):
             ResponseTimeout: The time was up; they go on. ``NoWorker`` when no worker offers what is next.
             WaitInTransaction: A transaction is open that hides the jobs.
         """
-        patience = jobs._Patience(timeout)
+        patience = Patience(timeout)
         self.refresh()
         while not self.is_finished:
             if transaction.get_connection(self._using).in_atomic_block:
@@ -764,7 +765,7 @@ class GroupResult(Generic[V]):
 
     async def aget(self, timeout: float | None = None) -> V:
         """As ``get``."""
-        patience = jobs._Patience(timeout)
+        patience = Patience(timeout)
         await self.arefresh()
         while not self.is_finished:
             if not patience.is_left:
@@ -779,7 +780,7 @@ class GroupResult(Generic[V]):
         function = next_up.values_list("function", flat=True).first()
         if function is None:
             return ResponseTimeout(what, timeout)
-        return jobs._timed_out(what, timeout, function, self._using)
+        return timed_out(what, timeout, function, self._using)
 
     def cancel(self) -> bool:
         """
@@ -810,7 +811,7 @@ class GroupResult(Generic[V]):
             Cancellation.objects.using(self._using).bulk_create(wishes, batch_size=500, ignore_conflicts=True)
             if following.laid or wanted or monotonic() >= nudge_at:
                 nudge_after_commit(self._using)
-                nudge_at = monotonic() + jobs.NUDGE_AGAIN
+                nudge_at = monotonic() + NUDGE_AGAIN
             self.refresh()
             if transaction.get_connection(self._using).in_atomic_block:
                 return True

@@ -32,11 +32,12 @@ from . import conf
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
 from .exceptions import GearmanError
-from .jobs import Job, JobResult, attempt_assigned, pause_before_retry
+from .jobs import Job, attempt_assigned, pause_before_retry
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
 from .protocol.reader import PacketReader
 from .registry import queue_of, registry
+from .results import JobResult
 from .server.core import JobServer, ServerOptions
 from .server.journal import Journal
 from .store import DatabaseStore

@@ -8,6 +8,7 @@ import decimal
 import functools
 import json
 import pathlib
+import pickle
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,8 +20,7 @@ from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, job
-from django_gearman import jobs as machinery
+from django_gearman import JobContext, JobResult, job
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     Discard,
@@ -35,7 +35,6 @@ from django_gearman.exceptions import (
 )
 from django_gearman.jobs import (
     Job,
-    JobResult,
     declared_limits,
     pause_before_retry,
     perform_assigned,
@@ -555,6 +554,17 @@ class TestResult:
         assert (result.status, result.handle, result.attempts) == ("RUNNING", "H:1", 2)
         assert (result.progress, result.started_at) == ((1, 3), now)
 
+    def test_pickled(self) -> None:
+        one = jobs.add.enqueue(1)
+        two, three = jobs.add.enqueue_many([((2,), {}), ((3,), {})])
+        assert three.status == "READY"  # its record was made, and that of ``two`` was not
+        for result in (one, two, three):
+            again: JobResult[int] = pickle.loads(pickle.dumps(result))
+            assert (again.id, again.function, again.status) == (result.id, "tests.app.jobs.add", "READY")
+            end(again.id, result=again.id.encode())
+            again.refresh()
+            assert again.return_value == int(result.id)
+
     def test_refresh_of_nothing(self) -> None:
         result = jobs.add.enqueue(1)
         JobRecord.objects.all().delete()
@@ -621,7 +631,7 @@ class TestGet:
             if len(pauses) == 20:
                 end(result.id, result=b"2")
 
-        monkeypatch.setattr(machinery, "sleep", sleep)
+        monkeypatch.setattr("django_gearman.results.sleep", sleep)
         assert result.get() == 2
         assert pauses == sorted(pauses)
         assert pauses[0] < 0.01
@@ -629,7 +639,7 @@ class TestGet:
 
     def test_the_record_goes_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = jobs.add.enqueue(1)
-        monkeypatch.setattr(machinery, "sleep", lambda seconds: JobRecord.objects.all().delete())
+        monkeypatch.setattr("django_gearman.results.sleep", lambda seconds: JobRecord.objects.all().delete())
         with pytest.raises(JobResultDoesNotExist):
             result.get()
 

@@ -16,8 +16,9 @@ from django.utils import timezone
 
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import ConnectionFailed, ResultNotKept
-from django_gearman.jobs import WireJobResult, perform_assigned
+from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
+from django_gearman.results import WireJobResult
 from django_gearman.submission import client_for
 from django_gearman.worker.loop import AssignedJob
 from tests import harness, needs

@@ -26,9 +26,10 @@ from .. import conf
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, JobResult, pause_before_retry
+from ..jobs import Job, pause_before_retry
 from ..models import JobRecord
 from ..registry import registry
+from ..results import JobResult
 from . import (
     GearmanBackend,
     InvalidTask,
