@@ -44,6 +44,9 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
+LATE: Final = 0.005
+"""Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
+
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
 
@@ -191,7 +194,7 @@ class Connection(asyncio.Protocol):
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a packet of %s; its connection is closed", self.peer.address)
             self._transport.abort()
-        server.schedule_turn()
+        server.heard(self.peer)
 
     def _go_on(self) -> None:
         if not self._blocked and not self._ahead and not self._transport.is_closing():
@@ -447,6 +450,7 @@ class GearmanServer:
         self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog, hold=hold)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
+        self._late_turn_scheduled = False
         self._permits_timer: asyncio.TimerHandle | None = None
         self._permits_at = math.inf
         """When it fires."""
@@ -649,6 +653,37 @@ class GearmanServer:
         core.clock = self.loop.time()
         core.limits.ask_again()
         self.schedule_turn()
+
+    def heard(self, peer: Peer) -> None:
+        """
+        A peer's input was read: answer it at once where nobody else is concerned, as when a worker grabs.
+
+        A turn for that would cost the loop as much as the answer itself. What is left for the journal
+        then may wait for company.
+        """
+        core = self.core
+        if (
+            self._turn_scheduled
+            or core.urgent
+            or core.questions
+            or core.claim_wanted
+            or core.shutdown_wanted is not None
+            or core.limits.limiters
+            or len(core.dirty) != 1
+            or core.dirty[0] is not peer
+        ):
+            self.schedule_turn()
+            return
+        core.dirty = []
+        output, peer.output = peer.output, []
+        cast(Connection, peer.shell).write(output)
+        if core.entries and not self._late_turn_scheduled:
+            self._late_turn_scheduled = True
+            self.loop.call_later(LATE, self._late_turn)
+
+    def _late_turn(self) -> None:
+        self._late_turn_scheduled = False
+        self._turn()
 
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""
