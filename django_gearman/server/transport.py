@@ -488,7 +488,7 @@ class GearmanServer:
             self._journal.tend_at = self.loop.time() + TEND_AFTER
             self._journal.renewed(self._store.renewed)
             self._thread = JournalThread(
-                self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
+                self._journal, self._store, self.loop, changed=self._turn, failed=self._fail
             )
             self._thread.start()
         await self._listen(sockets)
