@@ -656,10 +656,10 @@ class GearmanServer:
 
     def heard(self, peer: Peer) -> None:
         """
-        A peer's input was read: answer it at once where nobody else is concerned, as when a worker grabs.
+        A peer's input was read: answer at once where one other is concerned at the most, as by a grab.
 
-        A turn for that would cost the loop as much as the answer itself. What is left for the journal
-        then may wait for company.
+        A turn for that would cost the loop as much as the answer itself. Who waits for more jobs is not
+        that other: what comes of them may be one write. What is left for the journal may wait, too.
         """
         core = self.core
         if (
@@ -669,14 +669,12 @@ class GearmanServer:
             or core.claim_wanted
             or core.shutdown_wanted is not None
             or core.limits.limiters
-            or len(core.dirty) != 1
-            or core.dirty[0] is not peer
+            or not 0 < len(core.dirty) <= 2
+            or any(each.listens for each in core.dirty if each is not peer)
         ):
             self.schedule_turn()
             return
-        core.dirty = []
-        output, peer.output = peer.output, []
-        cast(Connection, peer.shell).write(output)
+        self._send()
         if core.entries and not self._late_turn_scheduled:
             self._late_turn_scheduled = True
             self.loop.call_later(LATE, self._late_turn)
@@ -691,18 +689,21 @@ class GearmanServer:
             self._turn_scheduled = True
             self.loop.call_soon(self._turn)
 
+    def _send(self) -> None:
+        """Write what the core left for peers."""
+        core = self.core
+        if core.dirty:
+            dirty, core.dirty = core.dirty, []
+            for peer in dirty:
+                output, peer.output = peer.output, []
+                cast(Connection, peer.shell).write(output)
+
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
         if core.limits.limiters:
             self._settle_limits()
-        dirty = core.dirty
-        if dirty:
-            core.dirty = []
-            for peer in dirty:
-                output = peer.output
-                peer.output = []
-                cast(Connection, peer.shell).write(output)
+        self._send()
         if core.shutdown_wanted is not None:
             self._approach_end(core.shutdown_wanted)
         if self._thread is None:
