@@ -43,8 +43,8 @@ _HOMES = {
     "Discard": "exceptions",
     "GroupResult": "groups",
     "Job": "jobs",
-    "JobContext": "jobs",
-    "JobResult": "jobs",
+    "JobContext": "context",
+    "JobResult": "results",
     "Progress": "client.tasks",
     "Retry": "exceptions",
     "Signature": "jobs",
@@ -69,18 +69,18 @@ if TYPE_CHECKING:
     from .client.tasks import Task as Task
     from .client.tasks import Value as Value
     from .client.tasks import Warned as Warned
+    from .context import JobContext as JobContext
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
     from .groups import GroupResult as GroupResult
     from .groups import chain as chain
     from .groups import group as group
     from .jobs import Job as Job
-    from .jobs import JobContext as JobContext
-    from .jobs import JobResult as JobResult
     from .jobs import Signature as Signature
     from .jobs import job as job
     from .reduction import amap_reduce as amap_reduce
     from .reduction import map_reduce as map_reduce
+    from .results import JobResult as JobResult
     from .schedules import cron as cron
     from .schedules import every as every
 

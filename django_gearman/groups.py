@@ -38,8 +38,11 @@ from .exceptions import (
     WaitInTransaction,
 )
 from .insertion import insert_workloads
-from .jobs import Job, JobResult, Signature
+from .jobs import Job, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
+from .registry import decode_result, registry
+from .results import NUDGE_AGAIN, JobResult, Patience, one_of_many, timed_out
+from .submission import async_client_for, client_for, identity, insert_unless_there, nudge_after_commit
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,7 +94,7 @@ class group(Generic[R]):  # a function, to who uses it
         return self._run(timeout, ())
 
     def _run(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
-        client = jobs.client_for()
+        client = client_for()
         prepared, most = self._prepared(value)
         tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
         resubmit = any(job.resubmit for job, _, _ in prepared)
@@ -103,7 +106,7 @@ class group(Generic[R]):  # a function, to who uses it
         return await self._arun(timeout, ())
 
     async def _arun(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
-        client = jobs.async_client_for()
+        client = async_client_for()
         prepared, most = self._prepared(value)
         tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
         resubmit = any(job.resubmit for job, _, _ in prepared)
@@ -413,7 +416,7 @@ class _Insertion:
             made.save(using=self._using, update_fields=["plan", "on_success", "on_complete"])
             if not made.left:
                 continuations.begin(made, self._using, self._options.max_packet)
-            jobs._nudge_after_commit(self._using)
+            nudge_after_commit(self._using)
         for job, result in self._told:
             job._enqueued(result)
         return GroupResult(made)
@@ -463,9 +466,9 @@ class _Insertion:
         places = [place for place, _ in members]
         ids = insert_workloads(template, workloads, self._using, places)
         template._state.adding, template._state.db = False, self._using
-        if signals.job_enqueued.has_listeners(jobs.registry.get(job.name, job)):
+        if signals.job_enqueued.has_listeners(registry.get(job.name, job)):
             self._told += [
-                (job, JobResult._of_many(template, id, workload))
+                (job, one_of_many(template, id, workload))
                 for id, workload in zip(ids, workloads, strict=True)
             ]
 
@@ -494,7 +497,7 @@ class _Insertion:
             unique=unique,
             unique_key=unique_key_of(job.name, unique, workload),
             priority=job.priority,
-            client=jobs._identity(os.getpid()),
+            client=identity(os.getpid()),
             run_after=run_after,
             max_attempts=job.max_attempts,
             limit_key=self._limit_key(member, before),
@@ -563,7 +566,7 @@ class _Insertion:
         if record.unique_key is None:
             rows.insert(record, self._using)
         else:
-            found = jobs._insert_unless_there(record, self._using)
+            found = insert_unless_there(record, self._using)
             if found is not None:
                 raise InvalidGroup(
                     f"{what}: there is a job with its unique {record.unique!r} already, {found.pk}, and a "
@@ -717,7 +720,7 @@ class GroupResult(Generic[V]):
         *before, last = cast(Plan, self._group.plan)["stages"]
         first = sum(stage["size"] for stage in before)
         found = continuations.results_of(self._group.pk, first, last["size"], self._using)
-        values = [jobs._decode_result(*each) for each in found]
+        values = [decode_result(*each) for each in found]
         if len(values) < last["size"]:
             raise GroupDoesNotExist(self.id)
         return cast(V, values if last["many"] else values[0])
@@ -749,7 +752,7 @@ class GroupResult(Generic[V]):
             ResponseTimeout: The time was up; they go on. ``NoWorker`` when no worker offers what is next.
             WaitInTransaction: A transaction is open that hides the jobs.
         """
-        patience = jobs._Patience(timeout)
+        patience = Patience(timeout)
         self.refresh()
         while not self.is_finished:
             if transaction.get_connection(self._using).in_atomic_block:
@@ -762,7 +765,7 @@ class GroupResult(Generic[V]):
 
     async def aget(self, timeout: float | None = None) -> V:
         """As ``get``."""
-        patience = jobs._Patience(timeout)
+        patience = Patience(timeout)
         await self.arefresh()
         while not self.is_finished:
             if not patience.is_left:
@@ -777,7 +780,7 @@ class GroupResult(Generic[V]):
         function = next_up.values_list("function", flat=True).first()
         if function is None:
             return ResponseTimeout(what, timeout)
-        return jobs._timed_out(what, timeout, function, self._using)
+        return timed_out(what, timeout, function, self._using)
 
     def cancel(self) -> bool:
         """
@@ -807,8 +810,8 @@ class GroupResult(Generic[V]):
             wishes = [Cancellation(job_id=id) for id in sorted(wanted)]
             Cancellation.objects.using(self._using).bulk_create(wishes, batch_size=500, ignore_conflicts=True)
             if following.laid or wanted or monotonic() >= nudge_at:
-                jobs._nudge_after_commit(self._using)
-                nudge_at = monotonic() + jobs.NUDGE_AGAIN
+                nudge_after_commit(self._using)
+                nudge_at = monotonic() + NUDGE_AGAIN
             self.refresh()
             if transaction.get_connection(self._using).in_atomic_block:
                 return True

@@ -16,10 +16,8 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import random
-import socket
 import threading
 import time
 import uuid
@@ -35,11 +33,9 @@ from collections.abc import (
 from contextlib import AbstractContextManager, aclosing, closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache, cached_property, partial, update_wrapper
+from functools import partial, update_wrapper
 from importlib import import_module
-from time import monotonic, sleep
 from typing import (
-    TYPE_CHECKING,
     Any,
     Concatenate,
     Final,
@@ -56,44 +52,40 @@ from typing import (
 )
 
 from asgiref.sync import sync_to_async
-from django.core.signals import setting_changed
-from django.db import IntegrityError, close_old_connections, connections, reset_queries, transaction
-from django.dispatch import Signal, receiver
+from django.db import close_old_connections, connections, reset_queries, transaction
+from django.dispatch import Signal
 from django.utils import timezone
 
-from . import conf, continuations, logs, permits, reports, rows, schedules, signals, tracing
-from .client.admin_client import AdminClient
-from .client.aio import AsyncClient
+from . import conf, continuations, logs, permits, schedules, signals, tracing
 from .client.core import Priority
-from .client.sync import Client
-from .client.tasks import EXPLANATION_TIMEOUT, Part, Value
+from .client.tasks import Part, Value
+from .context import JobContext, Reports
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
-    ConnectionFailed,
-    ConnectionLost,
     Discard,
-    GearmanError,
     GroupDoesNotExist,
     InvalidJob,
     JobCancelled,
     JobFailed,
-    JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
     JobTimedOut,
-    NoWorker,
-    ResponseTimeout,
-    ResultNotKept,
     Retry,
-    ServerError,
     TooLarge,
-    WaitInTransaction,
 )
-from .insertion import insert_workloads, like
-from .models import Cancellation, JobRecord, Schedule, unique_key_of
-
-if TYPE_CHECKING:
-    from .groups import GroupResult
+from .insertion import insert_workloads
+from .models import JobRecord, Schedule, unique_key_of
+from .registry import decode_result, registry
+from .results import JobResult, WireJobResult, one_of_many
+from .submission import (
+    async_client_for,
+    client_for,
+    identity,
+    insert,
+    nudge_after_commit,
+    submit,
+    submit_many,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,616 +94,6 @@ R = TypeVar("R")
 
 MIN_PRIORITY: Final = -100
 MAX_PRIORITY: Final = 100
-
-PROGRESS_INTERVAL: Final = 0.1
-"""Seconds between two progress reports of one job; the last one is always sent."""
-
-
-LOG_INTERVAL: Final = 1.0
-"""Seconds for which lines that a job logged are held back; the last ones always leave."""
-LONGEST_PAUSE_OF_GET: Final = 0.25
-"""Seconds between two looks at a record that ``get`` waits for, where the wire does not tell."""
-
-LISTEN_AFTER: Final = 0.02
-"""Pause between two looks from which on ``get`` asks the wire instead; short jobs have ended by then."""
-
-LISTENING_PAUSE: Final = 0.005
-"""Seconds after which ``get`` looks by itself though a job server was to tell it."""
-
-NUDGE_AGAIN: Final = 0.2
-"""Seconds after which job servers are told once more that somebody waits for a job's end."""
-
-LISTEN_FOR: Final = 30.0
-"""Seconds that ``get`` waits by the wire before it looks at the record all the same."""
-
-
-class Reports(Protocol):
-    """What a running job can tell; the worker's ``AssignedJob``, or nobody when it is called in-process."""
-
-    @property
-    def takes_log(self) -> bool: ...
-    def send_log(self, text: bytes) -> None: ...
-    def send_status(self, numerator: int, denominator: int) -> None: ...
-    def send_data(self, data: bytes) -> None: ...
-    def send_warning(self, data: bytes) -> None: ...
-    @property
-    def cancelled(self) -> bool: ...
-
-
-class JobContext:
-    """
-    The first argument of a job with ``takes_context=True``: its line to whoever waits.
-
-    For any thread and task of the job.
-
-    Attributes:
-        handle: The Gearman handle; empty when the function was called in-process.
-        unique: The submitter's key, empty when it gave none.
-        attempt: Which attempt this is, from 1; with ``handle`` it tells a second run from the first.
-        max_attempts: How many there are; None when the job has no number of its own.
-        function: The job's name on the wire.
-        tail: The last lines that it logged; None where nobody keeps them.
-
-    A job that an orderly stop puts back before its end begins the same attempt again.
-    """
-
-    def __init__(
-        self,
-        handle: str = "",
-        unique: str = "",
-        reports: Reports | None = None,
-        attempt: int = 1,
-        max_attempts: int | None = None,
-        function: str = "",
-    ) -> None:
-        self.handle = handle
-        self.unique = unique
-        self.attempt = attempt
-        self.max_attempts = max_attempts
-        self.function = function
-        self.tail: logs.Tail | None = None
-        self._reports = reports
-        self._reported_at = -math.inf
-        self._progress: tuple[int, int] | None = None
-        self._unreported: tuple[int, int] | None = None
-        self._has_unsent_lines = False
-        self._sending = threading.Lock()
-        if reports is not None and reports.takes_log:
-            self.tail = logs.Tail(self._logged)
-
-    @property
-    def id(self) -> str:
-        """The record's id, as of ``JobResult``; empty for a job that did not come from ``enqueue``."""
-        before, _, digits = self.handle.rpartition(":r")
-        return digits if before and digits.isascii() and digits.isdigit() else ""
-
-    @cached_property
-    def group(self) -> GroupResult[Any] | None:
-        """The group that the job is a member of, or that it follows; None for none. One query."""
-        # Of the public names: groups.py stands on this file.
-        from . import GroupResult
-
-        return GroupResult.of_job(int(self.id)) if self.id else None
-
-    async def agroup(self) -> GroupResult[Any] | None:
-        """As ``group``, for an ``async def``."""
-        return await sync_to_async(lambda: self.group)()
-
-    @cached_property
-    def logger(self) -> logs.JobLogger:
-        """A logger of the function's name, whose lines are kept with the record, from INFO on."""
-        return logs.JobLogger(logging.getLogger(self.function or __name__), self)
-
-    @property
-    def cancelled(self) -> bool:
-        """
-        Whether somebody cancelled the job, who waits for its end no more.
-
-        A function that asks now and then has two seconds to end by itself when
-        the answer is True; in others ``JobCancelled`` is raised at once.
-        """
-        return self._reports is not None and self._reports.cancelled
-
-    def set_progress(self, numerator: int, denominator: int) -> None:
-        """
-        Say that ``numerator`` of ``denominator`` parts are done.
-
-        Waiting clients and the admin see it. Cheap enough for an inner loop: no
-        more than ten a second leave, and the last one within a tenth of a second.
-        """
-        progress = (numerator, denominator)
-        if progress == self._progress:
-            return
-        self._progress = progress
-        held_back = self._unreported is not None
-        self._unreported = progress
-        if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
-            self.flush(log=False)
-        elif not held_back and self._reports is not None:
-            reports.flusher.flush_at(self, time.monotonic() + PROGRESS_INTERVAL)
-
-    def send_data(self, data: bytes | str) -> None:
-        """Send a part of the result to the clients that wait; it is not kept."""
-        data = _as_bytes("send_data", data)
-        if self._reports is not None:
-            self._reports.send_data(data)
-
-    def warn(self, data: bytes | str) -> None:
-        """Send a warning to the clients that wait; it is not kept."""
-        data = _as_bytes("warn", data)
-        if self._reports is not None:
-            self._reports.send_warning(data)
-
-    def flush(self, *, log: bool = True) -> None:
-        """Send progress and lines of the log that were held back."""
-        with self._sending:
-            progress, self._unreported = self._unreported, None
-            if self._reports is None:
-                return
-            if progress is not None:
-                self._reports.send_status(*progress)
-                self._reported_at = monotonic()
-            if log and self._has_unsent_lines and self.tail is not None:
-                self._has_unsent_lines = False
-                self._reports.send_log(self.tail.text())
-
-    def close(self) -> None:
-        """Send what was held back, and nothing from now on: the job has ended."""
-        reports.flusher.forget(self)
-        self.flush()
-        with self._sending:
-            self._reports = None
-
-    def _logged(self) -> None:
-        if not self._has_unsent_lines:
-            self._has_unsent_lines = True
-            reports.flusher.flush_at(self, time.monotonic() + LOG_INTERVAL)
-
-
-def _as_bytes(method: str, data: bytes | str) -> bytes:
-    if isinstance(data, str):
-        return data.encode()
-    if not isinstance(data, bytes):
-        raise TypeError(f"context.{method}() takes bytes or str, not {type(data).__name__}; encode it first")
-    return data
-
-
-@dataclass(frozen=True)
-class JobError:
-    """Why a job failed."""
-
-    exception_class_path: str
-    """Import path of the exception's class; empty when the worker told none."""
-
-    message: str
-    traceback: str
-
-
-class JobResult(Generic[R]):
-    """
-    A job as its record shows it; ``refresh`` looks again.
-
-    A superset of Django's ``TaskResult``.
-    """
-
-    def __init__(self, record: JobRecord) -> None:
-        self._record = record
-
-    @classmethod
-    def _of_many(cls, template: JobRecord, id: int, workload: bytes) -> JobResult[R]:
-        """One of thousands, whose record is only made when it is looked at."""
-        result = cls.__new__(cls)
-        result._made_of = template, id, workload
-        return result
-
-    if not TYPE_CHECKING:  # for which every name would be an attribute
-
-        def __getattr__(self, name: str) -> Any:
-            if name != "_record" or "_made_of" not in self.__dict__:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            self._record = like(*self._made_of)
-            return self._record
-
-    def __repr__(self) -> str:
-        return f"<JobResult {self.id} {self._record.function} {self.status}>"
-
-    _made_of: tuple[JobRecord, int, bytes]
-
-    @property
-    def id(self) -> str:
-        return str(self._record.pk)
-
-    @property
-    def function(self) -> str:
-        """The job's name on the wire."""
-        return self._record.function
-
-    @property
-    def handle(self) -> str:
-        """The Gearman handle; empty until a job server has the job."""
-        return self._record.handle or ""
-
-    @property
-    def status(self) -> str:
-        """One of ``JobRecord.Status``."""
-        return str(self._record.status)
-
-    @property
-    def is_finished(self) -> bool:
-        return self._record.is_finished
-
-    @property
-    def progress(self) -> tuple[int, int] | None:
-        """Numerator and denominator as the job last told them; None when it told none."""
-        if self._record.numerator is None or self._record.denominator is None:
-            return None
-        return self._record.numerator, self._record.denominator
-
-    @property
-    def return_value(self) -> R:
-        """
-        What the function returned.
-
-        Raises:
-            JobNotFinished: It has not ended; ``get`` waits for it.
-            JobFailed: It ended without a value.
-        """
-        record = self._record
-        if record.status == JobRecord.Status.SUCCESSFUL:
-            return cast(R, _decode_result(record.function, bytes(record.result or b"")))
-        if not record.is_finished:
-            raise JobNotFinished(self._name, self.status)
-        raise JobFailed(
-            self._name,
-            exception=record.exception,
-            message=record.message or record.get_status_display(),
-            traceback=record.traceback,
-        )
-
-    @property
-    def errors(self) -> list[JobError]:
-        """Why each attempt failed, in order; the last of a job that failed is why it did."""
-        record = self._record
-        past = record.past_attempts.order_by("number") if record.attempts > 1 or not self.is_finished else ()
-        told = [JobError(each.exception, each.message, each.traceback) for each in past]
-        if record.status in JobRecord.FAILURES:
-            told.append(JobError(record.exception, record.message, record.traceback))
-        return told
-
-    @property
-    def log(self) -> str:
-        """The last lines that its last attempt logged, as the record has them now; empty for none."""
-        records = JobRecord.objects.using(self._record._state.db).filter(pk=self._record.pk)
-        return records.values_list("log", flat=True).first() or ""
-
-    @property
-    def attempts(self) -> int:
-        """How often it was handed to a worker."""
-        return self._record.attempts
-
-    @property
-    def enqueued_at(self) -> datetime:
-        return self._record.enqueued_at
-
-    @property
-    def started_at(self) -> datetime | None:
-        return self._record.started_at
-
-    @property
-    def last_attempted_at(self) -> datetime | None:
-        return self._record.last_attempted_at
-
-    @property
-    def finished_at(self) -> datetime | None:
-        return self._record.finished_at
-
-    def refresh(self) -> None:
-        """
-        Look at the record again.
-
-        Raises:
-            JobResultDoesNotExist: It is gone.
-        """
-        try:
-            rows.refresh(self._record, _STANDING)
-        except JobRecord.DoesNotExist:
-            raise JobResultDoesNotExist(self.id) from None
-
-    async def arefresh(self) -> None:
-        """As ``refresh``."""
-        await sync_to_async(self.refresh)()
-
-    def get(self, timeout: float | None = None) -> R:
-        """
-        Wait for the end, and return what the function returned.
-
-        One of our job servers tells when the record has it, if it can be asked;
-        else, or when another server has the job, looks at the record now and then.
-
-        Args:
-            timeout: Seconds to wait; None to wait for ever.
-        Raises:
-            JobFailed: It ended without a value; the attributes say why.
-            ResponseTimeout: The time was up; the job goes on. ``NoWorker`` when no worker offers it.
-            WaitInTransaction: A transaction is open that hides the job.
-        """
-        patience = _Patience(timeout)
-        self.refresh()
-        if self.is_finished:
-            return self.return_value
-        if transaction.get_connection(self._record._state.db).in_atomic_block:
-            raise WaitInTransaction(self._name)
-        with closing(client_for().watch(self.id)) as watch:
-            if watch.is_open:
-                patience.is_told()
-            while not self.is_finished:
-                if not patience.is_left:
-                    raise self._too_late(timeout or 0.0)
-                if patience.listens:
-                    watch.close()
-                if watch.is_open:
-                    watch.wait(patience.pause())
-                elif not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
-                    sleep(patience.pause())
-                self.refresh()
-        return self.return_value
-
-    async def aget(self, timeout: float | None = None) -> R:
-        """As ``get``."""
-        patience = _Patience(timeout)
-        await self.arefresh()
-        while not self.is_finished:
-            if not patience.is_left:
-                raise await sync_to_async(self._too_late)(timeout or 0.0)
-            if not (patience.listens and self.handle) or not patience.heard(await self._ahear(patience.left)):
-                await asyncio.sleep(patience.pause())
-            await self.arefresh()
-        return self.return_value
-
-    def _hear(self, left: float) -> bool:
-        """Wait by the wire; whether the job's end, or a good part of the time, has come."""
-        try:
-            return client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
-        except ResponseTimeout:
-            return True
-        except (ConnectionFailed, ConnectionLost):
-            return False
-
-    async def _ahear(self, left: float) -> bool:
-        try:
-            return await async_client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
-        except ResponseTimeout:
-            return True
-        except (ConnectionFailed, ConnectionLost):
-            return False
-
-    def _too_late(self, timeout: float) -> ResponseTimeout:
-        return _timed_out(f"job {self._name}", timeout, self.function, self._record._state.db)
-
-    def cancel(self) -> bool:
-        """
-        End the job, as ``CANCELLED``; False when it has ended before.
-
-        A worker of ours that runs it is told: ``JobCancelled`` is raised in the
-        function, and its process is killed if it goes on. What any worker says
-        of the job is passed over.
-
-        The job server that has the job reads in the database that it is to end,
-        within a second, wherever it runs. In a transaction nothing is waited for:
-        True says that it will be asked to when that is committed.
-
-        Raises:
-            ResponseTimeout: Nobody has carried it out in ``TIMEOUT`` seconds; it will be, once the job
-                server that has the job is there again, or another takes its jobs over.
-            JobResultDoesNotExist: The record is gone.
-        """
-        if not self._ask_to_cancel():
-            return False
-        limit = conf.settings_for().timeout
-        if not self._wait_for_cancelled(monotonic() + limit):
-            raise self._not_cancelled(limit)
-        return not self.is_finished or self.status == JobRecord.Status.CANCELLED
-
-    def _ask_to_cancel(self) -> bool:
-        """End what no server has, and let the others know what is to end; False when it has ended before."""
-        using = self._record._state.db or conf.settings_for().database
-        self.refresh()
-        if self.is_finished:
-            return False
-        # What no server has claimed is nobody's; from then on it is that server's alone.
-        if _cancel_at_door(self._record.pk, using):
-            self.refresh()
-        else:
-            wish = Cancellation(job_id=self._record.pk)
-            Cancellation.objects.using(using).bulk_create([wish], ignore_conflicts=True)
-            _nudge_after_commit(using)
-        return True
-
-    def _wait_for_cancelled(self, deadline: float) -> bool:
-        """Whether it has ended by then; at once where nothing can be seen of it before the commit."""
-        if transaction.get_connection(self._record._state.db).in_atomic_block:
-            return True
-        pause, nudge_at = 0.002, monotonic() + NUDGE_AGAIN
-        while True:
-            self.refresh()
-            if self.is_finished or monotonic() >= deadline:
-                return self.is_finished
-            if monotonic() >= nudge_at:
-                # The server that heard of it may have looked a moment before.
-                nudge_at = monotonic() + NUDGE_AGAIN
-                _nudge()
-            sleep(pause)
-            pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
-
-    def _not_cancelled(self, limit: float) -> ResponseTimeout:
-        error = ResponseTimeout(f"the cancelling of job {self._name}", limit)
-        error.add_note(
-            "It is asked for still, and will be done by the job server that has the job, or by the one "
-            "that takes its jobs over: is one running on this database?"
-        )
-        return error
-
-    async def acancel(self) -> bool:
-        """As ``cancel``."""
-        return await sync_to_async(self.cancel)()
-
-    def retry(self) -> JobResult[R]:
-        """
-        Enqueue the same job again: the same function and arguments, in a record of its own.
-
-        A member of a group was counted there at its end: what is made here is no member.
-
-        Raises:
-            JobNotFinished: It has not ended yet.
-            JobResultDoesNotExist: Its record is gone.
-        """
-        self.refresh()
-        if not self.is_finished:
-            raise JobNotFinished(self._name, self.status)
-        old = self._record
-        again = JobRecord(
-            function=old.function,
-            queue_name=old.queue_name,
-            workload=bytes(old.workload),
-            unique=old.unique,
-            unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
-            reducer=old.reducer,
-            priority=old.priority,
-            client=_identity(os.getpid()),
-            max_attempts=old.max_attempts,
-            limit_key=old.limit_key,
-            timeout=old.timeout,
-            # What follows a group may ask for its results again.
-            group_id=old.group_id if old.group_index is None else None,
-        )
-        return JobResult(_insert(again, old._state.db or conf.settings_for().database))
-
-    async def aretry(self) -> JobResult[R]:
-        """As ``retry``."""
-        return await sync_to_async(self.retry)()
-
-    @property
-    def _name(self) -> str:
-        return f"{self.id} ({self._record.function})"
-
-
-class _Patience:
-    """How long ``get`` has waited, and how it goes on."""
-
-    def __init__(self, timeout: float | None) -> None:
-        self._deadline = math.inf if timeout is None else monotonic() + timeout
-        self._pause = 0.001
-
-    @property
-    def left(self) -> float:
-        return self._deadline - monotonic()
-
-    @property
-    def is_left(self) -> bool:
-        return self.left > 0
-
-    @property
-    def listens(self) -> bool:
-        """Whether it has been long enough to ask a job server."""
-        return self._pause >= LISTEN_AFTER
-
-    def is_told(self) -> None:
-        """A job server will say when it is time to look; that another has the job is the exception."""
-        self._pause = LISTENING_PAUSE
-
-    def heard(self, told: bool) -> bool:
-        """Whether a job server told something: then the record will say so at once."""
-        if told:
-            self._pause = 0.001
-        return told
-
-    def pause(self) -> float:
-        """Seconds until the next look."""
-        pause = min(self._pause, max(self.left, 0.0))
-        self._pause = min(self._pause * 1.5, LONGEST_PAUSE_OF_GET)
-        return pause
-
-
-class WireJobResult(JobResult[R]):
-    """
-    A job that was submitted to any Gearman server, by ``ENQUEUE = "wire"``.
-
-    Such a server tells whether a job waits or runs, and forgets it at its end:
-    there is no value to wait for, and a failure looks like a success.
-    """
-
-    @property
-    def id(self) -> str:
-        """The job's unique."""
-        return self._record.unique
-
-    @property
-    def return_value(self) -> R:
-        raise self._not_kept()
-
-    def refresh(self) -> None:
-        """
-        Ask the server; before the transaction commits, nothing is there to ask for.
-
-        Raises:
-            ResultNotKept: It knows the job no more: it has ended, or was lost.
-        """
-        record = self._record
-        if record.handle is None:
-            return
-        standing = client_for().job_status_unique(record.unique)
-        if not standing.known:
-            raise self._not_kept()
-        if standing.running:
-            record.status = JobRecord.Status.RUNNING
-        if standing.denominator:
-            record.numerator, record.denominator = standing.numerator, standing.denominator
-
-    def get(self, timeout: float | None = None) -> R:
-        """Not to be had: raises ``ResultNotKept``; wait with ``run``."""
-        raise self._not_kept()
-
-    async def aget(self, timeout: float | None = None) -> R:
-        """Not to be had: raises ``ResultNotKept``; wait with ``arun``."""
-        raise await sync_to_async(self._not_kept)()
-
-    def cancel(self) -> bool:
-        """
-        End the job; False when the server has it no more, or it was not submitted yet.
-
-        gearmand keeps one that runs until it ends. Our own server takes the command from its own
-        machine alone: elsewhere, cancel jobs of its records.
-
-        Raises:
-            ServerError: It does not take the command from here.
-        """
-        return self.handle != "" and _cancel_by_wire(self.handle)
-
-    def retry(self) -> JobResult[R]:
-        """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""
-        raise self._not_kept()
-
-    def _not_kept(self) -> ResultNotKept:
-        server = conf.settings_for().servers[0]
-        return ResultNotKept(self.id, server, client_for().server_version(server))
-
-
-_STANDING: Final = (
-    "status",
-    "handle",
-    "attempts",
-    "numerator",
-    "denominator",
-    "result",
-    "exception",
-    "message",
-    "traceback",
-    "started_at",
-    "last_attempted_at",
-    "finished_at",
-)
-"""Fields of a record that change after it was made."""
-
 
 Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelta | None]"
 """Seconds until the next attempt of a job that raised; None when there is to be none."""
@@ -901,12 +283,12 @@ class Job(Generic[P, R]):
         if options.enqueue == "wire":
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
-            transaction.on_commit(partial(_submit, record), using=options.database)
+            transaction.on_commit(partial(submit, record), using=options.database)
             return self._enqueued(WireJobResult(record))
         return self._insert_one(record, options.database)
 
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
-        inserted = _insert(record, using)
+        inserted = insert(record, using)
         result: JobResult[R] = JobResult(inserted)
         # A job of its unique that was there already is told of once.
         return self._enqueued(result) if inserted is record else result
@@ -942,9 +324,9 @@ class Job(Generic[P, R]):
         template = self._new_record(args, kwargs, options)
         ids = insert_workloads(template, workloads, options.database)
         template._state.adding, template._state.db = False, options.database
-        _nudge_after_commit(options.database)
+        nudge_after_commit(options.database)
         results: list[JobResult[R]] = [
-            JobResult._of_many(template, id, workload) for id, workload in zip(ids, workloads, strict=True)
+            one_of_many(template, id, workload) for id, workload in zip(ids, workloads, strict=True)
         ]
         if signals.job_enqueued.has_listeners(registry.get(self.name, self)):
             for result in results:
@@ -966,7 +348,7 @@ class Job(Generic[P, R]):
                 return [self._insert_one(record, options.database) for record in records]
         for record in records:
             record.unique = record.unique or uuid.uuid4().hex
-        transaction.on_commit(partial(_submit_many, records), using=options.database)
+        transaction.on_commit(partial(submit_many, records), using=options.database)
         return [self._enqueued(WireJobResult(record)) for record in records]
 
     def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
@@ -1043,7 +425,7 @@ class Job(Generic[P, R]):
             unique=unique,
             unique_key=unique_key_of(self.name, unique, workload),
             priority=self.priority,
-            client=_identity(os.getpid()),
+            client=identity(os.getpid()),
             run_after=run_after,
             max_attempts=self.max_attempts,
             limit_key=self._limit_key_of(args, kwargs),
@@ -1141,7 +523,7 @@ class Job(Generic[P, R]):
         return workload, unique, timeout
 
     def _value_of(self, result: bytes) -> R:
-        return cast(R, result if self.raw else _decode_result(self.name, result))
+        return cast(R, result if self.raw else decode_result(self.name, result))
 
     def _as_told(self, error: JobFailed) -> JobFailed:
         """The failure with what a worker of ours said of it."""
@@ -1437,55 +819,10 @@ def _results_of(told: object) -> list[Any]:
         case _:
             raise TypeError(f"{continuations.RESULTS!r} of a workload is [group, first place, how many]")
     found = continuations.results_of(group, first, size, conf.settings_for().database)
-    values = [_decode_result(*each) for each in found]
+    values = [decode_result(*each) for each in found]
     if len(values) < size:
         raise GroupDoesNotExist(str(group))
     return values
-
-
-def _insert(record: JobRecord, using: str) -> JobRecord:
-    """Insert a record and tell a job server after the commit; the live one of its unique, if there is one."""
-    if record.unique_key is not None:
-        found = _insert_unless_there(record, using)
-        if found is not None:
-            return found
-    else:
-        rows.insert(record, using)
-    _nudge_after_commit(using)
-    return record
-
-
-def _insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
-    """Insert a record with a unique; the live record that has it already, if there is one."""
-    live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
-    for _ in range(20):
-        found = live.first()
-        if found is not None:
-            return found
-        try:
-            with transaction.atomic(using=using):
-                rows.insert(record, using)
-        except IntegrityError:
-            # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
-            if connections[using].features.has_select_for_update:
-                with transaction.atomic(using=using):
-                    found = live.select_for_update().first()
-                if found is not None:
-                    return found
-            continue
-        return None
-    raise JobResultDoesNotExist(f"of unique {record.unique}")
-
-
-def _decode_result(name: str, data: bytes) -> object:
-    """A result of a ``@job``; the bytes themselves for a raw one, known or not."""
-    known = registry.get(name)
-    if known is not None and known.raw:
-        return data
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return data
 
 
 def _refuse_wrong_zone(name: str, moment: datetime) -> None:
@@ -1576,16 +913,6 @@ def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
 
 def _origin(made: Job[Any, Any]) -> str:
     return f"{made.function.__module__}.{made.function.__qualname__}"
-
-
-registry: dict[str, Job[Any, Any]] = {}
-"""Every job of the process, by its name on the wire."""
-
-
-def queue_of(function: str) -> str:
-    """The queue of a function; "default" for those that are not ours."""
-    known = registry.get(function)
-    return known.queue_name if known is not None else "default"
 
 
 # Schedules.
@@ -1840,195 +1167,3 @@ def _result_of(job: Job[Any, Any], assigned: Assigned) -> JobResult[Any]:
     # The server writes it a moment later.
     record.attempts = assigned.attempt
     return JobResult(record)
-
-
-# The wire door, after the commit.
-
-
-def _submit(record: JobRecord) -> None:
-    client = client_for()
-    function, workload, unique = record.function, bytes(record.workload), record.unique
-    if record.status == JobRecord.Status.SCHEDULED:
-        assert record.run_after is not None, "scheduled for a moment"
-        record.handle = client.do_epoch(function, workload, epoch=record.run_after.timestamp(), unique=unique)
-    elif record.priority > 0:
-        record.handle = client.do_high_background(function, workload, unique=unique)
-    elif record.priority < 0:
-        record.handle = client.do_low_background(function, workload, unique=unique)
-    else:
-        record.handle = client.do_background(function, workload, unique=unique)
-
-
-def _submit_many(records: list[JobRecord]) -> None:
-    client = client_for()
-    added = []
-    for record in records:
-        if record.status == JobRecord.Status.SCHEDULED:
-            _submit(record)
-            continue
-        add = client.add_task_background
-        if record.priority:
-            add = client.add_task_high_background if record.priority > 0 else client.add_task_low_background
-        added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
-    client.run_tasks()
-    for record, task in added:
-        record.handle = task.handle or None
-    for _, task in added:
-        task.result()
-
-
-# Why nobody came, and the end of what nobody wants any more.
-
-
-def _admins() -> Generator[AdminClient, None, None]:
-    """Each job server, to ask or tell in a hurry."""
-    options = conf.settings_for()
-    for server in options.servers:
-        timeout = min(options.connect_timeout, EXPLANATION_TIMEOUT)
-        with AdminClient(
-            server, connect_timeout=timeout, timeout=timeout, tls=conf.client_tls(options)
-        ) as admin:
-            yield admin
-
-
-def _timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:
-    """What ``get`` raises: with the reason, when it is that nobody can run the job."""
-    error = ResponseTimeout(what, timeout)
-    asked = 0
-    for admin in _admins():
-        try:
-            rows = admin.status()
-        except GearmanError:
-            continue
-        asked += 1
-        if any(row.name == function and row.workers for row in rows):
-            return error
-    servers = ", ".join(conf.settings_for().servers)
-    if not asked:
-        error.add_note(f"No job server answers at {servers}; is `manage.py gearman_server` running?")
-        return error
-    ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
-    return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
-
-
-def _cancel_at_door(id: int, using: str) -> bool:
-    """Whether no job server had the job, and it was ended."""
-    member = JobRecord.objects.using(using).filter(pk=id, server=None, group_index__isnull=False)
-    cancelled, following = continuations.cancel_record(
-        id,
-        member.values_list("group", flat=True).first(),
-        using,
-        conf.settings_for().max_packet,
-        "Cancelled before a job server had it",
-    )
-    if following.laid:
-        _nudge_after_commit(using)
-    return cancelled
-
-
-def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:
-    """
-    Cancel jobs at once; how many were, and how many are only asked to be after ``limit`` seconds.
-
-    Those that ended before, or whose records are gone, are in neither.
-    """
-    deadline = monotonic() + limit
-    asked = []
-    for result in results:
-        try:
-            if result._ask_to_cancel():
-                asked.append(result)
-        except JobResultDoesNotExist:
-            continue
-    done = waiting = 0
-    for result in asked:
-        try:
-            if not result._wait_for_cancelled(deadline):
-                waiting += 1
-            elif not result.is_finished or result.status == JobRecord.Status.CANCELLED:
-                done += 1
-        except JobResultDoesNotExist:
-            continue
-    return done, waiting
-
-
-def _cancel_by_wire(handle: str) -> bool:
-    """
-    Whether one of the job servers had the job, and has ended it.
-
-    Raises:
-        ServerError: One of ours may have it, and takes the command from its own machine alone.
-    """
-    refusal: ServerError | None = None
-    for admin in _admins():
-        try:
-            admin.cancel(handle)
-        except ServerError as error:
-            if error.code == "PERMISSION_DENIED":
-                refusal = error
-        except (GearmanError, ValueError):
-            continue
-        else:
-            return True
-    if refusal is not None:
-        raise refusal
-    return False
-
-
-# The nudge: rows wait at the database door.
-
-
-@cache
-def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
-    """The process's client for an alias of ``settings.GEARMAN``."""
-    options = conf.settings_for(alias)
-    return Client(
-        options.servers,
-        spread=options.spread,
-        connect_timeout=options.connect_timeout,
-        timeout=options.timeout,
-        max_packet=options.max_packet,
-        tls=conf.client_tls(options),
-    )
-
-
-@cache
-def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
-    """The process's client for asyncio; it has connections for each event loop."""
-    options = conf.settings_for(alias)
-    return AsyncClient(
-        options.servers,
-        spread=options.spread,
-        connect_timeout=options.connect_timeout,
-        timeout=options.timeout,
-        max_packet=options.max_packet,
-        tls=conf.client_tls(options),
-    )
-
-
-def _nudge() -> None:
-    client_for().claim()
-
-
-def _nudge_after_commit(using: str) -> None:
-    waiting = transaction.get_connection(using).run_on_commit
-    # One nudge is enough for all rows of a transaction. The last entry is of this
-    # savepoint or of one around it: when this row survives, so does its nudge.
-    if not waiting or waiting[-1][1] is not _nudge:
-        transaction.on_commit(_nudge, using=using, robust=True)
-
-
-@cache
-def _identity(pid: int) -> str:
-    return f"{socket.gethostname()[:100]}:{pid}"
-
-
-@receiver(setting_changed)
-def _forget_clients(*, setting: str, **kwargs: Any) -> None:
-    if setting == "GEARMAN":
-        if client_for.cache_info().currsize:
-            # A connection that is left to the garbage collector makes a ResourceWarning.
-            client_for().close()
-        client_for.cache_clear()
-        # Its connections end with their event loops.
-        async_client_for.cache_clear()

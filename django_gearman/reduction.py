@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Final, TypeVar, overload
 
-from . import jobs
 from .client.core import JobRequest
 from .client.tasks import Task, TaskRun
 from .exceptions import CommandNotSupported, GearmanError, InvalidGroup, JobFailed, ResponseTimeout
 from .jobs import Job
+from .submission import async_client_for, client_for
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,7 +80,7 @@ def map_reduce(
         ValueError: There are no items, and no initial value.
     """
     work = _Reduction(mapper, reducer, items, chunk, initial)
-    jobs.client_for().run_fed(_Feed(work, max(in_flight, 1)), timeout=timeout)
+    client_for().run_fed(_Feed(work, max(in_flight, 1)), timeout=timeout)
     return work.value()
 
 
@@ -182,7 +182,7 @@ class _Piece:
         return task
 
     async def arun(self) -> bytes:
-        client = jobs.async_client_for()
+        client = async_client_for()
         if self.reducer:
             return await client.do_reduce(
                 self.job.name, self.workload, reducer=self.reducer, unique=self.unique

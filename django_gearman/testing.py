@@ -28,14 +28,16 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
 from django.test import override_settings
 
-from . import conf, jobs
+from . import conf
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
 from .exceptions import GearmanError
-from .jobs import Job, JobResult, attempt_assigned, pause_before_retry
+from .jobs import Job, attempt_assigned, pause_before_retry
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
 from .protocol.reader import PacketReader
+from .registry import queue_of, registry
+from .results import JobResult
 from .server.core import JobServer, ServerOptions
 from .server.journal import Journal
 from .store import DatabaseStore
@@ -140,7 +142,7 @@ class RecordedJob(JobResult[Any]):
     @property
     def _envelope(self) -> tuple[list[Any], dict[str, Any]]:
         workload = bytes(self._record.workload)
-        known = jobs.registry.get(self.function)
+        known = registry.get(self.function)
         if known is None or not known.raw:
             try:
                 envelope = json.loads(workload)
@@ -295,7 +297,7 @@ def _name_of(job: Which) -> str:
 
 def _bound(job: Which, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Arguments by name, so that it does not matter how they were given."""
-    known = jobs.registry.get(_name_of(job))
+    known = registry.get(_name_of(job))
     plain = [list(args), dict(kwargs)]
     if known is None or known.raw:
         return plain
@@ -331,7 +333,7 @@ class _Runner:
         self._using = using
         self._raised = raised
         name = "tests"
-        self._store = DatabaseStore(using, name, queue_of=jobs.queue_of)
+        self._store = DatabaseStore(using, name, queue_of=queue_of)
         epoch = self._store.take_lease("")
         self._core = JobServer(
             ServerOptions(name=name, epoch=epoch, durable=True, job_retries=conf.settings_for().job_retries)
@@ -350,7 +352,7 @@ class _Runner:
 
     def run_next(self) -> str | None:
         """Make one attempt at one job; its handle, or None when nothing is to do."""
-        for name in jobs.registry.keys() - self._offered:
+        for name in registry.keys() - self._offered:
             self.say(PacketType.CAN_DO, name.encode())
             self._offered.add(name)
         self._set_clock()
@@ -429,7 +431,7 @@ class _Runner:
 
     def _perform(self, assigned: AssignedJob) -> None:
         """Run the function and report, as a worker does."""
-        job = offered = jobs.registry[assigned.function.decode()]
+        job = offered = registry[assigned.function.decode()]
         if job.name in self._raised:
             job = copy.copy(offered)
             job.function = _raising(self._raised[job.name])

@@ -16,7 +16,6 @@ from asgiref.sync import async_to_sync
 from django.db import connection, transaction
 
 from django_gearman import Data, JobResult, Progress, Value, Warned, conf
-from django_gearman import jobs as machinery
 from django_gearman.exceptions import (
     GearmanError,
     JobFailed,
@@ -28,6 +27,7 @@ from django_gearman.exceptions import (
     TooLarge,
 )
 from django_gearman.models import JobRecord
+from django_gearman.submission import async_client_for, client_for
 from tests import harness
 
 from .app import jobs
@@ -264,7 +264,7 @@ class TestCancelAndRetry:
         with harness.worker(database_server, processes=1):
             path = str(database_server._folder / "never")
             result = jobs.wait_for_file.enqueue(path)
-            machinery.client_for().claim()
+            client_for().claim()
             harness.wait_until(lambda: is_running(result))
             assert result.cancel() is True
             assert result.status == Status.CANCELLED
@@ -322,5 +322,5 @@ class TestCall:
 def test_spread_is_a_setting(settings: Any, spread: bool) -> None:
     settings.GEARMAN = {"default": {"SERVERS": ["a:1", "b:2"], "SPREAD": spread}}
     assert conf.settings_for().spread is spread
-    for client in (machinery.client_for(), machinery.async_client_for()):
+    for client in (client_for(), async_client_for()):
         assert bool(client._servers._ring) is spread

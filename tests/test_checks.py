@@ -21,8 +21,8 @@ from django_gearman.checks import (
     check_transactions,
 )
 from django_gearman.durability import durability_problems
-from django_gearman.jobs import registry
 from django_gearman.models import JobRecord
+from django_gearman.registry import registry
 from django_gearman.schedules import Declaration
 
 from .app.jobs import fail

@@ -25,9 +25,10 @@ from django_gearman.exceptions import (
     WaitInTransaction,
 )
 from django_gearman.history import History, Retention, lanes_of
-from django_gearman.jobs import job, registry
+from django_gearman.jobs import job
 from django_gearman.models import JobGroup, JobRecord
 from django_gearman.reduction import _Reduction
+from django_gearman.registry import registry
 from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
 from django_gearman.store import DatabaseStore, _Folded
 from django_gearman.testing import GearmanJobs

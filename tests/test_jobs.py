@@ -8,6 +8,7 @@ import decimal
 import functools
 import json
 import pathlib
+import pickle
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,8 +20,7 @@ from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, job
-from django_gearman import jobs as machinery
+from django_gearman import JobContext, JobResult, job
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     Discard,
@@ -35,14 +35,15 @@ from django_gearman.exceptions import (
 )
 from django_gearman.jobs import (
     Job,
-    JobResult,
     declared_limits,
     pause_before_retry,
     perform_assigned,
-    queue_of,
 )
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
+from django_gearman.registry import queue_of
+from django_gearman.registry import registry as of_the_process
+from django_gearman.submission import client_for
 
 from .app import jobs
 from .client.fake_server import Peer, fake_server
@@ -54,11 +55,13 @@ HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Job[Any, Any]]:
-    """A registry for this test alone, in which functions of the test may be declared."""
-    own: dict[str, Job[Any, Any]] = {}
-    monkeypatch.setattr(machinery, "registry", own)
-    return own
+def registry() -> Iterator[dict[str, Job[Any, Any]]]:
+    """An empty registry for this test alone, in which functions of the test may be declared."""
+    before = dict(of_the_process)
+    of_the_process.clear()
+    yield of_the_process
+    of_the_process.clear()
+    of_the_process.update(before)
 
 
 def plain(left: int, right: int = 1) -> int:
@@ -501,8 +504,8 @@ class TestTransactions:
                 self.savepoint(fails=True)
                 self.savepoint(fails=False)
                 assert heard == []
-            machinery.client_for().do_background("marker")
-            machinery.client_for().close()
+            client_for().do_background("marker")
+            client_for().close()
         assert heard == [CLAIM, b"marker"]
 
     def test_other_hooks_between_do_no_harm(self, nudges: list[None]) -> None:
@@ -519,7 +522,7 @@ class TestTransactions:
         assert JobRecord.objects.get().status == Status.READY
 
     def test_a_broken_client_does_not_reach_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machinery, "client_for", lambda: 1 / 0)
+        monkeypatch.setattr("django_gearman.submission.client_for", lambda: 1 / 0)
         with transaction.atomic():
             jobs.add.enqueue(1)
         assert JobRecord.objects.count() == 1
@@ -550,6 +553,17 @@ class TestResult:
         result.refresh()
         assert (result.status, result.handle, result.attempts) == ("RUNNING", "H:1", 2)
         assert (result.progress, result.started_at) == ((1, 3), now)
+
+    def test_pickled(self) -> None:
+        one = jobs.add.enqueue(1)
+        two, three = jobs.add.enqueue_many([((2,), {}), ((3,), {})])
+        assert three.status == "READY"  # its record was made, and that of ``two`` was not
+        for result in (one, two, three):
+            again: JobResult[int] = pickle.loads(pickle.dumps(result))
+            assert (again.id, again.function, again.status) == (result.id, "tests.app.jobs.add", "READY")
+            end(again.id, result=again.id.encode())
+            again.refresh()
+            assert again.return_value == int(result.id)
 
     def test_refresh_of_nothing(self) -> None:
         result = jobs.add.enqueue(1)
@@ -617,7 +631,7 @@ class TestGet:
             if len(pauses) == 20:
                 end(result.id, result=b"2")
 
-        monkeypatch.setattr(machinery, "sleep", sleep)
+        monkeypatch.setattr("django_gearman.results.sleep", sleep)
         assert result.get() == 2
         assert pauses == sorted(pauses)
         assert pauses[0] < 0.01
@@ -625,7 +639,7 @@ class TestGet:
 
     def test_the_record_goes_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = jobs.add.enqueue(1)
-        monkeypatch.setattr(machinery, "sleep", lambda seconds: JobRecord.objects.all().delete())
+        monkeypatch.setattr("django_gearman.results.sleep", lambda seconds: JobRecord.objects.all().delete())
         with pytest.raises(JobResultDoesNotExist):
             result.get()
 
@@ -723,7 +737,7 @@ class TestContext:
             nonlocal now
             now += seconds
 
-        monkeypatch.setattr(machinery, "monotonic", lambda: now)
+        monkeypatch.setattr("django_gearman.context.monotonic", lambda: now)
         return advance  # type: ignore[return-value]
 
     def test_progress_is_throttled(self, clock: Callable[[float], None]) -> None:
@@ -886,14 +900,14 @@ def count_users() -> int:
 class TestThreads:
     def test_each_alias_has_one_client(self, settings: Any) -> None:
         found: list[object] = []
-        threads = [threading.Thread(target=lambda: found.append(machinery.client_for())) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: found.append(client_for())) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        first = machinery.client_for()
+        first = client_for()
         settings.GEARMAN = {"default": {"TIMEOUT": 7}}
-        assert machinery.client_for() is not first
+        assert client_for() is not first
 
 
 class TestAttempts:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from django_gearman import JobContext, job, logs, reports
-from django_gearman import jobs as machinery
 from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.server.entries import JobLogged
@@ -189,7 +188,7 @@ class TestRecords:
             "django.setup()\n"
             "logging.config.dictConfig(LOGGING)\n"
             "logging.getLogger('web').info('hello')\n"
-            "from django_gearman.jobs import JobContext\n"
+            "from django_gearman.context import JobContext\n"
             "from django_gearman.logs import install, logging_as\n"
             "install()\n"
             "with logging_as(JobContext('H:one:r7', attempt=2, function='f')):\n"
@@ -311,7 +310,7 @@ class TestHeldBack:
         wait_until(lambda: server.told == [("status", 1, 10), ("status", 2, 10)])
 
     def test_lines(self, told: tuple[JobContext, Reports], monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(machinery, "LOG_INTERVAL", 0.1)
+        monkeypatch.setattr("django_gearman.context.LOG_INTERVAL", 0.1)
         context, server = told
         context.logger.info("one")
         wait_until(lambda: kept(server) == ["INFO f: one"])

@@ -41,7 +41,6 @@ from tests import needs
 needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, job
-from django_gearman import jobs as machinery
 from django_gearman.backends import (
     DummyBackend,
     GearmanBackend,
@@ -60,8 +59,9 @@ from django_gearman.backends import (
     task_started,
 )
 from django_gearman.exceptions import JobFailed
-from django_gearman.jobs import perform_assigned, registry
+from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
+from django_gearman.registry import registry
 from django_gearman.testing import GearmanJobs
 
 from .app import jobs as app_jobs
@@ -871,4 +871,3 @@ class TestChecks:
 
 def test_context_type_is_djangos() -> None:
     assert issubclass(performing.GearmanTaskContext, TaskContext)
-    assert machinery.registry is registry

@@ -24,8 +24,8 @@ from django.utils import timezone
 
 from django_gearman import JobContext, Retry, conf, job
 from django_gearman.exceptions import ConnectionFailed, JobFailed
-from django_gearman.jobs import registry
 from django_gearman.models import JobRecord, ServerLease
+from django_gearman.registry import registry
 from django_gearman.testing import (
     GearmanCluster,
     GearmanJobs,

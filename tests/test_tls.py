@@ -25,7 +25,6 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
 
 from django_gearman import conf
-from django_gearman import jobs as machinery
 from django_gearman.client import connection as connection_module
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client
@@ -36,6 +35,7 @@ from django_gearman.server import door
 from django_gearman.server import transport as transport_module
 from django_gearman.server.core import JobServer, ServerOptions
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+from django_gearman.submission import client_for
 from django_gearman.tls import TLSFilesError, client_context, server_context
 from django_gearman.worker.loop import AssignedJob
 from tests import harness, needs
@@ -831,9 +831,9 @@ class TestDjango:
     def test_nudge(self, files: Files, settings: Any) -> None:
         with serving(files.server()) as place:
             settings.GEARMAN = {"default": {"SERVERS": [place.name], **files.settings}}
-            assert machinery.client_for().claim()
+            assert client_for().claim()
             settings.GEARMAN = {"default": {"SERVERS": [place.name], "TLS_CA": files["ca.pem"]}}
-            assert not machinery.client_for().claim()
+            assert not client_for().claim()
 
 
 class TestReadme:

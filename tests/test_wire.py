@@ -14,11 +14,12 @@ import pytest
 from django.db import transaction
 from django.utils import timezone
 
-from django_gearman import jobs as machinery
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import ConnectionFailed, ResultNotKept
-from django_gearman.jobs import WireJobResult
+from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
+from django_gearman.results import WireJobResult
+from django_gearman.submission import client_for
 from django_gearman.worker.loop import AssignedJob
 from tests import harness, needs
 
@@ -88,7 +89,7 @@ class Worker:
 
     def _function(self, job: Any) -> Any:
         def perform(assigned: AssignedJob) -> bytes:
-            self.results.append(result := machinery.perform_assigned(job, assigned))
+            self.results.append(result := perform_assigned(job, assigned))
             return result
 
         return perform
@@ -190,7 +191,7 @@ def test_gearmand_without_the_setting(server: Server, settings: Any, caplog: pyt
     settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{server.port}"]}}
     for number in range(5):
         jobs.add.enqueue(number)
-        assert machinery.client_for().echo(b"x") == b"x"
+        assert client_for().echo(b"x") == b"x"
     assert waiting(server) == {"gearman:claim": 1}
     version = harness.ask(server.port, "version").split()[1]
     assert caplog.text.count(f"of version {version}, does not look into the database") == 1

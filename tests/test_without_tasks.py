@@ -149,7 +149,7 @@ class TestLoading:
             import django
             settings.GEARMAN = {{"default": {{"AUTODISCOVER": WHETHER}}}}
             django.setup()
-            from django_gearman.jobs import registry
+            from django_gearman.registry import registry
             print(json.dumps(sorted(registry)))
         """
         tasks = OURS | {"other": {"BACKEND": "django_gearman.testing.DummyBackend", "QUEUES": ["default"]}}

@@ -20,8 +20,8 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
-from django_gearman.jobs import JobResult, cancel_all
 from django_gearman.models import JobAttempt, JobGroup, JobRecord
+from django_gearman.results import JobResult, cancel_all
 
 from . import filters, format, payload
 from .change_list import JobChangeList

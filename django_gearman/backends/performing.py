@@ -22,11 +22,14 @@ from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
-from .. import conf, jobs
+from .. import conf
+from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, JobContext, JobResult, pause_before_retry
+from ..jobs import Job, pause_before_retry
 from ..models import JobRecord
+from ..registry import registry
+from ..results import JobResult
 from . import (
     GearmanBackend,
     InvalidTask,
@@ -205,7 +208,7 @@ def register(task: Task[Any, Any], backends: Sequence[GearmanBackend]) -> None:
     Raises:
         InvalidTask: Another function has its name.
     """
-    known = jobs.registry.get(task.module_path)
+    known = registry.get(task.module_path)
     if known is not None and not isinstance(known, TaskJob):
         raise InvalidTask(f"{task.module_path} is the name of a @job; give that another name=")
     declared = known.task if isinstance(known, TaskJob) and known.function is task.func else task
@@ -214,10 +217,10 @@ def register(task: Task[Any, Any], backends: Sequence[GearmanBackend]) -> None:
     }
     for queue in queues:
         name = wire_name(declared.module_path, queue, declared_for=declared.queue_name)
-        known = jobs.registry.get(name)
+        known = registry.get(name)
         if not isinstance(known, TaskJob) or known.function is not declared.func:
             try:
-                jobs.registry[name] = TaskJob(declared, queue)
+                registry[name] = TaskJob(declared, queue)
             except InvalidJob as error:
                 raise InvalidTask(str(error)) from error
 
@@ -251,7 +254,7 @@ def get_result(backend: GearmanBackend, result_id: str) -> TaskResult[Any, Any]:
     except (TypeError, ValueError, OverflowError, JobRecord.DoesNotExist):
         raise TaskResultDoesNotExist(result_id) from None
     # The path was written by whoever submitted: it is looked up, not imported.
-    known = jobs.registry.get(record.function)
+    known = registry.get(record.function)
     if not isinstance(known, TaskJob):
         raise TaskResultDoesNotExist(
             f"{result_id} is a job of {record.function}, which is no task that this process knows"
@@ -261,14 +264,14 @@ def get_result(backend: GearmanBackend, result_id: str) -> TaskResult[Any, Any]:
 
 def _job_of(backend: GearmanBackend, task: Task[Any, Any]) -> TaskJob:
     """The job of a task in the queue that it was given; its plain one when the backend has no such queue."""
-    known = jobs.registry.get(task.module_path)
+    known = registry.get(task.module_path)
     if not isinstance(known, TaskJob) or known.function is not task.func:
         # Declared for another backend, outside of the modules that are looked through.
         register(task, [backend])
-    plain = jobs.registry[task.module_path]
+    plain = registry[task.module_path]
     declared_for = plain.queue_name
     name = wire_name(task.module_path, task.queue_name, declared_for=declared_for)
-    found = jobs.registry.get(name, plain)
+    found = registry.get(name, plain)
     assert isinstance(found, TaskJob), "register saw to it"
     return found
 

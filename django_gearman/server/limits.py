@@ -342,6 +342,7 @@ class Limits:
         else:
             self._unblock(gate, job)
             job.gate = None
+            self._drop_if_over(gate)
 
     def expose(self, job: Job) -> None:
         """It has a permit: the next worker may have it."""
@@ -560,11 +561,17 @@ class Limits:
             gate.not_before = 0.0
         if len(gate.held) != gate.told or gate.started:
             self._untold[gate] = None
-        if gate.is_over:
-            limiter.gates.pop(gate.key, None)
-        else:
-            self._line_up(gate)
+        self._drop_if_over(gate)
+        self._line_up(gate)
         self._unsettle(limiter)
+
+    def _drop_if_over(self, gate: Gate) -> None:
+        """There may be as many keys as there are customers: those that nobody uses are forgotten."""
+        gates = gate.limiter.gates
+        if gate.is_over and gates.get(gate.key) is gate:
+            del gates[gate.key]
+            # Another one of the key tells what there is from now on.
+            self._untold.pop(gate, None)
 
     def _tell_instead(self, gate: Gate) -> None:
         """A gate that is no more was answered: what its key has now is what another one has, or nothing."""

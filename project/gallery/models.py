@@ -18,7 +18,7 @@ from django.db import models, transaction
 from django.db.models.signals import post_delete
 from django.dispatch import receiver
 
-from django_gearman.jobs import JobResult
+from django_gearman import JobResult
 from django_gearman.models import JobRecord
 
 

@@ -20,11 +20,9 @@ from django_gearman.models import FunctionLimit, JobRecord
 from tests import harness
 
 from .conftest import SITE, Trace
+from .site import jobs, limited
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
-
-os.environ.setdefault("GEARMAN_TEST_LIMITS", "1")
-from .site import jobs  # noqa: E402  # which looks at the variable
 
 JOBS = int(os.environ.get("GEARMAN_LIMITS_JOBS", "60"))
 LEASE = 2.0
@@ -91,7 +89,7 @@ class TestConcurrency:
         made = workers(servers, 4)
         killed: dict[int, float] = {}
         try:
-            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.01), {}) for n in range(JOBS)])
+            limited.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.01), {}) for n in range(JOBS)])
             harness.wait_until(lambda: len(runs(trace)) >= JOBS // 5, 60.0, "some jobs")
 
             # Others are free for other functions meanwhile.
@@ -125,13 +123,13 @@ class TestConcurrency:
     def test_an_edit_is_honoured(self, servers: Pair, trace: Trace) -> None:
         made = workers(servers, 2)
         try:
-            jobs.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.2), {}) for n in range(30)])
+            limited.two_at_once.enqueue_many([((trace.path, f"job{n}", 0.2), {}) for n in range(30)])
             harness.wait_until(lambda: len(runs(trace)) >= 4, 30.0, "the first jobs")
-            FunctionLimit.objects.filter(function=jobs.two_at_once.name).update(concurrency=4)
+            FunctionLimit.objects.filter(function=limited.two_at_once.name).update(concurrency=4)
             edited = time.time()
             harness.wait_until(lambda: most_at_once_by_now(trace) == 4, 5.0, "four at once")
             print(f"honoured after {time.time() - edited:.2f} s")
-            FunctionLimit.objects.filter(function=jobs.two_at_once.name).update(enabled=False)
+            FunctionLimit.objects.filter(function=limited.two_at_once.name).update(enabled=False)
             harness.wait_until(all_recorded, 30.0, "the end of all jobs")
         finally:
             for worker in made:
@@ -141,7 +139,7 @@ class TestConcurrency:
         made = workers(servers, 2)
         try:
             calls = [((trace.path, f"job{n}", f"account {n % 3}"), {}) for n in range(30)]
-            jobs.one_for_each.enqueue_many(calls)
+            limited.one_for_each.enqueue_many(calls)
             harness.wait_until(all_recorded, 60.0, "the end of all jobs")
         finally:
             for worker in made:
@@ -167,7 +165,7 @@ class TestRate:
         """Counted by the moments at which the servers handed the jobs out, as the records have them."""
         made = workers(servers, 2)
         try:
-            jobs.fifty_a_second.enqueue_many([((n,), {}) for n in range(JOBS * 2)])
+            limited.fifty_a_second.enqueue_many([((n,), {}) for n in range(JOBS * 2)])
             harness.wait_until(all_recorded, 30.0 + JOBS / 5, "the end of all jobs")
         finally:
             for worker in made:

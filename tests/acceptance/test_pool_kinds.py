@@ -194,7 +194,7 @@ class TestChoice:
 
     def test_groups_of_the_settings(self, site_server: Server, tmp_path: Path):
         groups = {
-            "video": {"PROCESSES": 2, "QUEUES": ["video"]},
+            "video": {"PROCESSES": 2, "QUEUES": ["encoding"]},
             "rest": {"PROCESSES": "1..3", "THREADS": 2, "EXCLUDE": [leave_trace.name]},
         }
         env = SITE | {

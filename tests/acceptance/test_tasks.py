@@ -18,8 +18,8 @@ needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman.backends import TaskResultStatus
 from django_gearman.exceptions import JobFailed, JobTimedOut
-from django_gearman.jobs import client_for
 from django_gearman.models import JobRecord
+from django_gearman.submission import client_for
 from tests import harness
 from tests.app import tasks
 

@@ -14,8 +14,8 @@ import pytest
 from django.test import Client as Browser
 
 from django_gearman import JobResult
-from django_gearman.jobs import client_for
 from django_gearman.models import JobRecord
+from django_gearman.submission import client_for
 from tests import harness
 from tests.app.jobs import add
 

@@ -15,8 +15,8 @@ from django.core.asgi import get_asgi_application
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 
+from django_gearman import JobContext
 from django_gearman.exceptions import Discard
-from django_gearman.jobs import JobContext
 from django_gearman.models import JobRecord, ServerLease
 from project.gallery import jobs
 from project.gallery.jobs import make_web_video

@@ -184,6 +184,19 @@ class TestKeys:
             complete(one, got)
         assert order == [handle(1), handle(2), handle(3), handle(4)]
 
+    def test_those_that_nobody_uses_are_forgotten(self):
+        wire = limited(Wire(), concurrency=1, keyed=True)
+        for key in "abc":
+            submit(wire, 1, key=key)
+        assert wire.core.cancel(handle(1))
+        one = worker(wire)
+        for _ in range(2):
+            got = grab(one) or grab(one)
+            assert got is not None
+            complete(one, got)
+        wire.core.tick()
+        assert wire.core.limits.limiters[b"f"].gates == {}
+
     @pytest.mark.parametrize("workload", [b"", b"\xff", b"[1]", b'{"limit": 3}', b"[" * 50_000])
     def test_what_has_no_key_has_an_empty_one(self, workload):
         wire = limited(Wire(), concurrency=1, keyed=True)

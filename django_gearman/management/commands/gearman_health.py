@@ -9,7 +9,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
 from ... import conf
-from ...jobs import registry
+from ...registry import registry
 from ..health import Unhealthy, add_arguments, look
 from ..terminal import server_list
 

@@ -26,8 +26,9 @@ from ... import conf, limiting
 from ...durability import durability_problems
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
-from ...jobs import declared_limits, declared_schedules, queue_of, scheduled_record
+from ...jobs import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
+from ...registry import queue_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
 from ...server.core import FunctionOrder, JobServer, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind

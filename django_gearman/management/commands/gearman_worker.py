@@ -27,7 +27,8 @@ from ... import conf
 from ...addresses import split_address
 from ...encoding import describe_exception
 from ...exceptions import WorkerCannotStart
-from ...jobs import Job, aperform_assigned, pause_before_retry, perform_assigned, registry
+from ...jobs import Job, aperform_assigned, pause_before_retry, perform_assigned
+from ...registry import registry
 from ...worker.foreman import Foreman
 from ...worker.loop import AssignedJob, Worker
 from ...worker.memory import MIB, Allowance

@@ -44,26 +44,8 @@ def die_once(path: str) -> str:
 
 
 if "GEARMAN_TEST_LIMITS" in os.environ:
-
-    def _occupy(path: str, name: str, seconds: float) -> None:
-        for what in ("begin", "end"):
-            with open(path, "a") as file:
-                file.write(f"{what} {name} {os.getpid()} {time.time():.6f}\n")
-            if what == "begin":
-                time.sleep(seconds)
-
-    @job(concurrency=2)
-    def two_at_once(path: str, name: str, seconds: float) -> None:
-        _occupy(path, name, seconds)
-
-    @job(concurrency=1, limit_key="account")
-    def one_for_each(path: str, name: str, account: str) -> None:
-        _occupy(path, name, 0.01)
-
-    @job(rate_limit="50/s")
-    def fifty_a_second(number: int) -> None:
-        pass
-
+    # Not for all: every server would write down and keep their limits.
+    from . import limited as limited
 
 if "GEARMAN_TEST_SCHEDULE" in os.environ:
     # Seconds, or a cron; a file to leave traces in follows.

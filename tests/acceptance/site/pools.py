@@ -131,6 +131,6 @@ def hang_for_ever(folder: str, name: str) -> None:
     sum(range(10**13))
 
 
-@job(queue_name="video")
+@job(queue_name="encoding")
 def encode(name: str) -> int:
     return os.getpid()

@@ -1,0 +1,594 @@
+"""
+``JobResult``: a job as whoever enqueued it holds it, to wait for, to cancel, to enqueue again.
+
+It reads the record, asks job servers when it is worth a look, and writes nothing
+of a job that a server has: what is to be cancelled is a wish, a row of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+
+from asgiref.sync import sync_to_async
+from django.db import transaction
+
+from . import conf, continuations, rows
+from .client.admin_client import AdminClient
+from .client.tasks import EXPLANATION_TIMEOUT
+from .exceptions import (
+    ConnectionFailed,
+    ConnectionLost,
+    GearmanError,
+    JobFailed,
+    JobNotFinished,
+    JobResultDoesNotExist,
+    NoWorker,
+    ResponseTimeout,
+    ResultNotKept,
+    ServerError,
+    WaitInTransaction,
+)
+from .insertion import like
+from .models import Cancellation, JobRecord, unique_key_of
+from .registry import decode_result
+from .submission import async_client_for, client_for, identity, insert, nudge, nudge_after_commit
+
+R = TypeVar("R")
+
+LONGEST_PAUSE_OF_GET: Final = 0.25
+"""Seconds between two looks at a record that ``get`` waits for, where the wire does not tell."""
+
+LISTEN_AFTER: Final = 0.02
+"""Pause between two looks from which on ``get`` asks the wire instead; short jobs have ended by then."""
+
+LISTENING_PAUSE: Final = 0.005
+"""Seconds after which ``get`` looks by itself though a job server was to tell it."""
+
+NUDGE_AGAIN: Final = 0.2
+"""Seconds after which job servers are told once more that somebody waits for a job's end."""
+
+LISTEN_FOR: Final = 30.0
+"""Seconds that ``get`` waits by the wire before it looks at the record all the same."""
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed."""
+
+    exception_class_path: str
+    """Import path of the exception's class; empty when the worker told none."""
+
+    message: str
+    traceback: str
+
+
+class JobResult(Generic[R]):
+    """
+    A job as its record shows it; ``refresh`` looks again.
+
+    A superset of Django's ``TaskResult``.
+    """
+
+    def __init__(self, record: JobRecord) -> None:
+        self._record = record
+
+    if not TYPE_CHECKING:  # for which every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "_record" or "_made_of" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self._record = like(*self._made_of)
+            return self._record
+
+    def __repr__(self) -> str:
+        return f"<JobResult {self.id} {self._record.function} {self.status}>"
+
+    _made_of: tuple[JobRecord, int, bytes]
+
+    @property
+    def id(self) -> str:
+        return str(self._record.pk)
+
+    @property
+    def function(self) -> str:
+        """The job's name on the wire."""
+        return self._record.function
+
+    @property
+    def handle(self) -> str:
+        """The Gearman handle; empty until a job server has the job."""
+        return self._record.handle or ""
+
+    @property
+    def status(self) -> str:
+        """One of ``JobRecord.Status``."""
+        return str(self._record.status)
+
+    @property
+    def is_finished(self) -> bool:
+        return self._record.is_finished
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Numerator and denominator as the job last told them; None when it told none."""
+        if self._record.numerator is None or self._record.denominator is None:
+            return None
+        return self._record.numerator, self._record.denominator
+
+    @property
+    def return_value(self) -> R:
+        """
+        What the function returned.
+
+        Raises:
+            JobNotFinished: It has not ended; ``get`` waits for it.
+            JobFailed: It ended without a value.
+        """
+        record = self._record
+        if record.status == JobRecord.Status.SUCCESSFUL:
+            return cast(R, decode_result(record.function, bytes(record.result or b"")))
+        if not record.is_finished:
+            raise JobNotFinished(self._name, self.status)
+        raise JobFailed(
+            self._name,
+            exception=record.exception,
+            message=record.message or record.get_status_display(),
+            traceback=record.traceback,
+        )
+
+    @property
+    def errors(self) -> list[JobError]:
+        """Why each attempt failed, in order; the last of a job that failed is why it did."""
+        record = self._record
+        past = record.past_attempts.order_by("number") if record.attempts > 1 or not self.is_finished else ()
+        told = [JobError(each.exception, each.message, each.traceback) for each in past]
+        if record.status in JobRecord.FAILURES:
+            told.append(JobError(record.exception, record.message, record.traceback))
+        return told
+
+    @property
+    def log(self) -> str:
+        """The last lines that its last attempt logged, as the record has them now; empty for none."""
+        records = JobRecord.objects.using(self._record._state.db).filter(pk=self._record.pk)
+        return records.values_list("log", flat=True).first() or ""
+
+    @property
+    def attempts(self) -> int:
+        """How often it was handed to a worker."""
+        return self._record.attempts
+
+    @property
+    def enqueued_at(self) -> datetime:
+        return self._record.enqueued_at
+
+    @property
+    def started_at(self) -> datetime | None:
+        return self._record.started_at
+
+    @property
+    def last_attempted_at(self) -> datetime | None:
+        return self._record.last_attempted_at
+
+    @property
+    def finished_at(self) -> datetime | None:
+        return self._record.finished_at
+
+    def refresh(self) -> None:
+        """
+        Look at the record again.
+
+        Raises:
+            JobResultDoesNotExist: It is gone.
+        """
+        try:
+            rows.refresh(self._record, _STANDING)
+        except JobRecord.DoesNotExist:
+            raise JobResultDoesNotExist(self.id) from None
+
+    async def arefresh(self) -> None:
+        """As ``refresh``."""
+        await sync_to_async(self.refresh)()
+
+    def get(self, timeout: float | None = None) -> R:
+        """
+        Wait for the end, and return what the function returned.
+
+        One of our job servers tells when the record has it, if it can be asked;
+        else, or when another server has the job, looks at the record now and then.
+
+        Args:
+            timeout: Seconds to wait; None to wait for ever.
+        Raises:
+            JobFailed: It ended without a value; the attributes say why.
+            ResponseTimeout: The time was up; the job goes on. ``NoWorker`` when no worker offers it.
+            WaitInTransaction: A transaction is open that hides the job.
+        """
+        patience = Patience(timeout)
+        self.refresh()
+        if self.is_finished:
+            return self.return_value
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            raise WaitInTransaction(self._name)
+        with closing(client_for().watch(self.id)) as watch:
+            if watch.is_open:
+                patience.is_told()
+            while not self.is_finished:
+                if not patience.is_left:
+                    raise self._too_late(timeout or 0.0)
+                if patience.listens:
+                    watch.close()
+                if watch.is_open:
+                    watch.wait(patience.pause())
+                elif not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
+                    sleep(patience.pause())
+                self.refresh()
+        return self.return_value
+
+    async def aget(self, timeout: float | None = None) -> R:
+        """As ``get``."""
+        patience = Patience(timeout)
+        await self.arefresh()
+        while not self.is_finished:
+            if not patience.is_left:
+                raise await sync_to_async(self._too_late)(timeout or 0.0)
+            if not (patience.listens and self.handle) or not patience.heard(await self._ahear(patience.left)):
+                await asyncio.sleep(patience.pause())
+            await self.arefresh()
+        return self.return_value
+
+    def _hear(self, left: float) -> bool:
+        """Wait by the wire; whether the job's end, or a good part of the time, has come."""
+        try:
+            return client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
+        except ResponseTimeout:
+            return True
+        except (ConnectionFailed, ConnectionLost):
+            return False
+
+    async def _ahear(self, left: float) -> bool:
+        try:
+            return await async_client_for().wait_for(self.handle, timeout=min(left, LISTEN_FOR))
+        except ResponseTimeout:
+            return True
+        except (ConnectionFailed, ConnectionLost):
+            return False
+
+    def _too_late(self, timeout: float) -> ResponseTimeout:
+        return timed_out(f"job {self._name}", timeout, self.function, self._record._state.db)
+
+    def cancel(self) -> bool:
+        """
+        End the job, as ``CANCELLED``; False when it has ended before.
+
+        A worker of ours that runs it is told: ``JobCancelled`` is raised in the
+        function, and its process is killed if it goes on. What any worker says
+        of the job is passed over.
+
+        The job server that has the job reads in the database that it is to end,
+        within a second, wherever it runs. In a transaction nothing is waited for:
+        True says that it will be asked to when that is committed.
+
+        Raises:
+            ResponseTimeout: Nobody has carried it out in ``TIMEOUT`` seconds; it will be, once the job
+                server that has the job is there again, or another takes its jobs over.
+            JobResultDoesNotExist: The record is gone.
+        """
+        if not self._ask_to_cancel():
+            return False
+        limit = conf.settings_for().timeout
+        if not self._wait_for_cancelled(monotonic() + limit):
+            raise self._not_cancelled(limit)
+        return not self.is_finished or self.status == JobRecord.Status.CANCELLED
+
+    def _ask_to_cancel(self) -> bool:
+        """End what no server has, and let the others know what is to end; False when it has ended before."""
+        using = self._record._state.db or conf.settings_for().database
+        self.refresh()
+        if self.is_finished:
+            return False
+        # What no server has claimed is nobody's; from then on it is that server's alone.
+        if _cancel_at_door(self._record.pk, using):
+            self.refresh()
+        else:
+            wish = Cancellation(job_id=self._record.pk)
+            Cancellation.objects.using(using).bulk_create([wish], ignore_conflicts=True)
+            nudge_after_commit(using)
+        return True
+
+    def _wait_for_cancelled(self, deadline: float) -> bool:
+        """Whether it has ended by then; at once where nothing can be seen of it before the commit."""
+        if transaction.get_connection(self._record._state.db).in_atomic_block:
+            return True
+        pause, nudge_at = 0.002, monotonic() + NUDGE_AGAIN
+        while True:
+            self.refresh()
+            if self.is_finished or monotonic() >= deadline:
+                return self.is_finished
+            if monotonic() >= nudge_at:
+                # The server that heard of it may have looked a moment before.
+                nudge_at = monotonic() + NUDGE_AGAIN
+                nudge()
+            sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+
+    def _not_cancelled(self, limit: float) -> ResponseTimeout:
+        error = ResponseTimeout(f"the cancelling of job {self._name}", limit)
+        error.add_note(
+            "It is asked for still, and will be done by the job server that has the job, or by the one "
+            "that takes its jobs over: is one running on this database?"
+        )
+        return error
+
+    async def acancel(self) -> bool:
+        """As ``cancel``."""
+        return await sync_to_async(self.cancel)()
+
+    def retry(self) -> JobResult[R]:
+        """
+        Enqueue the same job again: the same function and arguments, in a record of its own.
+
+        A member of a group was counted there at its end: what is made here is no member.
+
+        Raises:
+            JobNotFinished: It has not ended yet.
+            JobResultDoesNotExist: Its record is gone.
+        """
+        self.refresh()
+        if not self.is_finished:
+            raise JobNotFinished(self._name, self.status)
+        old = self._record
+        again = JobRecord(
+            function=old.function,
+            queue_name=old.queue_name,
+            workload=bytes(old.workload),
+            unique=old.unique,
+            unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
+            reducer=old.reducer,
+            priority=old.priority,
+            client=identity(os.getpid()),
+            max_attempts=old.max_attempts,
+            limit_key=old.limit_key,
+            timeout=old.timeout,
+            # What follows a group may ask for its results again.
+            group_id=old.group_id if old.group_index is None else None,
+        )
+        return JobResult(insert(again, old._state.db or conf.settings_for().database))
+
+    async def aretry(self) -> JobResult[R]:
+        """As ``retry``."""
+        return await sync_to_async(self.retry)()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.id} ({self._record.function})"
+
+
+def one_of_many(template: JobRecord, id: int, workload: bytes) -> JobResult[Any]:
+    """The result of one of thousands, whose record is only made when it is looked at."""
+    result: JobResult[Any] = JobResult.__new__(JobResult)
+    result._made_of = template, id, workload
+    return result
+
+
+class Patience:
+    """How long ``get`` has waited, and how it goes on."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._deadline = math.inf if timeout is None else monotonic() + timeout
+        self._pause = 0.001
+
+    @property
+    def left(self) -> float:
+        return self._deadline - monotonic()
+
+    @property
+    def is_left(self) -> bool:
+        return self.left > 0
+
+    @property
+    def listens(self) -> bool:
+        """Whether it has been long enough to ask a job server."""
+        return self._pause >= LISTEN_AFTER
+
+    def is_told(self) -> None:
+        """A job server will say when it is time to look; that another has the job is the exception."""
+        self._pause = LISTENING_PAUSE
+
+    def heard(self, told: bool) -> bool:
+        """Whether a job server told something: then the record will say so at once."""
+        if told:
+            self._pause = 0.001
+        return told
+
+    def pause(self) -> float:
+        """Seconds until the next look."""
+        pause = min(self._pause, max(self.left, 0.0))
+        self._pause = min(self._pause * 1.5, LONGEST_PAUSE_OF_GET)
+        return pause
+
+
+class WireJobResult(JobResult[R]):
+    """
+    A job that was submitted to any Gearman server, by ``ENQUEUE = "wire"``.
+
+    Such a server tells whether a job waits or runs, and forgets it at its end:
+    there is no value to wait for, and a failure looks like a success.
+    """
+
+    @property
+    def id(self) -> str:
+        """The job's unique."""
+        return self._record.unique
+
+    @property
+    def return_value(self) -> R:
+        raise self._not_kept()
+
+    def refresh(self) -> None:
+        """
+        Ask the server; before the transaction commits, nothing is there to ask for.
+
+        Raises:
+            ResultNotKept: It knows the job no more: it has ended, or was lost.
+        """
+        record = self._record
+        if record.handle is None:
+            return
+        standing = client_for().job_status_unique(record.unique)
+        if not standing.known:
+            raise self._not_kept()
+        if standing.running:
+            record.status = JobRecord.Status.RUNNING
+        if standing.denominator:
+            record.numerator, record.denominator = standing.numerator, standing.denominator
+
+    def get(self, timeout: float | None = None) -> R:
+        """Not to be had: raises ``ResultNotKept``; wait with ``run``."""
+        raise self._not_kept()
+
+    async def aget(self, timeout: float | None = None) -> R:
+        """Not to be had: raises ``ResultNotKept``; wait with ``arun``."""
+        raise await sync_to_async(self._not_kept)()
+
+    def cancel(self) -> bool:
+        """
+        End the job; False when the server has it no more, or it was not submitted yet.
+
+        gearmand keeps one that runs until it ends. Our own server takes the command from its own
+        machine alone: elsewhere, cancel jobs of its records.
+
+        Raises:
+            ServerError: It does not take the command from here.
+        """
+        return self.handle != "" and _cancel_by_wire(self.handle)
+
+    def retry(self) -> JobResult[R]:
+        """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""
+        raise self._not_kept()
+
+    def _not_kept(self) -> ResultNotKept:
+        server = conf.settings_for().servers[0]
+        return ResultNotKept(self.id, server, client_for().server_version(server))
+
+
+_STANDING: Final = (
+    "status",
+    "handle",
+    "attempts",
+    "numerator",
+    "denominator",
+    "result",
+    "exception",
+    "message",
+    "traceback",
+    "started_at",
+    "last_attempted_at",
+    "finished_at",
+)
+"""Fields of a record that change after it was made."""
+
+
+# Why nobody came, and the end of what nobody wants any more.
+
+
+def _admins() -> Generator[AdminClient, None, None]:
+    """Each job server, to ask or tell in a hurry."""
+    options = conf.settings_for()
+    for server in options.servers:
+        timeout = min(options.connect_timeout, EXPLANATION_TIMEOUT)
+        with AdminClient(
+            server, connect_timeout=timeout, timeout=timeout, tls=conf.client_tls(options)
+        ) as admin:
+            yield admin
+
+
+def timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:
+    """What ``get`` raises: with the reason, when it is that nobody can run the job."""
+    error = ResponseTimeout(what, timeout)
+    asked = 0
+    for admin in _admins():
+        try:
+            rows = admin.status()
+        except GearmanError:
+            continue
+        asked += 1
+        if any(row.name == function and row.workers for row in rows):
+            return error
+    servers = ", ".join(conf.settings_for().servers)
+    if not asked:
+        error.add_note(f"No job server answers at {servers}; is `manage.py gearman_server` running?")
+        return error
+    ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
+    return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
+
+
+def _cancel_at_door(id: int, using: str) -> bool:
+    """Whether no job server had the job, and it was ended."""
+    member = JobRecord.objects.using(using).filter(pk=id, server=None, group_index__isnull=False)
+    cancelled, following = continuations.cancel_record(
+        id,
+        member.values_list("group", flat=True).first(),
+        using,
+        conf.settings_for().max_packet,
+        "Cancelled before a job server had it",
+    )
+    if following.laid:
+        nudge_after_commit(using)
+    return cancelled
+
+
+def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:
+    """
+    Cancel jobs at once; how many were, and how many are only asked to be after ``limit`` seconds.
+
+    Those that ended before, or whose records are gone, are in neither.
+    """
+    deadline = monotonic() + limit
+    asked = []
+    for result in results:
+        try:
+            if result._ask_to_cancel():
+                asked.append(result)
+        except JobResultDoesNotExist:
+            continue
+    done = waiting = 0
+    for result in asked:
+        try:
+            if not result._wait_for_cancelled(deadline):
+                waiting += 1
+            elif not result.is_finished or result.status == JobRecord.Status.CANCELLED:
+                done += 1
+        except JobResultDoesNotExist:
+            continue
+    return done, waiting
+
+
+def _cancel_by_wire(handle: str) -> bool:
+    """
+    Whether one of the job servers had the job, and has ended it.
+
+    Raises:
+        ServerError: One of ours may have it, and takes the command from its own machine alone.
+    """
+    refusal: ServerError | None = None
+    for admin in _admins():
+        try:
+            admin.cancel(handle)
+        except ServerError as error:
+            if error.code == "PERMISSION_DENIED":
+                refusal = error
+        except (GearmanError, ValueError):
+            continue
+        else:
+            return True
+    if refusal is not None:
+        raise refusal
+    return False

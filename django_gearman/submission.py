@@ -1,0 +1,158 @@
+"""
+How a job leaves the process that wants it: a row and a nudge, or a packet.
+
+The process's clients are here, which everything uses that speaks to a job
+server on a view's behalf. What a row or a packet says is worked out before, by
+``Job`` and ``group``.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import cache
+from typing import Any
+
+from django.core.signals import setting_changed
+from django.db import IntegrityError, connections, transaction
+from django.dispatch import receiver
+
+from . import conf, rows
+from .client.aio import AsyncClient
+from .client.sync import Client
+from .exceptions import JobResultDoesNotExist
+from .models import JobRecord
+
+# The clients of the process.
+
+
+@cache
+def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
+    """The process's client for an alias of ``settings.GEARMAN``."""
+    options = conf.settings_for(alias)
+    return Client(
+        options.servers,
+        spread=options.spread,
+        connect_timeout=options.connect_timeout,
+        timeout=options.timeout,
+        max_packet=options.max_packet,
+        tls=conf.client_tls(options),
+    )
+
+
+@cache
+def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
+    """The process's client for asyncio; it has connections for each event loop."""
+    options = conf.settings_for(alias)
+    return AsyncClient(
+        options.servers,
+        spread=options.spread,
+        connect_timeout=options.connect_timeout,
+        timeout=options.timeout,
+        max_packet=options.max_packet,
+        tls=conf.client_tls(options),
+    )
+
+
+@receiver(setting_changed)
+def _forget_clients(*, setting: str, **kwargs: Any) -> None:
+    if setting == "GEARMAN":
+        if client_for.cache_info().currsize:
+            # A connection that is left to the garbage collector makes a ResourceWarning.
+            client_for().close()
+        client_for.cache_clear()
+        # Its connections end with their event loops.
+        async_client_for.cache_clear()
+
+
+@cache
+def identity(pid: int) -> str:
+    """This host and process, as a record names who submitted it."""
+    return f"{socket.gethostname()[:100]}:{pid}"
+
+
+# The database door: rows, and the nudge for those that wait there.
+
+
+def insert(record: JobRecord, using: str) -> JobRecord:
+    """Insert a record and tell a job server after the commit; the live one of its unique, if there is one."""
+    if record.unique_key is not None:
+        found = insert_unless_there(record, using)
+        if found is not None:
+            return found
+    else:
+        rows.insert(record, using)
+    nudge_after_commit(using)
+    return record
+
+
+def insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
+    """Insert a record with a unique; the live record that has it already, if there is one."""
+    live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
+    for _ in range(20):
+        found = live.first()
+        if found is not None:
+            return found
+        try:
+            with transaction.atomic(using=using):
+                rows.insert(record, using)
+        except IntegrityError:
+            # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
+            if connections[using].features.has_select_for_update:
+                with transaction.atomic(using=using):
+                    found = live.select_for_update().first()
+                if found is not None:
+                    return found
+            continue
+        return None
+    raise JobResultDoesNotExist(f"of unique {record.unique}")
+
+
+def nudge() -> None:
+    """Tell a job server that there are rows to look at."""
+    client_for().claim()
+
+
+def nudge_after_commit(using: str) -> None:
+    """Nudge once for all that the current transaction inserts; at once where there is none."""
+    waiting = transaction.get_connection(using).run_on_commit
+    # One nudge is enough for all rows of a transaction. The last entry is of this
+    # savepoint or of one around it: when this row survives, so does its nudge.
+    if not waiting or waiting[-1][1] is not nudge:
+        transaction.on_commit(nudge, using=using, robust=True)
+
+
+# The wire door, after the commit.
+
+
+def submit(record: JobRecord) -> None:
+    """Send a background job as an unsaved record describes it, which gets its handle."""
+    client = client_for()
+    function, workload, unique = record.function, bytes(record.workload), record.unique
+    if record.status == JobRecord.Status.SCHEDULED:
+        assert record.run_after is not None, "scheduled for a moment"
+        record.handle = client.do_epoch(function, workload, epoch=record.run_after.timestamp(), unique=unique)
+    elif record.priority > 0:
+        record.handle = client.do_high_background(function, workload, unique=unique)
+    elif record.priority < 0:
+        record.handle = client.do_low_background(function, workload, unique=unique)
+    else:
+        record.handle = client.do_background(function, workload, unique=unique)
+
+
+def submit_many(records: list[JobRecord]) -> None:
+    """As ``submit`` of each: side by side, but for those that are for later."""
+    client = client_for()
+    added = []
+    for record in records:
+        if record.status == JobRecord.Status.SCHEDULED:
+            submit(record)
+            continue
+        add = client.add_task_background
+        if record.priority:
+            add = client.add_task_high_background if record.priority > 0 else client.add_task_low_background
+        added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
+    client.run_tasks()
+    for record, task in added:
+        record.handle = task.handle or None
+    for _, task in added:
+        task.result()
