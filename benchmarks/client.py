@@ -342,7 +342,7 @@ class Scene:
     def worker_commands(self) -> list[list[str]]:
         """Of two processes."""
         commands: dict[str, list[list[str]]] = {
-            "gearman": [["-m", "django", "gearman_worker", "--processes", "2"]],
+            "gearman": [["-m", "django", "gearman_worker", "--processes", "2", "-v", "0"]],
             "celery": [["-m", "celery", "-A", "bench.jobs", "worker", "-c", "2", "-l", "ERROR"]],
             "rq": [
                 ["-m", "rq.cli", "worker", "-w", "rq.worker.SimpleWorker", "--quiet",

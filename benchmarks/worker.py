@@ -11,7 +11,8 @@ worker command afterwards (PSS: what processes share is counted once).
 
 Not equal is what they promise: ours writes what becomes of each job to SQLite, synced; the
 Redis of Celery, RQ and huey keeps nothing on disk, and a job that huey's worker had in
-hand is lost with it. Ours and huey's log two lines for each job.
+hand is lost with it. All log errors alone: ours, as Celery's and huey's, would write two
+lines for each job, which cost as much as the rest of what the worker does.
 
 Peers, environments and databases are those of ``benchmarks/client.py``. Only
 ratios taken in one run mean anything.

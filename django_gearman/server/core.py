@@ -325,7 +325,7 @@ class JobServer:
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
         self.many_end = False
-        """Whether a background job is among them that ended while others wait for a worker."""
+        """Whether a background job is among them that ended while others wait for its worker."""
         self.claim_wanted = False
         """Whether jobs wait at the store's door for which there is room, or somebody said so."""
         self.questions: list[Question] = []
@@ -1513,6 +1513,7 @@ class JobServer:
             job.function.tally.otherwise[outcome] += 1
         if self._measures and job.worker is not None:
             self._measure_run(job)
+        worker = job.worker
         self._release(job)
         if job.listeners is not None:
             for listener in job.listeners:
@@ -1532,7 +1533,12 @@ class JobServer:
         if job.recorded:
             self.entries.append(JobFinished(job.handle, outcome, data, reason, self.now))
             if job.background:
-                if self.ready:
+                if (
+                    self.ready
+                    and worker is not None
+                    and self._best_function(worker) is not None
+                    and not self._watchers.waits_for(job.handle)
+                ):
                     # There is more to do than workers to do it: ends come in numbers.
                     self.many_end = True
                 else:

@@ -70,8 +70,11 @@ CLAIM_PAUSE: Final = 0.005
 LINGER: Final = 0.1
 """Seconds that an entry which nobody waits for may wait for company."""
 
-GATHER: Final = 0.005
-"""Seconds that the end of a background job may wait for others, while jobs wait for a worker."""
+GATHER: Final = 0.05
+"""Seconds that the end of a background job may wait for others, while more jobs wait for its worker.
+
+A commit costs as much as dozens of the rows in it. Whoever listens to the job, or to its row, does not wait.
+"""
 
 TEND_AGAIN: Final = 10.0
 """Seconds after which housekeeping is tried again when the store could not be reached."""

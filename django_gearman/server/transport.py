@@ -44,6 +44,9 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
+LATE: Final = 0.005
+"""Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
+
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
 
@@ -191,7 +194,7 @@ class Connection(asyncio.Protocol):
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a packet of %s; its connection is closed", self.peer.address)
             self._transport.abort()
-        server.schedule_turn()
+        server.heard(self.peer)
 
     def _go_on(self) -> None:
         if not self._blocked and not self._ahead and not self._transport.is_closing():
@@ -447,6 +450,7 @@ class GearmanServer:
         self._journal = Journal(core, submit_limit=submit_limit, backlog=backlog, hold=hold)
         self._thread: JournalThread | None = None
         self._turn_scheduled = False
+        self._late_turn_scheduled = False
         self._permits_timer: asyncio.TimerHandle | None = None
         self._permits_at = math.inf
         """When it fires."""
@@ -484,7 +488,7 @@ class GearmanServer:
             self._journal.tend_at = self.loop.time() + TEND_AFTER
             self._journal.renewed(self._store.renewed)
             self._thread = JournalThread(
-                self._journal, self._store, self.loop, changed=self.schedule_turn, failed=self._fail
+                self._journal, self._store, self.loop, changed=self._turn, failed=self._fail
             )
             self._thread.start()
         await self._listen(sockets)
@@ -650,24 +654,56 @@ class GearmanServer:
         core.limits.ask_again()
         self.schedule_turn()
 
+    def heard(self, peer: Peer) -> None:
+        """
+        A peer's input was read: answer at once where one other is concerned at the most, as by a grab.
+
+        A turn for that would cost the loop as much as the answer itself. Who waits for more jobs is not
+        that other: what comes of them may be one write. What is left for the journal may wait, too.
+        """
+        core = self.core
+        if (
+            self._turn_scheduled
+            or core.urgent
+            or core.questions
+            or core.claim_wanted
+            or core.shutdown_wanted is not None
+            or core.limits.limiters
+            or not 0 < len(core.dirty) <= 2
+            or any(each.listens for each in core.dirty if each is not peer)
+        ):
+            self.schedule_turn()
+            return
+        self._send()
+        if core.entries and not self._late_turn_scheduled:
+            self._late_turn_scheduled = True
+            self.loop.call_later(LATE, self._late_turn)
+
+    def _late_turn(self) -> None:
+        self._late_turn_scheduled = False
+        self._turn()
+
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""
         if not self._turn_scheduled:
             self._turn_scheduled = True
             self.loop.call_soon(self._turn)
 
+    def _send(self) -> None:
+        """Write what the core left for peers."""
+        core = self.core
+        if core.dirty:
+            dirty, core.dirty = core.dirty, []
+            for peer in dirty:
+                output, peer.output = peer.output, []
+                cast(Connection, peer.shell).write(output)
+
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
         if core.limits.limiters:
             self._settle_limits()
-        dirty = core.dirty
-        if dirty:
-            core.dirty = []
-            for peer in dirty:
-                output = peer.output
-                peer.output = []
-                cast(Connection, peer.shell).write(output)
+        self._send()
         if core.shutdown_wanted is not None:
             self._approach_end(core.shutdown_wanted)
         if self._thread is None:

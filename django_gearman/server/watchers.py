@@ -49,6 +49,10 @@ class Watchers:
         self._of_peers.setdefault(peer, set()).add(handle)
         return True
 
+    def waits_for(self, handle: bytes) -> bool:
+        """Whether anybody waits for the row of a handle."""
+        return handle in self._rows
+
     def ended(self, handle: bytes) -> tuple[bytes, list[Peer]]:
         """What the row of a handle is called, and who waits for it; they are forgotten."""
         return ROW + handle[len(self._prefix) :], self._remove(handle)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from django_gearman.exceptions import LeaseLost, StoreError
-from django_gearman.protocol.packets import PacketType
+from django_gearman.protocol.packets import LISTEN, ROW, PacketType
 from django_gearman.server import journal as journal_module
 from django_gearman.server.entries import (
     Claimed,
@@ -196,6 +196,30 @@ class TestBatches:
         # Nothing comes after the last one.
         worker(P.WORK_COMPLETE, handle(3), b"")
         assert [type(entry) for entry in office.trip().entries] == [JobFinished]
+
+    def test_ends_do_not_wait_because_of_jobs_that_their_worker_does_not_run(self):
+        office, client = settled()
+        worker = office.wire.connect()
+        worker(P.CAN_DO, b"f")
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        client(P.SUBMIT_JOB_BG, b"nobody's", b"", b"")
+        office.trip()
+        worker(P.GRAB_JOB)
+        worker(P.WORK_COMPLETE, handle(1), b"")
+        assert [type(entry) for entry in office.trip().entries] == [JobStarted, JobFinished]
+
+    def test_an_end_that_somebody_waits_for_does_not_wait(self):
+        office, client = settled()
+        row = b"H:test:1:r5"
+        office.wire.core.adopt([StoredJob(row, b"f", b"", b"w", 0, 0, None)])
+        worker = office.wire.connect()
+        worker(P.CAN_DO, b"f")
+        client(P.SUBMIT_JOB_BG, b"f", b"", b"")
+        office.trip()
+        client(P.OPTION_REQ, LISTEN + ROW + b"5")
+        worker(P.GRAB_JOB)
+        worker(P.WORK_COMPLETE, row, b"")
+        assert [type(entry) for entry in office.trip().entries] == [JobStarted, JobFinished]
 
     def test_company_that_does_not_wait_takes_it_along(self):
         office, client = settled()

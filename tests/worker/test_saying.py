@@ -47,11 +47,22 @@ def pool(kind: str, function: Function, port: int, **options: Any) -> Iterator[W
         yield worker
 
 
-def hand_out(peer: Peer, handle: bytes, workload: bytes = b"") -> None:
-    """Take a worker's introduction, and give it a job."""
+def hand_out(
+    peer: Peer,
+    handle: bytes,
+    workload: bytes = b"",
+    *,
+    greeted: threading.Event | None = None,
+    after: threading.Event | None = None,
+) -> None:
+    """Take a worker's introduction, which sets ``greeted``, and give it a job, ``after`` something else."""
     peer.expect(P.SET_CLIENT_ID)
     peer.expect(P.CAN_DO)
+    if greeted is not None:
+        greeted.set()
     peer.expect(P.GRAB_JOB_UNIQ)
+    if after is not None:
+        assert after.wait(10)
     peer.send(P.JOB_ASSIGN_UNIQ, handle, b"say", b"", workload)
 
 
@@ -243,7 +254,7 @@ def test_who_waits_for_the_server_is_interrupted(monkeypatch: pytest.MonkeyPatch
 
 def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
     """A job of another server keeps the worker's own thread busy; the result leaves all the same."""
-    begun, arrived = threading.Event(), threading.Event()
+    begun, arrived, greeted = threading.Event(), threading.Event(), threading.Event()
 
     def say(job: AssignedJob) -> bytes:
         if job.workload == b"large":
@@ -252,14 +263,15 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         return b"%d" % arrived.wait(10)
 
     def slow(peer: Peer) -> None:
-        hand_out(peer, b"H:x:1", b"large")
+        # Asked again, it would not answer: the other is to be there by then.
+        hand_out(peer, b"H:x:1", b"large", after=greeted)
         assert begun.wait(10)
         assert len(receive(peer)[1][1]) == 30_000_000
         arrived.set()
         answer_until_end(peer)
 
     def other(peer: Peer) -> None:
-        hand_out(peer, b"H:y:1", b"small")
+        hand_out(peer, b"H:y:1", b"small", greeted=greeted)
         assert receive(peer) == (P.WORK_COMPLETE, [b"H:y:1", b"1"])
         answer_until_end(peer)
 
