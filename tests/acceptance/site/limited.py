@@ -9,11 +9,14 @@ from django_gearman import job
 
 
 def _occupy(path: str, name: str, seconds: float) -> None:
+    """Write down when it begins and ends; of no seconds, when there is a file beside."""
     for what in ("begin", "end"):
         with open(path, "a") as file:
             file.write(f"{what} {name} {os.getpid()} {time.time():.6f}\n")
         if what == "begin":
             time.sleep(seconds)
+            while not seconds and not os.path.exists(f"{path}.go"):
+                time.sleep(0.01)
 
 
 @job(concurrency=2)
