@@ -26,7 +26,7 @@ Status = JobRecord.Status
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 
-BOUNCES = int(os.environ.get("GEARMAN_CRASH_CYCLES", "4"))
+BOUNCES = int(os.environ.get("GEARMAN_BOUNCES", "4"))
 
 
 def test_result_of_a_job_that_ended_while_its_server_was_away(site_server: Server, tmp_path: Path):
