@@ -46,6 +46,12 @@ TICK: Final = 0.5
 SHRINK_AFTER: Final = 10.0
 """Seconds without a job after which a child of a group that may be smaller is one too many."""
 
+UNSEEN_LIMIT: Final = 5.0
+"""Seconds for which a job that was cancelled may be on its way from the server to a process."""
+
+UNSEEN_PAUSE: Final = 0.02
+"""Seconds between two looks for it."""
+
 CANCEL_GRACE: Final = 7.0
 """Seconds after which the process is killed that runs a job which was cancelled and does not end."""
 
@@ -189,6 +195,8 @@ class Supervisor:
         """When children that have not finished are killed; None while nothing is to stop."""
         self._cancels: list[tuple[float, _Child, RunningJob]] = []
         """When a process is killed whose job was cancelled, if it runs it still."""
+        self._unseen: dict[bytes, float] = {}
+        """{handle of a cancelled job that no child has in hand: until when it may be on its way to one}."""
         self._kills: list[tuple[float, _Child]] = []
         """When a process is killed that was told to abort."""
         self._trial_pid: int | None = None
@@ -270,13 +278,16 @@ class Supervisor:
             pass
         if self._spokesman is not None:
             for handle in self._spokesman.turn():
-                self._cancel(handle)
+                if not self._cancel(handle):
+                    self._unseen[handle] = monotonic() + UNSEEN_LIMIT
 
     def _timeout(self) -> float:
         moments = [self._looked_at + TICK, self._notifier.next_moment()]
         moments += self._start_at.values() if self._kill_at is None else [self._kill_at]
         moments += [moment for moment, *_ in self._cancels]
         moments += [moment for moment, _ in self._kills]
+        if self._unseen:
+            moments.append(monotonic() + UNSEEN_PAUSE)
         if self._spokesman is not None:
             moments.append(self._spokesman.next_moment())
         return max(0.0, min(moments) - monotonic())
@@ -449,6 +460,9 @@ class Supervisor:
     def _look(self) -> None:
         now = monotonic()
         self._notifier.turn()
+        for handle, until in list(self._unseen.items()):
+            if self._cancel(handle) or until <= now:
+                del self._unseen[handle]
         for moment, child, job in self._cancels[:]:
             if moment <= now:
                 self._cancels.remove((moment, child, job))
@@ -511,13 +525,17 @@ class Supervisor:
                 idle[-1].is_superfluous = True
                 idle[-1].finish()
 
-    def _cancel(self, handle: bytes) -> None:
+    def _cancel(self, handle: bytes) -> bool:
+        """Interrupt a job; whether a child has it in hand. Handles are never used again."""
+        found = False
         for child in self._children.values():
             for job in child.row.running():
                 if job.handle == handle:
                     child.row.cancel(job)
                     os.kill(child.pid, signal.SIGALRM)
                     self._cancels.append((monotonic() + CANCEL_GRACE, child, job))
+                    found = True
+        return found
 
     def _kill_for(self, child: _Child, job: RunningJob, reason: str) -> None:
         """Kill a child if, and only if, it has that job in hand."""
