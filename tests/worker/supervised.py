@@ -59,6 +59,16 @@ def moves_on(folder: Path, control: int, row: Row) -> None:
     place.end()
 
 
+def begins_late(folder: Path, control: int, row: Row) -> None:
+    """Have a job in hand once the file ``next`` is there, and go on with it; heed no signal."""
+    row.say_ready()
+    (folder / "running").touch()
+    while not (folder / "next").exists():
+        time.sleep(0.005)
+    row.place(0).begin(b"first", b"f", monotonic(), 0.0, math.inf)
+    busy(folder, control, row)
+
+
 class Canceller:
     """Says that the first job was cancelled, once the file ``cancel`` is there; writes what it is told."""
 

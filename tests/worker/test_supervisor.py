@@ -262,6 +262,16 @@ class TestCancel:
         assert "lost" not in program.log
         assert "gave back" not in program.log
 
+    def test_job_that_was_on_its_way(self, start: Start, tmp_path: Path) -> None:
+        """The word that it is cancelled overtakes the job itself."""
+        program = start("begins_late", processes=1)
+        (first,) = program.wait_for_children(1)
+        wait_until((tmp_path / "0" / "running").exists)
+        (tmp_path / "0" / "cancel").touch()
+        wait_until(lambda: "first was cancelled" in program.log)
+        (tmp_path / "0" / "next").touch()
+        wait_until(lambda: f"Process {first} is killed: its job was cancelled and went on" in program.log)
+
     def test_job_that_came_after(self, start: Start, tmp_path: Path) -> None:
         program = start("moves_on", processes=1)
         children = program.wait_for_children(1)
