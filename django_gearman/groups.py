@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from datetime import datetime, timedelta
 from itertools import pairwise
 from time import monotonic, sleep
@@ -41,7 +42,7 @@ from .insertion import insert_workloads
 from .jobs import Job, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
 from .registry import decode_result, registry
-from .results import NUDGE_AGAIN, JobResult, Patience, one_of_many, timed_out
+from .results import LISTEN_FOR, NUDGE_AGAIN, JobResult, Patience, one_of_many, timed_out
 from .submission import async_client_for, client_for, identity, insert_unless_there, nudge_after_commit
 
 T = TypeVar("T")
@@ -49,7 +50,13 @@ R = TypeVar("R")
 V = TypeVar("V")
 
 LONGEST_PAUSE_OF_GET: Final = 0.25
-"""Seconds between two looks at a group that ``get`` waits for."""
+"""Seconds between two looks at a group that ``get`` waits for, where the wire does not tell."""
+
+LONGEST_PAUSE_BY_WIRE: Final = 1.0
+"""Seconds between two looks beside the wire: who cancels the last member may write its end himself."""
+
+ASK_AGAIN: Final = 5.0
+"""Seconds after which ``get`` tries again to find a server that tells it."""
 
 
 # Put together.
@@ -765,26 +772,55 @@ class GroupResult(Generic[V]):
             WaitInTransaction: A transaction is open that hides the jobs.
         """
         patience = Patience(timeout)
-        self.refresh()
+        self._look_before_waiting()
         while not self.is_finished:
-            if transaction.get_connection(self._using).in_atomic_block:
-                raise WaitInTransaction(f"group {self.id} ({self.name})")
-            if not patience.is_left:
-                raise self._too_late(timeout or 0.0)
-            sleep(patience.pause())
-            self.refresh()
+            with closing(client_for().watch_group(self.id)) as watch:
+                ask_again = self._begin_to_wait(patience, is_told=watch.is_open)
+                while self._is_awaited(ask_again):
+                    if not patience.is_left:
+                        raise self._too_late(timeout or 0.0)
+                    if not watch.is_open:
+                        sleep(patience.pause())
+                    elif watch.wait(patience.pause(LONGEST_PAUSE_BY_WIRE)):
+                        ask_again = 0.0
+                    self.refresh()
         return self.return_value
 
     async def aget(self, timeout: float | None = None) -> V:
         """As ``get``."""
         patience = Patience(timeout)
-        await self.arefresh()
+        await sync_to_async(self._look_before_waiting)()
         while not self.is_finished:
-            if not patience.is_left:
-                raise await sync_to_async(self._too_late)(timeout or 0.0)
-            await asyncio.sleep(patience.pause())
-            await self.arefresh()
+            watch = await async_client_for().watch_group(self.id)
+            try:
+                ask_again = self._begin_to_wait(patience, is_told=watch.is_open)
+                while self._is_awaited(ask_again):
+                    if not patience.is_left:
+                        raise await sync_to_async(self._too_late)(timeout or 0.0)
+                    if not watch.is_open:
+                        await asyncio.sleep(patience.pause())
+                    elif await watch.wait(patience.pause(LONGEST_PAUSE_BY_WIRE)):
+                        ask_again = 0.0
+                    await self.arefresh()
+            finally:
+                watch.close()
         return await sync_to_async(lambda: self.return_value)()
+
+    def _look_before_waiting(self) -> None:
+        """Refresh; raise ``WaitInTransaction`` where the end would never be seen."""
+        self.refresh()
+        if not self.is_finished and transaction.get_connection(self._using).in_atomic_block:
+            raise WaitInTransaction(f"group {self.id} ({self.name})")
+
+    def _begin_to_wait(self, patience: Patience, *, is_told: bool) -> float:
+        """The moment at which servers are to be asked again to tell of the end."""
+        if is_told:
+            # The first look is soon: it may have ended before they were asked.
+            patience.is_told()
+        return monotonic() + (LISTEN_FOR if is_told else ASK_AGAIN)
+
+    def _is_awaited(self, until: float) -> bool:
+        return not self.is_finished and monotonic() < until
 
     def _too_late(self, timeout: float) -> ResponseTimeout:
         what = f"group {self.id} ({self.name}), of which {self.finished} of {self.total} have ended,"

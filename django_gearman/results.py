@@ -212,21 +212,20 @@ class JobResult(Generic[R]):
             WaitInTransaction: A transaction is open that hides the job.
         """
         patience = Patience(timeout)
-        self.refresh()
+        self._look_before_waiting()
         if self.is_finished:
             return self.return_value
-        if transaction.get_connection(self._record._state.db).in_atomic_block:
-            raise WaitInTransaction(self._name)
         with closing(client_for().watch(self.id)) as watch:
             if watch.is_open:
                 patience.is_told()
             while not self.is_finished:
                 if not patience.is_left:
                     raise self._too_late(timeout or 0.0)
-                if patience.listens:
+                if patience.listens and self.handle:
                     watch.close()
                 if watch.is_open:
-                    watch.wait(patience.pause())
+                    if watch.wait(patience.pause()):
+                        watch.close()
                 elif not (patience.listens and self.handle) or not patience.heard(self._hear(patience.left)):
                     sleep(patience.pause())
                 self.refresh()
@@ -235,14 +234,35 @@ class JobResult(Generic[R]):
     async def aget(self, timeout: float | None = None) -> R:
         """As ``get``."""
         patience = Patience(timeout)
-        await self.arefresh()
-        while not self.is_finished:
-            if not patience.is_left:
-                raise await sync_to_async(self._too_late)(timeout or 0.0)
-            if not (patience.listens and self.handle) or not patience.heard(await self._ahear(patience.left)):
-                await asyncio.sleep(patience.pause())
-            await self.arefresh()
+        await sync_to_async(self._look_before_waiting)()
+        if self.is_finished:
+            return self.return_value
+        watch = await async_client_for().watch(self.id)
+        try:
+            if watch.is_open:
+                patience.is_told()
+            while not self.is_finished:
+                if not patience.is_left:
+                    raise await sync_to_async(self._too_late)(timeout or 0.0)
+                if patience.listens and self.handle:
+                    watch.close()
+                if watch.is_open:
+                    if await watch.wait(patience.pause()):
+                        watch.close()
+                elif not (patience.listens and self.handle) or not patience.heard(
+                    await self._ahear(patience.left)
+                ):
+                    await asyncio.sleep(patience.pause())
+                await self.arefresh()
+        finally:
+            watch.close()
         return self.return_value
+
+    def _look_before_waiting(self) -> None:
+        """Refresh; raise ``WaitInTransaction`` where the end would never be seen."""
+        self.refresh()
+        if not self.is_finished and transaction.get_connection(self._record._state.db).in_atomic_block:
+            raise WaitInTransaction(self._name)
 
     def _hear(self, left: float) -> bool:
         """Wait by the wire; whether the job's end, or a good part of the time, has come."""
@@ -408,10 +428,15 @@ class Patience:
             self._pause = 0.001
         return told
 
-    def pause(self) -> float:
-        """Seconds until the next look."""
-        pause = min(self._pause, max(self.left, 0.0))
-        self._pause = min(self._pause * 1.5, LONGEST_PAUSE_OF_GET)
+    def pause(self, longest: float = LONGEST_PAUSE_OF_GET) -> float:
+        """
+        Seconds until the next look.
+
+        Args:
+            longest: What they may grow to.
+        """
+        pause = min(self._pause, longest, max(self.left, 0.0))
+        self._pause = min(self._pause * 1.5, longest)
         return pause
 
 

@@ -152,6 +152,7 @@ class DatabaseStore:
         self._history = history
         self._max_workload = max_workload
         self.laid = False
+        self.over: list[int] = []
         self._group_of: dict[bytes, int] = {}
         """{handle: group} of the jobs that the core holds and that are members of one."""
         self._watch = continuations.Watch(using)
@@ -641,7 +642,7 @@ class DatabaseStore:
         if stuck:
             with self._transaction():
                 self._prove_lease()
-                self.laid |= self._watch.settle(stuck, self._workload_limit).laid
+                self._follow(self._watch.settle(stuck, self._workload_limit))
         self._watch_at = monotonic() + WATCH_INTERVAL
 
     def _prune(self) -> float:
@@ -790,7 +791,11 @@ class DatabaseStore:
         return ended
 
     def _count_members(self, ended: Mapping[int, continuations.Ended]) -> None:
-        self.laid |= continuations.count(ended, self._using, self._workload_limit).laid
+        self._follow(continuations.count(ended, self._using, self._workload_limit))
+
+    def _follow(self, following: continuations.Following) -> None:
+        self.laid |= following.laid
+        self.over += following.groups
 
     @property
     def _workload_limit(self) -> float:

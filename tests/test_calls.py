@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -15,9 +16,10 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.db import connection, transaction
 
-from django_gearman import Data, JobResult, Progress, Value, Warned, conf
+from django_gearman import Data, GroupResult, JobResult, Progress, Value, Warned, chain, conf, group
 from django_gearman.exceptions import (
     GearmanError,
+    GroupFailed,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
@@ -27,6 +29,7 @@ from django_gearman.exceptions import (
     TooLarge,
 )
 from django_gearman.models import JobRecord
+from django_gearman.results import Patience
 from django_gearman.submission import async_client_for, client_for
 from tests import harness
 
@@ -114,6 +117,8 @@ class TestForeground:
         """Who waits for long is told by the server, and does not look again and again."""
         self.waits_by_the_wire(server, lambda result: result.get(timeout=30))
         self.waits_by_the_wire(server, lambda result: awaited(result.aget(timeout=30)))
+        self.is_told_from_the_beginning(server)
+        self.sees_what_a_view_cancelled(server)
 
     def waits_by_the_wire(
         self, server: harness.GearmanServerProcess, wait: Callable[[JobResult[int]], int]
@@ -136,6 +141,64 @@ class TestForeground:
         thread.join()
         assert took < 1.5
         assert not [look for look in looks if 0.5 < look < 0.95], "it looks at the wire alone by then"
+
+    def is_told_from_the_beginning(self, server: harness.GearmanServerProcess) -> None:
+        """Of one job and of a group: they look before the first pause, and when they are told."""
+        for wait in (
+            lambda made: made.get(timeout=20),
+            lambda made: awaited(made.aget(timeout=20)),
+        ):
+            for kind in ("job", "group", "chain"):
+                path = server._folder / uuid4().hex
+                call = jobs.wait_for_file.s(str(path))
+                made: Any = {
+                    "job": lambda path=path: jobs.wait_for_file.enqueue(str(path)),
+                    "group": lambda call=call: group(jobs.add.s(1), call).enqueue(),
+                    "chain": lambda call=call: chain(
+                        jobs.add.s(1), jobs.add.s(2), call.job.si(*call.args)
+                    ).enqueue(),
+                }[kind]()
+                waits = threading.Event()
+
+                def pause(patience: Patience, longest: float = 0.0, waits: threading.Event = waits) -> float:
+                    waits.set()
+                    return max(patience.left, 0.0)
+
+                def end(path: Path = path, waits: threading.Event = waits) -> None:
+                    assert waits.wait(20)
+                    path.touch()
+
+                with pytest.MonkeyPatch.context() as patch:
+                    # Without a word from the server it would look next when the time is up.
+                    patch.setattr(Patience, "pause", pause)
+                    patch.setattr(Patience, "listens", False)
+                    thread = threading.Thread(target=end)
+                    thread.start()
+                    began = time.monotonic()
+                    assert wait(made)
+                    thread.join()
+                assert time.monotonic() - began < 15, kind
+
+    def sees_what_a_view_cancelled(self, server: harness.GearmanServerProcess) -> None:
+        """The view itself may write the end of a group that no server has."""
+        later = jobs.add.using(run_after=timedelta(hours=1))
+        for wait in (
+            lambda made: made.get(timeout=20),
+            lambda made: awaited(made.aget(timeout=20)),
+        ):
+            made = group(later.s(1), later.s(2)).enqueue()
+            thread = threading.Timer(0.1, cancel_here, [made.id])
+            thread.start()
+            with pytest.raises(GroupFailed, match="group was cancelled"):
+                wait(made)
+            thread.join()
+
+
+def cancel_here(id: str) -> None:
+    try:
+        GroupResult.find(id).cancel()
+    finally:
+        connection.close()
 
 
 def workloads(results: list[JobResult[Any]]) -> list[bytes]:

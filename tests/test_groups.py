@@ -520,6 +520,7 @@ class TestServers:
         made.refresh()
         assert (made.successful, made.is_finished) == (2, True)
         assert [store.laid for store in stores] == [False, True]
+        assert [store.over for store in stores] == [[], [int(made.id)]]
         assert statuses() == ["SUCCESSFUL", "SUCCESSFUL", "READY", "READY"]
 
     def test_a_batch_that_is_written_twice_counts_once(self) -> None:
@@ -549,6 +550,7 @@ class TestServers:
         question = Question(Topic.CANCEL, 1, handle=job.handle, at=0.0)
         assert two.ask([question]) == {1: True}
         assert two.laid
+        assert two.over == [int(made.id)]
         made.refresh()
         assert (made.failed, made.is_finished) == (1, True)
         assert two.ask([question]) == {1: None}
@@ -569,6 +571,7 @@ class TestServers:
         store._watch_at = 0.0
         store.tend()
         assert store.laid
+        assert sorted(store.over) == sorted([int(made.id), int(steps.id)])
         for result in (made, steps, waiting):
             result.refresh()
         assert (made.successful, made.failed, made.is_finished) == (1, 2, True)

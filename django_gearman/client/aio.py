@@ -32,7 +32,7 @@ from ..exceptions import (
     ResponseTimeout,
     ServerError,
 )
-from ..protocol.packets import RESPONSE, PacketType
+from ..protocol.packets import GROUP, RESPONSE, ROW, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
 from .admin_client import FunctionStatus, function_status
 from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, unreadable
@@ -42,6 +42,7 @@ from .tasks import (
     DEFAULT_SERVERS,
     EXPLANATION_TIMEOUT,
     IN_FLIGHT,
+    NUDGE_TIMEOUT,
     DoOptions,
     JobStatus,
     Part,
@@ -196,6 +197,13 @@ class _Link(asyncio.Protocol):
         finally:
             self._waiting.pop(what, None)
 
+    def release(self) -> None:
+        """One who used it does no more."""
+        self.users -= 1
+        if self.is_spent and not self.users:
+            self.close()
+            self.home.forget(self)
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -273,6 +281,73 @@ class _Links:
             self.close()
             # For the transports to hear of it.
             await asyncio.sleep(0)
+
+
+class AsyncWatch:
+    """
+    Waits for what servers say of a row or a group; made by ``AsyncClient.watch``, closed by who made it.
+
+    Args:
+        what: ``row NUMBER`` or ``group NUMBER``.
+    """
+
+    def __init__(self, client: AsyncClient, what: str) -> None:
+        self._client = client
+        self._what = what
+        self._asked: list[tuple[_Link, JobRequest]] = []
+        self._is_told = False
+
+    async def ask(self, servers: list[str]) -> None:
+        """Ask the first of the servers that answers; never raises and never takes long."""
+        request = self._client._listening(self._what)
+        try:
+            async with asyncio.timeout(NUDGE_TIMEOUT):
+                link = await self._client._take(servers)
+                link.users += 1
+                self._asked.append((link, request))
+                await link.send(link.protocol.submit(request))
+        except (TimeoutError, ConnectionFailed, ConnectionLost):
+            self._drop_lost()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a server may tell something; if not, ``wait`` does not."""
+        return bool(self._asked)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait until a server says that it has its end, for so long at the most; whether one did."""
+        deadline = monotonic() + seconds
+        while self._asked and not self._is_told and (left := deadline - monotonic()) > 0:
+            waiting = [asyncio.ensure_future(link.wait(request)) for link, request in self._asked]
+            try:
+                await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for each in waiting:
+                    each.cancel()
+                # That the connection broke shows in the link.
+                await asyncio.gather(*waiting, return_exceptions=True)
+            self._drop_lost()
+        return self._is_told
+
+    def close(self) -> None:
+        for link, request in self._asked:
+            self._let_go(link, request)
+        self._asked.clear()
+
+    def _drop_lost(self) -> None:
+        """Forget servers that will not tell anything any more."""
+        for link, request in self._asked.copy():
+            if request.error is not None and request.error[0] != b"JOB_NOT_FOUND":
+                self._client._deaf.add(link.server)
+            self._is_told = self._is_told or request.outcome is not None
+            if request.is_settled or link.lost is not None:
+                self._asked.remove((link, request))
+                self._let_go(link, request)
+
+    def _let_go(self, link: _Link, request: JobRequest) -> None:
+        if not request.is_settled:
+            link.protocol.forget(request)
+        link.release()
 
 
 class AsyncClient(Submitter):
@@ -448,6 +523,23 @@ class AsyncClient(Submitter):
                 continue
             return True
         return False
+
+    async def watch(self, row: str) -> AsyncWatch:
+        """Have a server tell when a row says how its job ended. See ``Client.watch``."""
+        watch = AsyncWatch(self, f"{ROW.decode()}{row}")
+        await watch.ask(self._to_ask())
+        return watch
+
+    async def watch_group(self, group: str) -> AsyncWatch:
+        """As ``watch``, for the end of a group's last member. See ``Client.watch_group``."""
+        watch = AsyncWatch(self, f"{GROUP.decode()}{group}")
+        await asyncio.gather(*(watch.ask([server]) for server in self._to_ask()))
+        return watch
+
+    def _to_ask(self) -> list[str]:
+        """Servers that may know how to let one listen, and that did not fail a moment ago."""
+        order = self._servers.order()
+        return [name for name in order if name not in self._deaf and not self._servers.is_shut(name)]
 
     async def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
@@ -723,14 +815,15 @@ class AsyncClient(Submitter):
             yield
         except BaseException:
             if request is not None and not request.is_settled and not request.background:
-                request.leave()
-                _spend(link)
+                if request.listens:
+                    # Its job is somebody else's, and not dropped with the connection.
+                    link.protocol.forget(request)
+                else:
+                    request.leave()
+                    _spend(link)
             raise
         finally:
-            link.users -= 1
-            if link.is_spent and not link.users:
-                link.close()
-                link.home.forget(link)
+            link.release()
 
     async def _take_on(self, route: Route) -> _Link:
         """A connection to the next server of a route."""

@@ -82,6 +82,9 @@ class JobRequest:
     raised: Exception | None = None
     """What a call-back raised; who waits for the job is to raise it."""
 
+    is_forgotten: bool = False
+    """Whether what still comes of it is for nobody."""
+
     @property
     def key(self) -> bytes:
         """What equal jobs have in common; empty for nothing. PROTOCOL 5.1: "-" stands for the workload."""
@@ -178,6 +181,16 @@ class ClientProtocol:
         self._unanswered.append(question)
         return question, encode_request(kind, *arguments)
 
+    def forget(self, request: JobRequest) -> None:
+        """Take what still comes of something that was listened to for nobody's; the connection stays good."""
+        request.leave()
+        request.is_forgotten = True
+        requests = self._jobs.get(request.handle or b"")
+        if requests is not None and request in requests:
+            requests.remove(request)
+            if not requests:
+                del self._jobs[request.handle or b""]
+
     def receive(self, packet: Packet) -> JobRequest | Question | None:
         """
         A packet came: it is told to whom it is for.
@@ -206,7 +219,7 @@ class ClientProtocol:
             waiting.answer = kind, arguments
         elif kind == (PacketType.OPTION_RES if waiting.listens else PacketType.JOB_CREATED):
             waiting.handle = waiting.listens or arguments[0]
-            if not waiting.background:
+            if not waiting.background and not waiting.is_forgotten:
                 self._jobs.setdefault(waiting.handle, deque()).append(waiting)
             waiting.call(waiting.on_change)
         elif kind == PacketType.ERROR:

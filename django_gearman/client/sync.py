@@ -31,7 +31,7 @@ from ..exceptions import (
     ResponseTimeout,
     ServerError,
 )
-from ..protocol.packets import CLAIM, CLAIMED, ROW, PacketType
+from ..protocol.packets import CLAIM, CLAIMED, GROUP, ROW, PacketType
 from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
@@ -42,6 +42,7 @@ from .tasks import (
     EXPLANATION_TIMEOUT,
     IN_FLIGHT,
     LATEST,
+    NUDGE_TIMEOUT,
     DoOptions,
     JobStatus,
     Part,
@@ -65,9 +66,6 @@ __all__ = ["LATEST", "Client", "JobStatus", "UniqueStatus"]
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=JobStatus)
-
-NUDGE_TIMEOUT: Final = 0.2
-"""Seconds that telling a server about new rows may take: it finds them by itself soon after."""
 
 MAX_IDLE: Final = 32
 """Connections to one server that are kept while nobody uses them."""
@@ -128,14 +126,17 @@ if hasattr(os, "register_at_fork"):
 
 class Watch:
     """
-    Waits for what a server says of a row; made by ``Client.watch``, and closed by who made it.
+    Waits for what a server says of a row or a group; made by ``Client.watch``, and closed by who made it.
+
+    Args:
+        what: ``row NUMBER`` or ``group NUMBER``.
+        servers: Of which the first that answers is asked.
     """
 
-    def __init__(self, client: Client, row: str) -> None:
+    def __init__(self, client: Client, what: str, servers: list[str]) -> None:
         self._client = client
-        self._request = client._listening(f"{ROW.decode()}{row}")
+        self._request = client._listening(what)
         self._session: _Session | None = None
-        servers = [name for name in client._servers.order() if name not in client._deaf]
         try:
             self._session = client._take(servers, nudge=True)
             self._session.connection.send(self._session.protocol.submit(self._request), NUDGE_TIMEOUT)
@@ -148,7 +149,7 @@ class Watch:
         return self._session is not None
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the server says that the row has its end, for so long at the most; whether it did."""
+        """Wait until the server says that it has its end, for so long at the most; whether it did."""
         deadline = monotonic() + seconds
         while self._session is not None and self._request.outcome is None:
             try:
@@ -172,6 +173,42 @@ class Watch:
             session.close()
         else:
             self._client._give_back(session)
+
+
+class Watches:
+    """Waits for what one of several servers says; made by ``Client.watch_group``, closed by who made it."""
+
+    def __init__(self, watches: list[Watch]) -> None:
+        self._watches = watches
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a server may tell something; if not, ``wait`` does not."""
+        return any(watch.is_open for watch in self._watches)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until one of the servers says that it has its end, for so long at the most; whether it did."""
+        deadline = monotonic() + seconds
+        while waiting := [watch for watch in self._watches if watch.is_open]:
+            if len(waiting) == 1:
+                return waiting[0].wait(max(deadline - monotonic(), 0.0))
+            with selectors.DefaultSelector() as selector:
+                wait = deadline - monotonic()
+                for session in [watch._session for watch in waiting if watch._session is not None]:
+                    if session.connection.has_decrypted:
+                        wait = 0.0
+                    selector.register(session.connection, selectors.EVENT_READ)
+                selector.select(max(wait, 0.0))
+            # What came may be a part of a packet: that is not waited for.
+            if any(watch.wait(_AT_ONCE) for watch in waiting):
+                return True
+            if monotonic() >= deadline:
+                break
+        return False
+
+    def close(self) -> None:
+        for watch in self._watches:
+            watch.close()
 
 
 class Client(Submitter):
@@ -435,7 +472,19 @@ class Client(Submitter):
         Args:
             row: The row's number.
         """
-        return Watch(self, row)
+        servers = [name for name in self._servers.order() if name not in self._deaf]
+        return Watch(self, f"{ROW.decode()}{row}", servers)
+
+    def watch_group(self, group: str) -> Watches:
+        """
+        As ``watch``, for the end of a group's last member, which any of the servers may write.
+
+        Args:
+            group: The group's number.
+        """
+        name = f"{GROUP.decode()}{group}"
+        servers = [server for server in self._servers.order() if server not in self._deaf]
+        return Watches([Watch(self, name, [server]) for server in servers])
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
@@ -814,6 +863,9 @@ class Client(Submitter):
         connection.send(data)
         return session
 
+
+_AT_ONCE: Final = 0.001
+"""Seconds to wait for what may be there already."""
 
 _PIECE: Final = 256 * 1024
 _BUFFER: Final = 4 * 1024 * 1024

@@ -44,6 +44,9 @@ IN_FLIGHT: Final = 1_000
 EXPLANATION_TIMEOUT: Final = 0.2
 """Seconds that asking why nobody came may add to a time-out."""
 
+NUDGE_TIMEOUT: Final = 0.2
+"""Seconds that telling or asking a server about rows may take: without it they are looked at now and then."""
+
 _UNKNOWN_PACKET: Final = (b"INVALID_COMMAND", b"SERVER_ERROR")
 """Codes, in upper case, of the ERROR for a type that a server does not take: gearmand's and ours, Perl's."""
 

@@ -40,6 +40,14 @@ WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its j
 Nothing follows when another server has it; who waits looks at the row now and then.
 """
 
+GROUP = b"group "
+"""
+OPTION_REQ ``listen group NUMBER``, as ``listen row NUMBER``: hear that all members of a group have ended.
+
+WORK_COMPLETE of ``group NUMBER`` comes from the server that has written the end of the last of them, be
+it another than the one that was asked first: who waits asks each.
+"""
+
 ATTEMPTS = b"attempts"
 """
 An option of our job server: the worker speaks of attempts.

@@ -30,6 +30,7 @@ from ..protocol.packets import (
     ATTEMPTS,
     CLAIM,
     CLAIMED,
+    GROUP,
     HIGHEST_TYPE,
     LISTEN,
     LOG,
@@ -428,9 +429,17 @@ class JobServer:
     def _tell_watchers(self, entries: list[Entry]) -> None:
         for entry in entries:
             if type(entry) is JobFinished:
-                row, peers = self._watchers.ended(entry.handle)
-                for peer in peers:
-                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, b""))
+                self._tell_each(*self._watchers.ended(entry.handle))
+
+    def groups_ended(self, groups: Iterable[int]) -> None:
+        """The journal has written the ends of the last members of these, or tried to."""
+        if self._watchers:
+            for id in groups:
+                self._tell_each(*self._watchers.group_ended(id))
+
+    def _tell_each(self, what: bytes, peers: list[Peer]) -> None:
+        for peer in peers:
+            self._send(peer, encode_response(PacketType.WORK_COMPLETE, what, b""))
 
     def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """
@@ -1213,7 +1222,7 @@ class JobServer:
             self._log(peer, handle, text)
         elif option == LOGS and self._record_logs:
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
-        elif option.startswith(LISTEN + ROW) and self._durable:
+        elif option.startswith((LISTEN + ROW, LISTEN + GROUP)) and self._durable:
             if self._watchers.add(peer, option.removeprefix(LISTEN), self.clock):
                 self._send(peer, encode_response(PacketType.OPTION_RES, option))
             else:

@@ -107,6 +107,9 @@ class JobStore(Protocol):
     laid: bool
     """Whether it has laid jobs at the door by itself, to be claimed soon; set back by who sees it."""
 
+    over: list[int]
+    """Groups of which it has written the last member's end; emptied by who sees it."""
+
     def write(self, entries: Sequence[Entry], *, again: bool) -> dict[int, str | Joined]:
         """
         Write a batch in one transaction, in order.
@@ -174,6 +177,7 @@ class MemoryStore:
     def __init__(
         self, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = monotonic
     ) -> None:
+        self.over: list[int] = []
         self.jobs: dict[bytes, StoredJob] = {}
         """Unfinished background jobs that the server has, in the order they came."""
         self.unclaimed: list[StoredJob] = []
@@ -370,6 +374,8 @@ class Batch:
     """Seconds after which the store wants to be tended again."""
     laid: bool = False
     """Whether the store laid jobs at the door, after it was looked at."""
+    over: list[int] = field(default_factory=list)
+    """Groups all of whose members have ended."""
 
     def perform(self, store: JobStore) -> None:
         """Do the trip; never raises a ``StoreError``. Runs in the writer's thread."""
@@ -389,6 +395,7 @@ class Batch:
         except StoreError as error:
             self.error = error
         self.laid, store.laid = store.laid, False
+        self.over, store.over = store.over, []
         self.renewed = store.renewed
 
 
@@ -601,6 +608,9 @@ class Journal:
             self.tend_at = now + batch.tend_after
         if batch.laid:
             self.claim_soon()
+        if batch.over:
+            # Even if it failed, which may be unknown: who waits looks, and asks again.
+            server.groups_ended(batch.over)
         if batch.written:
             self._held -= batch.weight
             refused = batch.refused

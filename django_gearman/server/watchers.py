@@ -1,30 +1,31 @@
 """
-Who wants to hear that a row's end is in the database.
+Who wants to hear that the end of a row, or of a group, is in the database.
 
 A view that waits for a job which it has just inserted knows its row's number
 and no handle: the row may not have been claimed yet. What it wants to hear is
-not that the job ended but that its record says so. See ``packets.ROW``.
+not that the job ended but that its record says so. See ``packets.ROW``, and
+``packets.GROUP`` for all members of a group.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ..protocol.packets import ROW
+from ..protocol.packets import GROUP, ROW
 
 if TYPE_CHECKING:
     from .core import Peer
 
 MOST: Final = 10_000
-"""Rows that are watched at a time; who asks for more looks at the row now and then."""
+"""Rows and groups that are watched at a time; who asks for more looks there now and then."""
 
 LONGEST: Final = 60.0
-"""Seconds after which a row is forgotten: its job may be another server's."""
+"""Seconds after which a row is forgotten, unless it is asked for again: its job may be another server's."""
 
 
 class Watchers:
     """
-    Peers by the row that they wait for.
+    Peers by the row or the group that they wait for.
 
     Args:
         prefix: What the handles of rows begin with; their number follows.
@@ -32,21 +33,28 @@ class Watchers:
 
     def __init__(self, prefix: bytes) -> None:
         self._prefix = prefix
-        self._rows: dict[bytes, tuple[float, dict[Peer, None]]] = {}
-        """{handle of a row: since when it is watched, and by whom}, the longest first."""
+        self._rows: dict[bytes, tuple[float, dict[Peer, int]]] = {}
+        """{handle of a row, or ``group NUMBER``: since when, by whom and how often}, the longest first."""
         self._of_peers: dict[Peer, set[bytes]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def add(self, peer: Peer, row: bytes, clock: float) -> bool:
-        """Whether the peer will hear of ``row NUMBER``; not when too many are watched, or it is none."""
-        number = row.removeprefix(ROW)
+    def add(self, peer: Peer, what: bytes, clock: float) -> bool:
+        """
+        Whether the peer will hear of ``row NUMBER`` or ``group NUMBER``, once for each time it asked.
+
+        Not when too many are watched, or it is none.
+        """
+        is_group = what.startswith(GROUP)
+        number = what.removeprefix(GROUP if is_group else ROW)
         if not number.isdigit() or len(number) > 20 or len(self._rows) >= MOST:
             return False
-        handle = self._prefix + number
-        self._rows.setdefault(handle, (clock, {}))[1][peer] = None
-        self._of_peers.setdefault(peer, set()).add(handle)
+        key = what if is_group else self._prefix + number
+        _, peers = self._rows.pop(key, (0.0, {}))
+        peers[peer] = peers.get(peer, 0) + 1
+        self._rows[key] = clock, peers
+        self._of_peers.setdefault(peer, set()).add(key)
         return True
 
     def waits_for(self, handle: bytes) -> bool:
@@ -56,6 +64,11 @@ class Watchers:
     def ended(self, handle: bytes) -> tuple[bytes, list[Peer]]:
         """What the row of a handle is called, and who waits for it; they are forgotten."""
         return ROW + handle[len(self._prefix) :], self._remove(handle)
+
+    def group_ended(self, id: int) -> tuple[bytes, list[Peer]]:
+        """What a group is called, and who waits for it; they are forgotten."""
+        name = GROUP + b"%d" % id
+        return name, self._remove(name)
 
     def forget(self, peer: Peer) -> None:
         """A peer is gone."""
@@ -80,4 +93,4 @@ class Watchers:
             handles.discard(handle)
             if not handles:
                 del self._of_peers[peer]
-        return list(peers)
+        return [peer for peer, times in peers.items() for _ in range(times)]

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 from inspect import isasyncgen, iscoroutine
 from typing import Any, ClassVar
 
-from django_gearman.client.aio import AsyncClient
+from django_gearman.client.aio import AsyncClient, AsyncWatch
 from django_gearman.client.tasks import Task
 
 
@@ -35,6 +35,8 @@ class AwaitedClient:
                 return await made if iscoroutine(made) else made
 
             made = self.run(called())
+            if isinstance(made, AsyncWatch):
+                return AwaitedWatch(self, made)
             return self._iterate(made) if isasyncgen(made) else made
 
         return call
@@ -68,3 +70,24 @@ class AwaitedClient:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class AwaitedWatch:
+    """An ``AsyncWatch`` with the face of ``Watch``."""
+
+    def __init__(self, client: AwaitedClient, watch: AsyncWatch) -> None:
+        self._client = client
+        self._watch = watch
+
+    @property
+    def is_open(self) -> bool:
+        return self._watch.is_open
+
+    def wait(self, seconds: float) -> bool:
+        return bool(self._client.run(self._watch.wait(seconds)))
+
+    def close(self) -> None:
+        async def close() -> None:
+            self._watch.close()
+
+        self._client.run(close())

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from typing import Any
 
 import pytest
@@ -91,6 +91,47 @@ class TestTimeouts(test_sync.TestTimeouts):
 
 
 class TestWaiting(test_sync.TestWaiting):
+    pass
+
+
+class TestWatch(test_sync.TestWatch):
+    def test_not_told(self) -> None:
+        """What comes late is for nobody; the connection stays."""
+        script = play(
+            self.asked,
+            (P.OPTION_RES, b"exceptions"),
+            self.asked,
+            (P.OPTION_RES, b"listen row 5"),
+            P.ECHO_REQ,
+            (P.WORK_COMPLETE, b"row 5", b""),
+            (P.ECHO_RES, b"x"),
+            None,
+        )
+        with fake_server(script) as port, AwaitedClient([f"127.0.0.1:{port}"], timeout=5) as client:
+            with closing(client.watch("5")) as watch:
+                assert not watch.wait(0.05)
+                assert watch.is_open
+            assert client.echo(b"x") == b"x"
+
+    def test_two_of_one_row(self) -> None:
+        """Each is told, and one that left is not missed."""
+
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", timeout=5) as client:
+                one, two, gone = [await client.watch("5") for _ in range(3)]
+                gone.close()
+                assert await asyncio.gather(one.wait(10), two.wait(10)) == [True, True]
+                one.close()
+                two.close()
+
+        ended = (P.WORK_COMPLETE, b"row 5", b"")
+        asked = [self.asked, (P.OPTION_RES, b"listen row 5")] * 3
+        script = play(self.asked, (P.OPTION_RES, b"exceptions"), *asked, *[ended] * 3, None)
+        with fake_server(script) as port:
+            asyncio.run(main())
+
+
+class TestWatchGroup(test_sync.TestWatchGroup):
     pass
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
 from django_gearman.worker.loop import AssignedJob, JobRefused, WorkerFunction
 from tests import harness
 
-from .fake_server import Peer, fake_server, play
+from .fake_server import Peer, Script, fake_server, play
 
 P = PacketType
 TAKEN = (P.JOB_CREATED, b"H:1")
@@ -525,6 +525,60 @@ class TestWatch:
             closing(client.watch("5")) as watch,
         ):
             assert not watch.wait(10)
+            assert not watch.is_open
+
+
+def listened(*then: Any) -> Script:
+    """A server that lets one listen to whatever it is, and then plays on."""
+
+    def script(peer: Peer) -> None:
+        what = b""
+        while not what.startswith(b"listen "):
+            kind, (what,) = peer.receive()
+            peer.send(P.ECHO_RES if kind == P.ECHO_REQ else P.OPTION_RES, what)
+        play(*then, None)(peer)
+
+    return script
+
+
+TOLD = (P.WORK_COMPLETE, b"group 5", b"")
+
+
+class TestWatchGroup:
+    """``watch_group``: each of the servers is asked, since any may write the end of the last member."""
+
+    @pytest.mark.parametrize("scripts", [[[TOLD]], [[TOLD], []], [[], [TOLD]]])
+    def test_told_by_one_of_them(self, scripts: list[list[Any]]) -> None:
+        with ExitStack() as stack:
+            ports = [stack.enter_context(fake_server(listened(*script))) for script in scripts]
+            client = stack.enter_context(Client([f"127.0.0.1:{port}" for port in ports], timeout=5))
+            watch = stack.enter_context(closing(client.watch_group("5")))
+            assert watch.is_open
+            assert watch.wait(10)
+
+    def test_not_told(self) -> None:
+        with (
+            fake_server(listened()) as one,
+            fake_server(listened()) as two,
+            Client([f"127.0.0.1:{port}" for port in (one, two)], timeout=5) as client,
+            closing(client.watch_group("5")) as watch,
+        ):
+            assert not watch.wait(0.05)
+            assert watch.is_open
+
+    def test_one_is_away(self) -> None:
+        with (
+            fake_server(listened(TOLD)) as port,
+            Client([f"127.0.0.1:{harness.free_port()}", f"127.0.0.1:{port}"], timeout=5) as client,
+            closing(client.watch_group("5")) as watch,
+        ):
+            assert watch.wait(10)
+
+    def test_nobody_there(self) -> None:
+        with (
+            Client([f"127.0.0.1:{harness.free_port()}"]) as client,
+            closing(client.watch_group("5")) as watch,
+        ):
             assert not watch.is_open
 
 

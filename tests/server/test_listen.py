@@ -151,3 +151,46 @@ class TestListenToARow:
         watching(wire)
         watching(wire, ROW + b"6")
         assert wire.connect()(P.OPTION_REQ, LISTEN + ROW + b"7") == [NOT_FOUND]
+
+
+class TestListenToAGroup:
+    def test_hears_when_the_last_end_is_written(self):
+        wire = Wire(durable=True)
+        listener, other = watching(wire, b"group 7"), watching(wire, b"group 77")
+        wire.core.groups_ended([5, 7])
+        assert listener.hears() == [(P.WORK_COMPLETE, b"group 7", b"")]
+        assert other.hears() == []
+        wire.core.groups_ended([7])
+        assert listener.hears() == []
+
+    def test_a_row_of_that_number_is_another_matter(self):
+        wire = Wire(durable=True)
+        of_row, of_group = watching(wire), watching(wire, b"group 5")
+        wire.core.groups_ended([5])
+        assert (of_row.hears(), of_group.hears()) == ([], [(P.WORK_COMPLETE, b"group 5", b"")])
+
+    def test_who_asks_twice_is_told_twice(self):
+        """Two calls of one process share a connection."""
+        wire = Wire(durable=True)
+        listener = watching(wire, b"group 7")
+        listener(P.OPTION_REQ, LISTEN + b"group 7")
+        wire.core.groups_ended([7])
+        assert listener.hears() == [(P.WORK_COMPLETE, b"group 7", b"")] * 2
+        assert not wire.core._watchers
+
+    def test_who_asks_again_is_not_forgotten(self):
+        wire = Wire(durable=True)
+        listener = watching(wire, b"group 7")
+        watching(wire, b"group 8")
+        wire.core.clock += watchers.LONGEST / 2
+        listener(P.OPTION_REQ, LISTEN + b"group 7")
+        wire.core.clock += watchers.LONGEST / 2
+        wire.core.tick()
+        assert list(wire.core._watchers._rows) == [b"group 7"]
+
+    @pytest.mark.parametrize("number", [b"", b"x", b"-5", b"1" * 21])
+    def test_no_number(self, number: bytes):
+        assert Wire(durable=True).connect()(P.OPTION_REQ, LISTEN + b"group " + number) == [NOT_FOUND]
+
+    def test_a_server_without_rows(self):
+        assert Wire().connect()(P.OPTION_REQ, LISTEN + b"group 5") == [NOT_FOUND]

@@ -259,6 +259,7 @@ class SimulatedStore:
         self._is_counted = is_counted
         self.renewed = 0.0
         self.laid = False
+        self.over: list[int] = []
         self.lease_id = 0
         self.epoch = 0
         self._looked_for_dead = 0.0
