@@ -20,6 +20,9 @@ _MAX_MESSAGE: Final = 8 * 1024
 _MAX_TRACEBACK: Final = 64 * 1024
 """Characters of an exception that travel; what a job puts there is bounded before it is sent."""
 
+_MOST_BITS: Final = 14_000
+"""Of a whole number; Python takes no more than 4,300 digits of one."""
+
 _EXCEPTION_KEYS: Final = ("exception", "message", "traceback")
 
 _OWN_FRAMES: Final = (f"{__package__}.", "asyncio.")
@@ -42,20 +45,31 @@ _REMEDIES: Final = {
 
 def refuse_unless_json(value: object, what: str) -> None:
     """Raise the ``NotJSON`` that says which part of a value cannot travel, and what can instead."""
-    if value is None or isinstance(value, str | bool | int):
+    try:
+        _refuse_unless_json(value, what)
+    except RecursionError:
+        problem = "is nested too deeply, or contains itself"
+        raise NotJSON(what, problem, "pass something flat, or a reference to it") from None
+
+
+def _refuse_unless_json(value: object, what: str) -> None:
+    if value is None or isinstance(value, str | bool):
         return
-    if isinstance(value, float):
+    if isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            raise NotJSON(what, "has more digits than JSON's readers take", "pass a string")
+    elif isinstance(value, float):
         if not math.isfinite(value):
             raise NotJSON(what, f"is {value!r}, which JSON cannot carry", "pass None or a string")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            refuse_unless_json(item, f"{what}, item {index}")
+            _refuse_unless_json(item, f"{what}, item {index}")
     elif isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 problem = f"has the key {key!r}, which JSON would make a string"
                 raise NotJSON(what, problem, "use str keys or a list of pairs")
-            refuse_unless_json(item, f"{what}, key {key!r}")
+            _refuse_unless_json(item, f"{what}, key {key!r}")
     else:
         kind = type(value).__name__
         # Clients without Django read what workers tell: without the module there is no such value either.

@@ -9,7 +9,8 @@ Every error of django_gearman, as one tree.
     ├── ServerError                the server answered ERROR
     │   └── CommandNotSupported    ... because it has no such text command
     ├── ResponseTimeout            no answer within the time allowed
-    │   └── NoWorker               ... because no worker offers the function
+    │   ├── NoWorker               ... because no worker offers the function
+    │   └── GroupTimedOut          ... of members of a group
     ├── JobFailed                  the worker reported that the job failed
     ├── GroupFailed                a member of a group failed
     ├── GroupNotFinished           a group's value was asked for too early
@@ -26,6 +27,7 @@ Every error of django_gearman, as one tree.
     ├── Retry                      raised by a job that wants another attempt
     ├── Discard                    raised by a job that wants none
     ├── InvalidJob                 a @job that cannot be what it was declared to be
+    ├── InvalidCall                a call that cannot be made with the options of using()
     ├── WorkerCannotStart          a worker's process ended before it could take a job
     ├── InvalidSchedule            a schedule that names no times
     │   └── MissingCronsim         ... or that this installation cannot read
@@ -271,6 +273,32 @@ class GroupFailed(GearmanError):
         return f"member {self.index} of the group: {self.error}{others}"
 
 
+class GroupTimedOut(ResponseTimeout):
+    """
+    The time was up before all members of a group had ended, and none of the others failed.
+
+    Attributes:
+        index: The first that had not ended, from 0.
+        job: Its function.
+        error: Why; a ``NoWorker`` where no worker offers it.
+        outcomes: What became of each member, in order: its value, or its error.
+    """
+
+    def __init__(self, index: int, job: str, error: ResponseTimeout, outcomes: Sequence[object]) -> None:
+        super().__init__("the group", error.timeout)
+        self.index = index
+        self.job = job
+        self.error = error
+        self.outcomes = outcomes
+
+    def __str__(self) -> str:
+        late = sum(isinstance(outcome, GearmanError) for outcome in self.outcomes)
+        members = (
+            "1 member has" if len(self.outcomes) == 1 else f"{late} of {len(self.outcomes)} members have"
+        )
+        return f"{members} not ended in time; member {self.index} of the group: {self.error}"
+
+
 class GroupNotFinished(GearmanError, ValueError):
     """The value of a group that is not over was asked for."""
 
@@ -431,6 +459,27 @@ class WorkerCannotStart(GearmanError):
 
 class InvalidJob(GearmanError, TypeError):
     """A function cannot be the job that its ``@job`` declares, or two jobs share a name."""
+
+
+class InvalidCall(GearmanError, ValueError):
+    """
+    A call that cannot be made with an option that ``using`` or the decorator gave the job.
+
+    Attributes:
+        job: The function.
+        option: Its name, such as ``run_after``.
+        problem: Why not.
+        remedy: What to do instead.
+    """
+
+    def __init__(self, job: str, option: str, problem: str, remedy: str) -> None:
+        self.job = job
+        self.option = option
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.job} has {self.option}, but {self.problem}; {self.remedy}"
 
 
 class InvalidSchedule(GearmanError, ValueError):

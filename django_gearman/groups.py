@@ -23,7 +23,7 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from . import conf, continuations, jobs, rows, signals, tracing
-from .client.tasks import Task
+from .client.tasks import Task, deadline_in
 from .continuations import Plan, Stage
 from .encoding import dumps, refuse_unless_json
 from .exceptions import (
@@ -31,6 +31,7 @@ from .exceptions import (
     GroupDoesNotExist,
     GroupFailed,
     GroupNotFinished,
+    GroupTimedOut,
     InvalidGroup,
     JobFailed,
     JobNotFinished,
@@ -74,13 +75,14 @@ class group(Generic[R]):  # a function, to who uses it
     @overload
     def __init__(self, *members: Signature[R]) -> None: ...
     def __init__(self, *members: Any) -> None:
-        if len(members) == 1 and isinstance(members[0], Iterable) and not isinstance(members[0], chain | str):
+        if len(members) == 1 and _is_many(members[0]):
             (members,) = members
         self.members: tuple[Signature[R], ...] = tuple(members)
         for member in self.members:
             if not isinstance(member, Signature):
                 raise InvalidGroup(
-                    f"a member of a group is a call of a job, such as resize.s(1), not {_kind(member)}"
+                    "a member of a group is a call of a job, such as resize.s(1), "
+                    f"not {told(member, 'group')}"
                 )
 
     def __str__(self) -> str:
@@ -96,16 +98,17 @@ class group(Generic[R]):  # a function, to who uses it
         Args:
             timeout: Seconds for all of them; by default the longest of theirs, which is ``RUN_TIMEOUT``.
         Raises:
-            GroupFailed: A member failed, or the time was up; raised when all have ended, and tells of all.
+            GroupFailed: A member failed; raised when all have ended, and tells of all.
+            GroupTimedOut: The time was up for some, and the others ended well; also a ``ResponseTimeout``.
+            InvalidCall: A member has an option that is for later, such as ``run_after``.
         """
         return self._run(timeout, ())
 
     def _run(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
         client = client_for()
         prepared, most = self._prepared(value)
-        tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
-        resubmit = any(job.resubmit for job, _, _ in prepared)
-        client.run_tasks(timeout=most if timeout is None else timeout, resubmit=resubmit)
+        tasks = _added(client, prepared)
+        client.run_tasks(timeout=most if timeout is None else timeout)
         return self._gathered(tasks)
 
     async def arun(self, *, timeout: float | None = None) -> list[R]:
@@ -115,9 +118,8 @@ class group(Generic[R]):  # a function, to who uses it
     async def _arun(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
         client = async_client_for()
         prepared, most = self._prepared(value)
-        tasks = [_adder(client, job)(job.name, workload, unique=unique) for job, workload, unique in prepared]
-        resubmit = any(job.resubmit for job, _, _ in prepared)
-        await client.run_tasks(timeout=most if timeout is None else timeout, resubmit=resubmit)
+        tasks = _added(client, prepared)
+        await client.run_tasks(timeout=most if timeout is None else timeout)
         return self._gathered(tasks)
 
     def _prepared(self, value: tuple[Any, ...]) -> tuple[list[tuple[Job[Any, Any], bytes, str]], float]:
@@ -140,8 +142,10 @@ class group(Generic[R]):  # a function, to who uses it
             outcomes.append(member.job._as_told(error) if isinstance(error, JobFailed) else error)
             failed.append(index)
         if failed:
-            first = failed[0]
-            raise GroupFailed(first, self.members[first].job.name, outcomes[first], outcomes)
+            # A failure says more than that there was no time for others.
+            first = next((i for i in failed if not isinstance(outcomes[i], ResponseTimeout)), failed[0])
+            kind = GroupTimedOut if isinstance(outcomes[first], ResponseTimeout) else GroupFailed
+            raise kind(first, self.members[first].job.name, outcomes[first], outcomes)
         return outcomes
 
     def enqueue(
@@ -208,7 +212,7 @@ class chain(Generic[V]):
             if not isinstance(step, Signature | group):
                 raise InvalidGroup(
                     "a step of a chain is a call of a job, such as resize.s(1), or a group of them, "
-                    f"not {_kind(step)}"
+                    f"not {told(step, 'chain')}"
                 )
         for before, step in pairwise(steps):
             for member in _members(step):
@@ -226,7 +230,7 @@ class chain(Generic[V]):
         Raises:
             JobFailed, GroupFailed: A step failed; a note says which.
         """
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         value: tuple[Any, ...] = ()
         for number, step in enumerate(self.steps):
             with _noted(self, number):
@@ -234,13 +238,13 @@ class chain(Generic[V]):
                 if isinstance(step, group):
                     value = (step._run(left, value),)
                 else:
-                    job = step.job if left is None else step.job.using(run_timeout=left)
+                    job = step.job if left is None else _in_time(step.job, left)
                     value = (job.run(*_with(step, value), **step.kwargs),)
         return cast(V, value[0])
 
     async def arun(self, *, timeout: float | None = None) -> V:
         """As ``run``, on asyncio."""
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         value: tuple[Any, ...] = ()
         for number, step in enumerate(self.steps):
             with _noted(self, number):
@@ -248,7 +252,7 @@ class chain(Generic[V]):
                 if isinstance(step, group):
                     value = (await step._arun(left, value),)
                 else:
-                    job = step.job if left is None else step.job.using(run_timeout=left)
+                    job = step.job if left is None else _in_time(step.job, left)
                     value = (await job.arun(*_with(step, value), **step.kwargs),)
         return cast(V, value[0])
 
@@ -301,6 +305,11 @@ def _left(deadline: float | None, timeout: float | None) -> float | None:
     return left
 
 
+def _in_time(job: Job[Any, Any], left: float) -> Job[Any, Any]:
+    own = job.run_timeout
+    return job.using(run_timeout=left if own is None else min(own, left))
+
+
 def _members(step: Step) -> Sequence[Signature[Any]]:
     return step.members if isinstance(step, group) else (step,)
 
@@ -314,15 +323,55 @@ def _with(member: Signature[Any], value: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*value, *member.args)
 
 
-def _adder(client: Any, job: Job[Any, Any]) -> Callable[..., Task]:
-    add = {"high": client.add_task_high, "normal": client.add_task, "low": client.add_task_low}
-    return cast("Callable[..., Task]", add[job._wire_priority])
+def _added(client: Any, prepared: Sequence[tuple[Job[Any, Any], bytes, str]]) -> list[Task]:
+    """Tasks for the client's ``run_tasks``."""
+    add: dict[str, Callable[..., Task]] = {
+        "high": client.add_task_high,
+        "normal": client.add_task,
+        "low": client.add_task_low,
+    }
+    tasks = []
+    try:
+        for job, workload, unique in prepared:
+            task = add[job._wire_priority](job.name, workload, unique=unique)
+            task.resubmit = job.resubmit
+            tasks.append(task)
+    except BaseException:
+        # The next group would run what was added.
+        client._take_added({})
+        raise
+    return tasks
 
 
-def _kind(thing: object) -> str:
+def _is_many(thing: object) -> bool:
+    return isinstance(thing, Iterable) and not isinstance(thing, str | bytes | group | chain)
+
+
+def told(thing: object, of: str) -> str:
+    """
+    What somebody took for a call of a job, and what to write instead.
+
+    Args:
+        of: What it was to be a part of, such as ``group``; empty where it can be one call alone.
+    """
     if isinstance(thing, Job):
         return f"the job itself; write {thing.name.rpartition('.')[2]}.s(...)"
-    return f"a {type(thing).__name__}" if isinstance(thing, group | chain) else repr(thing)
+    if isinstance(thing, chain):
+        return f"a chain; write {of}(*its.steps, ...)" if of == "chain" else "a chain, whose steps are calls"
+    if isinstance(thing, group):
+        return f"a group; write {of}(*its.members, ...)" if of else "a group, whose members are calls"
+    if isinstance(thing, Signature):
+        return f"the call {thing}; hand in the job itself"
+    if isinstance(thing, JobResult):
+        return f"a job that is enqueued already; write {thing.function.rpartition('.')[2]}.s(...)"
+    if hasattr(thing, "module_path"):
+        return f"the task {thing.module_path}; only functions with @job have such calls, by .s(...)"
+    name = getattr(thing, "__name__", None)
+    if callable(thing) and isinstance(name, str):
+        return f"the function {name}; decorate it with @job and write {name}.s(...)"
+    if _is_many(thing):
+        return f"a {type(thing).__name__}" + (f"; write {of}(*calls)" if of else " of them")
+    return f"{thing!r:.200}; was the function called? Write .s(...) in place of the plain call"
 
 
 def _names(members: Sequence[Signature[Any]]) -> str:
@@ -379,7 +428,7 @@ def _enqueue(
         )
     for name, following in (("on_success", on_success), ("on_complete", on_complete)):
         if following is not None and not isinstance(following, Signature):
-            raise InvalidGroup(f"{name} is a call of a job, such as tell.si(7), not {_kind(following)}")
+            raise InvalidGroup(f"{name} is one call of a job, such as tell.si(7), not {told(following, '')}")
     if on_success is not None:
         _refuse_misfit(on_success, steps[-1])
     return _Insertion(steps, options).insert(on_success, on_complete)
@@ -552,7 +601,7 @@ class _Insertion:
                     "the job before it has ended; give it one, or none: "
                     f'{job.name.rpartition(".")[2]}.using(unique="").s(...)'
                 )
-            return job.unique.unique
+            return job._unique_of((), {})
         return job._unique_of(member.args, member.kwargs)
 
     def _limit_key(self, member: Signature[Any], before: _Before) -> str | None:
@@ -574,6 +623,12 @@ class _Insertion:
             rows.insert(record, self._using)
         else:
             found = insert_unless_there(record, self._using)
+            if found is not None and found.group_id == self._group_id:
+                other = "what follows it" if found.group_index is None else f"member {found.group_index}"
+                raise InvalidGroup(
+                    f"{what}: {other} of the same group has its unique {record.unique!r} already, and each "
+                    'member counts; leave one out, or give it none: .using(unique="").s(...)'
+                )
             if found is not None:
                 raise InvalidGroup(
                     f"{what}: there is a job with its unique {record.unique!r} already, {found.pk}, and a "

@@ -33,9 +33,11 @@ from collections.abc import (
 from contextlib import AbstractContextManager, aclosing, closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from functools import partial, update_wrapper
 from importlib import import_module
 from typing import (
+    TYPE_CHECKING,
     Any,
     Concatenate,
     Final,
@@ -64,6 +66,7 @@ from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
     Discard,
     GroupDoesNotExist,
+    InvalidCall,
     InvalidJob,
     JobCancelled,
     JobFailed,
@@ -216,6 +219,9 @@ class Job(Generic[P, R]):
             resubmit: Let ``run`` and ``arun`` submit it to another server when their connection breaks,
                 though it may run twice then.
         """
+        given: object = unique
+        if given is not None and not isinstance(given, str):
+            raise InvalidJob(f"the unique that using() gives {self.name} must be a str, not {given!r:.200}")
         other = Job.__new__(Job)
         other.__dict__.update(self.__dict__)
         if priority is not None:
@@ -248,6 +254,12 @@ class Job(Generic[P, R]):
     def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
         """As ``s``, with these arguments and no others, whatever came before."""
         return Signature(self, args, kwargs, takes_result=False)
+
+    if not TYPE_CHECKING:  # for which every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; use {_OTHER_WORDS[name]}" if name in _OTHER_WORDS else ""
+            raise AttributeError(f"a @job has no attribute {name!r}{hint}")
 
     def __copy__(self) -> Job[P, R]:
         other: Job[P, R] = type(self).__new__(type(self))
@@ -408,7 +420,12 @@ class Job(Generic[P, R]):
             bound.apply_defaults()
             made = dumps([bound.arguments[name] for name in names]).decode()
         made = made.strip()
-        return made if len(made.encode()) <= limit else hashlib.sha256(made.encode()).hexdigest()
+        try:
+            if len(made.encode()) <= limit and "\0" not in made:
+                return made
+        except UnicodeEncodeError:
+            pass  # no packet or column takes it, either
+        return hashlib.sha256(made.encode(errors="surrogatepass")).hexdigest()
 
     def _new_record(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
@@ -421,6 +438,8 @@ class Job(Generic[P, R]):
                 f"{self.name} cannot be for later and of priority {self.priority} with ENQUEUE = 'wire': "
                 "the protocol has no such submission; leave out run_after or the priority"
             )
+        if options.enqueue == "wire":
+            self._refuse_lost_key(args, kwargs)
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
         return JobRecord(
             function=self.name,
@@ -477,11 +496,11 @@ class Job(Generic[P, R]):
         Closing the generator, as a streaming response does when its client
         leaves, abandons the job.
         """
-        return self._stream(*self._prepared(args, kwargs))
+        return self._stream(*self._prepared_to_stream(args, kwargs))
 
     def astream(self, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Part | Value[R], None]:
         """As ``stream``, on asyncio."""
-        return self._astream(*self._prepared(args, kwargs))
+        return self._astream(*self._prepared_to_stream(args, kwargs))
 
     async def acall(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As ``call``: an ``async def`` runs in this event loop, any other function in Django's thread."""
@@ -522,9 +541,39 @@ class Job(Generic[P, R]):
     def _prepared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bytes, str, float]:
         """Workload, unique and seconds to wait of a foreground job."""
         options = conf.settings_for()
+        if self.run_after is not None:
+            raise InvalidCall(
+                self.name,
+                "run_after",
+                "what is waited for runs at once",
+                "have it run later by enqueue(), or leave run_after out",
+            )
+        self._refuse_lost_key(args, kwargs)
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
         timeout = options.run_timeout if self.run_timeout is None else self.run_timeout
         return workload, unique, timeout
+
+    def _prepared_to_stream(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[bytes, str, float]:
+        if self.resubmit:
+            raise InvalidCall(
+                self.name,
+                "resubmit",
+                "a stream has told of one run and cannot go on with another",
+                "run() it, or leave resubmit out",
+            )
+        return self._prepared(args, kwargs)
+
+    def _refuse_lost_key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise for a key of a limit that would not get to the job server."""
+        if self.raw and self.limit_key is not None and self._limit_key_of(args, kwargs):
+            raise InvalidCall(
+                self.name,
+                "limit_key",
+                "the packets of a raw job have no place for the key, and it would be counted with others",
+                'enqueue() it with ENQUEUE = "database", or leave limit_key or raw out',
+            )
 
     def _value_of(self, result: bytes) -> R:
         return cast(R, result if self.raw else decode_result(self.name, result))
@@ -745,11 +794,70 @@ class Job(Generic[P, R]):
                 f"backoff of {self.name} must be a function of the exception and the JobResult, "
                 f"not {self.backoff!r}"
             )
+        seconds: object = self.run_timeout
+        if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
+            raise InvalidJob(
+                f"run_timeout of {self.name} must be a number of seconds above 0, not {seconds!r}"
+            )
         run_after: object = self.run_after
         if isinstance(run_after, datetime):
             _refuse_wrong_zone(self.name, run_after)
         elif run_after is not None and not isinstance(run_after, timedelta):
             raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
+        else:
+            try:
+                _ = timezone.now() + (run_after or timedelta())
+            except OverflowError:
+                raise InvalidJob(f"run_after of {self.name} is beyond the year 9999: {run_after!r}") from None
+
+
+_OTHER_WORDS: Final = {
+    "delay": "enqueue(...)",
+    "delay_on_commit": "enqueue(...), whose row is of the current transaction",
+    "apply_async": "enqueue(...), after using(run_after=..., priority=...) where options are needed",
+    "apply": "call(...)",
+    "enqueue_in": "using(run_after=timedelta(...)).enqueue(...)",
+    "enqueue_at": "using(run_after=...).enqueue(...)",
+    "signature": "s(...)",
+    "subtask": "s(...)",
+    "AsyncResult": "get_result(id)",
+}
+"""What those look for who come from other libraries."""
+
+_OTHER_OPTIONS: Final = {
+    "bind": "takes_context",
+    "queue": "queue_name",
+    "max_retries": "max_attempts",
+    "retries": "max_attempts",
+    "retry": "max_attempts",
+    "autoretry_for": "max_attempts",
+    "retry_backoff": "backoff",
+    "retry_delay": "backoff",
+    "default_retry_delay": "backoff",
+    "time_limit": "timeout",
+    "soft_time_limit": "timeout",
+    "job_timeout": "timeout",
+    "result_ttl": "the setting KEEP_SUCCESSFUL_DAYS",
+    "ignore_result": "the setting KEEP_SUCCESSFUL_DAYS",
+    "run_after": "using(run_after=...)",
+    "countdown": "using(run_after=...)",
+    "eta": "using(run_after=...)",
+    "run_timeout": "using(run_timeout=...)",
+    "resubmit": "using(resubmit=True)",
+    "lock": "unique or concurrency",
+}
+
+
+def _refuse_unknown_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    known = [*JobOptions.__optional_keys__, "takes_context"]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = _OTHER_OPTIONS.get(name) or (near[0] if near else "")
+            raise InvalidJob(
+                f"@job of {function.__qualname__} has no option {name!r}; "
+                + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
+            )
 
 
 @dataclass(frozen=True)
@@ -900,6 +1008,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 
 def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
+    if hasattr(function, "__qualname__"):
+        _refuse_unknown_options(function, options)
     try:
         made: Job[Any, Any] = Job(function, **options)
     except (TypeError, ValueError) as error:

@@ -11,11 +11,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
+from time import monotonic
 from typing import Any, Final, TypeVar, overload
 
 from .client.core import JobRequest
-from .client.tasks import Task, TaskRun
+from .client.tasks import Task, TaskRun, deadline_in
 from .exceptions import CommandNotSupported, GearmanError, InvalidGroup, JobFailed, ResponseTimeout
+from .groups import told
 from .jobs import Job
 from .submission import async_client_for, client_for
 
@@ -79,8 +81,8 @@ def map_reduce(
         ResponseTimeout: The time was up.
         ValueError: There are no items, and no initial value.
     """
-    work = _Reduction(mapper, reducer, items, chunk, initial)
-    client_for().run_fed(_Feed(work, max(in_flight, 1)), timeout=timeout)
+    work = _Reduction(mapper, reducer, items, chunk, in_flight, initial)
+    client_for().run_fed(_Feed(work, in_flight), timeout=timeout)
     return work.value()
 
 
@@ -116,10 +118,11 @@ async def amap_reduce(
     in_flight: int = IN_FLIGHT,
 ) -> Any:
     """As ``map_reduce``, on asyncio: items, and a reducer that is a function, are run in the event loop."""
-    work = _Reduction(mapper, reducer, items, chunk, initial)
+    work = _Reduction(mapper, reducer, items, chunk, in_flight, initial)
+    deadline = deadline_in(timeout)
     running: dict[asyncio.Task[bytes], _Piece] = {}
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(None if deadline is None else deadline - monotonic()):
             while True:
                 while len(running) < in_flight and (piece := work.next()) is not None:
                     running[asyncio.create_task(piece.arun())] = piece
@@ -200,12 +203,20 @@ class _Reduction:
         reducer: Callable[[Any, Any], Any],
         items: Iterable[Any],
         chunk: int,
+        in_flight: int,
         initial: Any,
     ) -> None:
         if not isinstance(mapper, Job):
-            raise InvalidGroup(f"the mapper is a @job that takes a list of items, not {mapper!r}")
-        if chunk < 1:
-            raise ValueError(f"chunk is how many items a job gets, at least 1, not {chunk}")
+            what = told(mapper, "").partition(" and write ")[0]
+            raise InvalidGroup(f"the mapper is a @job that takes a list of items, not {what}")
+        if not callable(reducer):
+            raise InvalidGroup(f"the reducer is a @job or a function of two results, not {reducer!r:.200}")
+        given: object = items
+        if not isinstance(given, Iterable):
+            raise InvalidGroup(f"the items are something to iterate over, not {items!r:.200}")
+        for name, number in (("chunk", chunk), ("in_flight", in_flight)):
+            if type(number) is not int or number < 1:
+                raise InvalidGroup(f"{name} of map_reduce is a whole number, at least 1, not {number!r}")
         self._mapper = mapper
         self._reducer = reducer
         self._items = iter(items)

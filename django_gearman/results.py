@@ -22,7 +22,7 @@ from django.db import transaction
 
 from . import conf, continuations, rows
 from .client.admin_client import AdminClient
-from .client.tasks import EXPLANATION_TIMEOUT
+from .client.tasks import EXPLANATION_TIMEOUT, deadline_in
 from .exceptions import (
     ConnectionFailed,
     ConnectionLost,
@@ -402,7 +402,8 @@ class Patience:
     """How long ``get`` has waited, and how it goes on."""
 
     def __init__(self, timeout: float | None) -> None:
-        self._deadline = math.inf if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
+        self._deadline = math.inf if deadline is None else deadline
         self._pause = 0.001
 
     @property

@@ -452,7 +452,7 @@ class TestBytes:
 
 class TestReduction:
     def test_a_server_that_knows_no_reduce_jobs_is_asked_plainly(self) -> None:
-        work = _Reduction(jobs.total, jobs.add, range(4), 2, None)
+        work = _Reduction(jobs.total, jobs.add, range(4), 2, 1, None)
         first = work.next()
         assert first is not None
         assert first.reducer == jobs.add.name

@@ -161,7 +161,7 @@ class TestDeclaration:
             ({"name": "\u00fc" * 257}, "at most 512 bytes"),
             ({"name": 5}, "is no name for a job"),
             ({"takes_context": True}, "its first argument must be `context`"),
-            ({"retries": 3}, "unexpected keyword argument 'retries'"),
+            ({"retries": 3}, "has no option 'retries'; use max_attempts"),
         ],
     )
     def test_refused_options(self, registry: dict[str, Any], options: dict[str, Any], message: str) -> None:

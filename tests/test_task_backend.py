@@ -40,7 +40,7 @@ from tests import needs
 
 needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
-from django_gearman import JobContext, job
+from django_gearman import JobContext, group, job
 from django_gearman.backends import (
     DummyBackend,
     GearmanBackend,
@@ -58,7 +58,7 @@ from django_gearman.backends import (
     task_finished,
     task_started,
 )
-from django_gearman.exceptions import JobFailed
+from django_gearman.exceptions import InvalidGroup, JobFailed
 from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.registry import registry
@@ -231,6 +231,29 @@ class TestTask:
     def test_unknown_option(self) -> None:
         with pytest.raises(TypeError, match="unknown_param"):
             task(unknown_param=123)(tasks.noop_task.func)
+
+    @with_options
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"rate_limit": "10/m"}, "has no option 'rate_limit'; limit it in the admin"),
+            ({"concurrency": 2}, "has no option 'concurrency'; limit it in the admin"),
+            ({"unique": "x"}, "has no option 'unique'; declare it with @job"),
+            ({"colour": "red"}, "has no option 'colour'; it has backend, backoff, max_attempts, "),
+            ({"priority": "high"}, "priority of .* must be a whole number, not 'high'"),
+        ],
+    )
+    def test_options_that_it_does_not_have(self, options: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(InvalidTask, match=sentence):
+            task(**options)(tasks.noop_task.func)
+
+    def test_calls_are_of_jobs(self) -> None:
+        with pytest.raises(AttributeError, match=r"a task has no s\(\): .* declare it with @job"):
+            tasks.noop_task.s()
+        with pytest.raises(
+            InvalidGroup, match=r"not the task tests\.app\.tasks\.noop_task; only functions with"
+        ):
+            group(tasks.noop_task)
 
 
 class TestEnqueue:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import wraps
 from types import ModuleType
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from django.apps import apps
 from django.conf import settings
@@ -72,6 +73,9 @@ __all__ = [
     "task_started",
 ]
 
+_OF_JOBS: Final = ("s", "si", "run", "arun", "stream", "astream", "enqueue_many", "aenqueue_many")
+"""What a ``@job`` has and a task has not."""
+
 Backoff: TypeAlias = "Callable[[BaseException, TaskResult[Any, Any]], float | timedelta | None]"
 """Seconds until the next attempt of a task that raised; None when there is to be none."""
 
@@ -92,11 +96,58 @@ class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time be
     timeout: int | None = None
     """Seconds that one attempt may take; None for no limit."""
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _OF_JOBS:
+                raise AttributeError(
+                    f"a task has no {name}(): group, chain, map_reduce and what waits by run() take a @job; "
+                    "enqueue() the task, or declare it with @job"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __post_init__(self) -> None:
         # Of the class by name: dataclasses make another class for the slots, which super() does not know.
         Task.__post_init__(self)
         if isinstance(self.get_backend(), GearmanBackend):
             _declare(self)
+
+
+_OPTIONS_OF_JOBS: Final = {
+    "rate_limit": "limit it in the admin, under its import path",
+    "concurrency": "limit it in the admin, under its import path",
+    "limit_key": "limits of @job alone have keys",
+    "unique": "declare it with @job, which can run beside tasks",
+    "schedule": "declare it with @job, or add its schedule in the admin",
+    "raw": "declare it with @job, which can run beside tasks",
+    "name": "a task's name is its import path",
+}
+"""Options of ``@job`` that tasks do not have, and what to do."""
+
+
+class _UnknownOption(InvalidTask, TypeError):
+    """As of any function that is called with an argument that it does not have."""
+
+
+def _refuse_unknown(make: Callable[..., None]) -> Callable[..., None]:
+    """A dataclass would name its own ``__init__``."""
+    known = [each.name for each in fields(GearmanTask)]
+
+    @wraps(make)
+    def __init__(self: GearmanTask, **options: Any) -> None:
+        for name in options:
+            if name not in known:
+                function = options.get("func")
+                path = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+                remedy = _OPTIONS_OF_JOBS.get(name, f"it has {', '.join(sorted({*known} - _NOT_TO_DECLARE))}")
+                raise _UnknownOption(f"@task of {path} has no option {name!r}; {remedy}")
+        make(self, **options)
+
+    return __init__
+
+
+_NOT_TO_DECLARE: Final = {"func", "run_after"}
+GearmanTask.__init__ = _refuse_unknown(GearmanTask.__init__)  # type: ignore[method-assign]
 
 
 class _WithOptions(BaseTaskBackend):
@@ -111,6 +162,9 @@ class _WithOptions(BaseTaskBackend):
         Raises:
             InvalidTask: It cannot; the sentence says why.
         """
+        priority: object = task.priority
+        if not isinstance(priority, int | float):
+            raise InvalidTask(f"priority of {task.module_path} must be a whole number, not {priority!r}")
         super().validate_task(task)
         path = task.module_path
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):

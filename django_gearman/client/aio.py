@@ -53,6 +53,7 @@ from .tasks import (
     Value,
     argument,
     collect,
+    deadline_in,
     job_status,
     nobody_came,
     result_of,
@@ -472,12 +473,12 @@ class AsyncClient(Submitter):
     ) -> list[Task]:
         """Submit the tasks that this asyncio task has added, and wait for each. See ``Client.run_tasks``."""
         tasks = self._take_added(callbacks)
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         free = asyncio.Semaphore(max(limit, 1))
 
         async def run(task: Task) -> None:
             try:
-                await self._run_task(task, timeout, deadline, resubmit=resubmit)
+                await self._run_task(task, timeout, deadline, resubmit=resubmit or task.resubmit)
             finally:
                 free.release()
 
@@ -507,7 +508,7 @@ class AsyncClient(Submitter):
 
     async def wait_for(self, handle: str, timeout: float | None = None) -> bool:
         """Wait until a job that a server of ours holds has ended. See ``Client.wait_for``."""
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         for server in [name for name in self._servers.order() if name not in self._deaf]:
             request = self._listening(handle)
             try:
@@ -582,7 +583,7 @@ class AsyncClient(Submitter):
 
     async def _do(self, request: JobRequest, options: DoOptions) -> bytes:
         timeout = options.get("timeout")
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         route = Route(self._servers, request, resubmit=options.get("resubmit", False))
         what = f"job {request.function.decode()}"
         while True:
@@ -610,7 +611,7 @@ class AsyncClient(Submitter):
     async def _stream(
         self, request: JobRequest, timeout: float | None
     ) -> AsyncGenerator[Part | Value[bytes], None]:
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         parts = collect(request)
         what = f"job {request.function.decode()}"
         link = await self._take(self._servers.order(request.key))

@@ -54,6 +54,7 @@ from .tasks import (
     Value,
     argument,
     collect,
+    deadline_in,
     job_status,
     nobody_came,
     result_of,
@@ -392,7 +393,7 @@ class Client(Submitter):
 
     def run_fed(self, run: TaskRun, *, timeout: float | None = None) -> None:
         """Submit the tasks of a run until it is over; see ``run_tasks``. They have their call-backs."""
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         sessions: dict[str, _Session] = {}
         try:
             while not run.is_over:
@@ -446,7 +447,7 @@ class Client(Submitter):
             ConnectionFailed, ConnectionLost: No server answers, or not any more.
         Our own server's extension, see ``protocol.packets.LISTEN``.
         """
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         for server in [name for name in self._servers.order() if name not in self._deaf]:
             request = self._listening(handle)
             try:
@@ -556,7 +557,7 @@ class Client(Submitter):
 
     def _do(self, request: JobRequest, options: DoOptions) -> bytes:
         timeout = options.get("timeout")
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         route = Route(self._servers, request, resubmit=options.get("resubmit", False))
         while True:
             session = self._take_on(route)
@@ -581,7 +582,7 @@ class Client(Submitter):
     def _stream(
         self, request: JobRequest, parts: deque[Part], timeout: float | None
     ) -> Generator[Part | Value[bytes], None, None]:
-        deadline = None if timeout is None else monotonic() + timeout
+        deadline = deadline_in(timeout)
         what = f"job {request.function.decode()}"
         with self._session(self._servers.order(request.key)) as session:
             self._acknowledged(session, request, deadline)

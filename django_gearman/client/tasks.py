@@ -1,7 +1,7 @@
 """
 What both clients have in common: arguments to requests, tasks and their call-backs, parts of a stream.
 
-No I/O and no clock.
+No I/O.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
 from ..addresses import DEFAULT_PORT
@@ -37,6 +38,9 @@ DEFAULT_SERVERS: Final = (f"127.0.0.1:{DEFAULT_PORT}",)
 
 LATEST: Final = 253_370_764_800
 """The year 9999 in seconds since 1970; gearmand closes the connection on numbers too large for it."""
+
+LONGEST_WAIT: Final = 1_000_000.0
+"""Seconds; who allows more waits for ever."""
 
 IN_FLIGHT: Final = 1_000
 """Tasks of one ``run_tasks`` that are with servers at a time."""
@@ -173,6 +177,8 @@ class Task:
         self.known = self.running = False
         self.error: GearmanError | None = None
         self.is_done = False
+        self.resubmit = False
+        """Whether it may go to another server when its connection breaks, though it may run twice then."""
         self._callbacks = callbacks
 
     def __repr__(self) -> str:
@@ -423,16 +429,19 @@ class Submitter:
     ) -> Task:
         """Add the question how a job stands; ``on_status`` gets the answer."""
         argument("handle", handle)
+        _refuse_callbacks(callbacks, "add_task_status()")
         task = Task(None, handle, context, callbacks)
         self._added().append(task)
         return task
 
     def _add(self, request: JobRequest, context: object, callbacks: TaskCallbacks) -> Task:
+        _refuse_callbacks(callbacks, "add_task()")
         task = Task(request, "", context, callbacks)
         self._added().append(task)
         return task
 
     def _take_added(self, callbacks: TaskCallbacks) -> list[Task]:
+        _refuse_callbacks(callbacks, "run_tasks()")
         added = self._added()
         tasks = list(added)
         added.clear()
@@ -451,16 +460,19 @@ class Submitter:
         *,
         background: bool = False,
     ) -> JobRequest:
+        name, key = argument("function", function), argument("unique", unique)
+        if not name:
+            raise ValueError("a job needs the name of a function, such as 'reverse'")
         if not isinstance(workload, bytes):
             raise TypeError(
                 f"the workload of {function} must be bytes, not {type(workload).__name__}; encode it first"
             )
-        if len(workload) + len(function) + len(unique) + 8 > self._max_packet:
+        if len(workload) + len(name) + len(key) + 8 > self._max_packet:
             raise TooLarge(f"the workload of {function}", len(workload), self._max_packet)
         return JobRequest(
-            function=argument("function", function),
+            function=name,
             workload=workload,
-            unique=argument("unique", unique),
+            unique=key,
             priority=priority,
             background=background,
         )
@@ -468,6 +480,7 @@ class Submitter:
     def _waited_for(
         self, function: str, workload: bytes, priority: Priority, options: DoOptions
     ) -> JobRequest:
+        refuse_unknown(options, DoOptions.__optional_keys__, "do()")
         request = self._request(function, workload, options.get("unique", ""), priority)
         request.on_data = options.get("on_data")
         request.on_warning = options.get("on_warning")
@@ -475,7 +488,8 @@ class Submitter:
         return request
 
     def _later(self, function: str, workload: bytes, unique: str, epoch: float) -> JobRequest:
-        if not 0 <= epoch <= LATEST:
+        given: object = epoch
+        if not isinstance(given, int | float) or not 0 <= epoch <= LATEST:
             raise ValueError(f"epoch is a time in seconds since 1970, up to the year 9999, not {epoch!r}")
         request = self._request(function, workload, unique, background=True)
         request.epoch = math.ceil(epoch)
@@ -514,6 +528,13 @@ def server_error(server: str, asked: PacketType, code: bytes, text: bytes) -> Se
     if code.upper() in _UNKNOWN_PACKET:
         return CommandNotSupported(*told, command=asked.name, version="")
     return ServerError(*told)
+
+
+def _refuse_callbacks(callbacks: TaskCallbacks, of: str) -> None:
+    refuse_unknown(callbacks, TaskCallbacks.__optional_keys__, of)
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{name} must be a function of the task, not {callback!r:.200}")
 
 
 class TaskRun:
@@ -596,7 +617,7 @@ class TaskRun:
         for task in there.values():
             request = task.request
             movable = not isinstance(error, TooLarge) and (
-                request is None or request.may_move(resubmit=self._resubmit)
+                request is None or request.may_move(resubmit=self._resubmit or task.resubmit)
             )
             if movable and isinstance(error, ConnectionLost):
                 if request is not None:
@@ -626,6 +647,37 @@ class TaskRun:
 
 def argument(name: str, text: str) -> bytes:
     """A text as an argument of a packet."""
+    given: object = text
+    if not isinstance(given, str):
+        raise TypeError(f"{name} must be a str, not {given!r:.200}")
     if "\0" in text:
         raise ValueError(f"{name} {text!r} has a NUL, which ends an argument on the wire")
-    return text.encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} {text!r} cannot be UTF-8: {error.reason}") from None
+
+
+def deadline_in(timeout: float | None) -> float | None:
+    """
+    The monotonic time at which a time-out is over; None for never.
+
+    Raises:
+        TypeError, ValueError: It is no number of seconds.
+    """
+    given: object = timeout
+    if timeout is None:
+        return None
+    if not isinstance(given, int | float):
+        raise TypeError(f"a time-out is a number of seconds, or None to wait for ever, not {given!r:.200}")
+    if math.isnan(timeout):
+        raise ValueError("a time-out is a number of seconds, or None to wait for ever, not nan")
+    # Sockets take no more.
+    return None if timeout > LONGEST_WAIT else monotonic() + timeout
+
+
+def refuse_unknown(options: Iterable[str], known: Collection[str], of: str) -> None:
+    """Raise for options that a call does not have: nothing else looks at their names."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{of} has no option {name!r}; it has {', '.join(sorted(known))}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from django_gearman import amap_reduce, chain, group, map_reduce
-from django_gearman.exceptions import GroupFailed, JobFailed, ResponseTimeout
+from django_gearman.exceptions import GroupFailed, GroupTimedOut, JobFailed, ResponseTimeout
 from django_gearman.models import JobGroup, JobRecord
 from tests import harness
 from tests.app import jobs
@@ -68,11 +68,16 @@ class TestNow:
 
     def check_time_is_up(self, tmp_path: Path) -> None:
         path = tmp_path / "never"
-        with pytest.raises(GroupFailed) as caught:
+        with pytest.raises(GroupTimedOut) as caught:
             group(jobs.add.s(1), jobs.wait_for_file.s(str(path))).run(timeout=1.0)
-        path.touch()
         assert caught.value.outcomes[0] == 2
         assert isinstance(caught.value.error, ResponseTimeout)
+        # A failure says more.
+        failing = group(jobs.wait_for_file.s(str(path)), jobs.fail.s("no"))
+        with pytest.raises(GroupFailed, match=r"member 1 of the group: .*ValueError: no") as failed:
+            failing.run(timeout=1.0)
+        path.touch()
+        assert isinstance(failed.value.outcomes[0], ResponseTimeout)
 
     def check_chains(self, tmp_path: Path) -> None:
         steps = chain(jobs.add.s(1), group(jobs.add.s(10), jobs.add.si(5)), jobs.total.s(more=7))
