@@ -24,7 +24,7 @@ from django.utils import timezone
 
 from django_gearman import JobContext, Retry, conf, group, job
 from django_gearman.exceptions import ConnectionFailed, GroupFailed, JobFailed
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
 from django_gearman.testing import (
     GearmanCluster,
@@ -108,6 +108,16 @@ class TestRecorded:
         assert [each.id for each in gearman_jobs.enqueued(jobs.shout)] == [third.id]
         assert [each.id for each in gearman_jobs.enqueued("tests.app.jobs.add")] == [first.id]
         assert str(first) == f"tests.app.jobs.add(1, right=2) [{first.id}, READY]"
+
+    def test_limits_hold_nothing_up(self, gearman_jobs: GearmanJobs) -> None:
+        limited = job(rate_limit="1/d", concurrency=1, limit_key="name")(make_user)
+        FunctionLimit.objects.create(function=limited.name, rate="1/d", concurrency=1, by_key=True)
+        for name in ("ann", "bob", "bob"):
+            limited.enqueue(name)
+        assert [each.args for each in gearman_jobs.enqueued(limited)] == [["ann"], ["bob"], ["bob"]]
+        assert gearman_jobs.assert_enqueued(limited, "bob")._record.limit_key == '["bob"]'
+        # The second bob is there already.
+        assert [each.status for each in gearman_jobs.run_all()] == ["SUCCESSFUL", "SUCCESSFUL", "FAILED"]
 
     def test_only_since_it_was_made(self, transactional_db: None) -> None:
         jobs.add.enqueue(1)

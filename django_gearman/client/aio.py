@@ -814,6 +814,9 @@ class AsyncClient(Submitter):
         link.users += 1
         try:
             yield
+        except ConnectionLost:
+            # Nothing comes of it here; its call-backs go along where it is submitted again.
+            raise
         except BaseException:
             if request is not None and not request.is_settled and not request.background:
                 if request.listens:

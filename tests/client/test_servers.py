@@ -366,6 +366,18 @@ class TestResubmission:
         with pytest.raises(ConnectionLost):
             lost.result()
 
+    def test_tasks_that_are_told_to(self) -> None:
+        """Each by itself: what may run twice moves, its neighbour does not."""
+        one, other = self.both(
+            [P.SUBMIT_JOB, P.SUBMIT_JOB], [P.SUBMIT_JOB, self.taken, (P.WORK_COMPLETE, b"H:2", b"r")]
+        )
+        with one as first, other as second, Client(addresses(first, second), timeout=5) as client:
+            stays, moves = client.add_task("f", b"1"), client.add_task("f", b"2")
+            moves.resubmit = True
+            client.run_tasks(timeout=5)
+        assert moves.result() == b"r"
+        assert isinstance(stays.error, ConnectionLost)
+
 
 def addresses(*ports: int) -> list[str]:
     return [f"127.0.0.1:{port}" for port in ports]

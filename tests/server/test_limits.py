@@ -9,6 +9,7 @@ import pytest
 from django_gearman.exceptions import StoreError
 from django_gearman.permits import Limit
 from django_gearman.protocol.packets import PacketType
+from django_gearman.server.entries import StoredJob
 
 from .harness import Caller, Wire, handle
 from .test_journal import Office
@@ -196,6 +197,15 @@ class TestKeys:
             complete(one, got)
         wire.core.tick()
         assert wire.core.limits.limiters[b"f"].gates == {}
+
+    def test_rows_have_theirs_and_packets_of_bytes_share_one(self):
+        """Of a raw job: its workload has no place for a key, its row has."""
+        wire = limited(Wire(), concurrency=1, keyed=True)
+        rows = [(b"H:test:1:r%d" % number, key) for number, key in enumerate([b"a", b"a", b"b"])]
+        wire.core.adopt([StoredJob(name, b"f", b"", b"raw", 0, 0, None, limit_key=key) for name, key in rows])
+        submit(wire, 2, kind=P.SUBMIT_JOB)
+        workers = [worker(wire) for _ in range(5)]
+        assert sorted(filter(None, map(grab, workers))) == [handle(1), b"H:test:1:r0", b"H:test:1:r2"]
 
     @pytest.mark.parametrize("workload", [b"", b"\xff", b"[1]", b'{"limit": 3}', b"[" * 50_000])
     def test_what_has_no_key_has_an_empty_one(self, workload):
