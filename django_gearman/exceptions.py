@@ -43,11 +43,20 @@ sentence what can be done.
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class GearmanError(Exception):
-    """Everything below; never raised itself."""
+    """Everything below; never raised itself. Can be pickled, with its notes."""
+
+    def __reduce__(self) -> Any:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[GearmanError], args: tuple[object, ...], attributes: dict[str, object]) -> GearmanError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ProtocolError(GearmanError):
@@ -349,9 +358,10 @@ class WaitInTransaction(GearmanError, RuntimeError):
         self.job = job
 
     def __str__(self) -> str:
+        what = self.job if self.job.startswith("group ") else f"job {self.job}"
         return (
-            f"get() would wait for job {self.job} inside an open transaction, which hides the job from the "
-            "job server and its end from here; wait after the transaction"
+            f"get() would wait for {what} inside an open transaction, which hides it from the job server "
+            "and its end from here; wait after the transaction"
         )
 
 

@@ -85,6 +85,9 @@ class group(Generic[R]):  # a function, to who uses it
                     f"not {told(member, 'group')}"
                 )
 
+    def __repr__(self) -> str:
+        return f"<group of {self}>"
+
     def __str__(self) -> str:
         return _names(self.members)
 
@@ -217,6 +220,9 @@ class chain(Generic[V]):
         for before, step in pairwise(steps):
             for member in _members(step):
                 _refuse_misfit(member, before)
+
+    def __repr__(self) -> str:
+        return f"<chain of {self}>"
 
     def __str__(self) -> str:
         return " | ".join(_names(_members(step)) for step in self.steps)
@@ -658,7 +664,7 @@ class GroupResult(Generic[V]):
         """
         groups = JobGroup.objects.using(conf.settings_for().database)
         try:
-            return GroupResult(groups.get(pk=int(id)))
+            return GroupResult(groups.get(pk=int(str(id))))
         except (ValueError, OverflowError, JobGroup.DoesNotExist):
             raise GroupDoesNotExist(str(id)) from None
 

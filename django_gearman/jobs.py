@@ -326,9 +326,10 @@ class Job(Generic[P, R]):
             TypeError: Arguments do not fit the function, or JSON cannot carry one; nothing was enqueued.
         """
         options = conf.settings_for()
-        calls = list(calls)
+        given: object = calls
+        calls = list(calls) if isinstance(given, Iterable) else [cast(Any, calls)]
         try:
-            pairs = [(tuple(args), kwargs) for args, kwargs in calls]
+            pairs = [_pair(*call) for call in calls]
         except (TypeError, ValueError):
             raise _no_pair(self.name, calls) from None
         if not pairs:
@@ -597,7 +598,8 @@ class Job(Generic[P, R]):
             return found
         records = JobRecord.objects.using(conf.settings_for().database)
         try:
-            record = records.get(pk=int(id))
+            # A number with a fraction is nobody's id.
+            record = records.get(pk=int(str(id)))
         except (ValueError, OverflowError, JobRecord.DoesNotExist):
             raise JobResultDoesNotExist(str(id)) from None
         if record.function != self.name:
@@ -1283,12 +1285,18 @@ def _result_of(job: Job[Any, Any], assigned: Assigned) -> JobResult[Any]:
     return JobResult(record)
 
 
+def _pair(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """A call of ``enqueue_many``, or a ``TypeError``."""
+    if isinstance(args, str | bytes | Mapping) or not isinstance(kwargs, Mapping):
+        raise TypeError
+    return tuple(args), kwargs
+
+
 def _no_pair(name: str, calls: Sequence[Any]) -> TypeError:
     """Says which call of ``enqueue_many`` is not what it takes."""
     for place, call in enumerate(calls):
         try:
-            args, _ = call
-            tuple(args)
+            _pair(*call)
         except (TypeError, ValueError):
             return TypeError(
                 f"call {place} of {name}.enqueue_many() is {call!r:.200}, and no pair of positional and "

@@ -9,16 +9,28 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 
-from django_gearman import Client, JobContext, amap_reduce, chain, group, job, map_reduce
+from django_gearman import Client, GroupResult, JobContext, amap_reduce, chain, group, job, map_reduce
 from django_gearman.client.aio import AsyncClient
 from django_gearman.exceptions import (
+    CommandNotSupported,
+    ConnectionFailed,
     GearmanError,
+    GroupDoesNotExist,
+    GroupFailed,
+    GroupTimedOut,
     InvalidCall,
     InvalidGroup,
     InvalidJob,
+    JobFailed,
+    JobResultDoesNotExist,
     NotJSON,
+    NoWorker,
     ResponseTimeout,
+    Retry,
+    TooLarge,
+    WaitInTransaction,
 )
 from django_gearman.models import JobGroup, JobRecord
 from django_gearman.registry import registry
@@ -388,8 +400,6 @@ class TestTimeIsUp:
     """``group.run``: a time-out is one, and a failure is another matter."""
 
     def test_a_time_out(self, settings: Any, memory_server: Any) -> None:
-        from django_gearman.exceptions import GroupFailed, GroupTimedOut, NoWorker
-
         settings.GEARMAN = memory_server.setting
         with pytest.raises(
             GroupTimedOut, match=r"2 of 2 members have not ended in time; member 0 of"
@@ -423,3 +433,65 @@ def test_context_is_for_jobs_that_take_it() -> None:
     made.__qualname__ = "made"
     with pytest.raises(InvalidJob, match="its first argument must be `context`"):
         job(takes_context=True)(made)  # type: ignore[arg-type]
+
+
+class TestIds:
+    @pytest.mark.parametrize("id", ["x", "", None, -1, 1.5, 10**30, "1" * 5000, "1.0", True])
+    def test_what_is_no_id(self, gearman_jobs: GearmanJobs, id: Any) -> None:
+        add.enqueue(1)
+        group(add.s(1)).enqueue()
+        with pytest.raises(JobResultDoesNotExist, match="there is no job with the id"):
+            add.get_result(id)
+        with pytest.raises(GroupDoesNotExist, match="there is no group with the id"):
+            GroupResult.find(id)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        5,
+        [5],
+        ["ab"],
+        [("text", {})],
+        [(b"ab", {})],
+        [({"left": 1}, {})],
+        [((1,), None)],
+        [((1,), [2])],
+        [(1, {})],
+    ],
+)
+def test_what_is_no_pair(db: None, calls: Any) -> None:
+    with pytest.raises(TypeError, match=r"call 0 of .*add.enqueue_many\(\) is .*, and no pair of positional"):
+        add.enqueue_many(calls)
+    assert not JobRecord.objects.exists()
+
+
+def test_waiting_in_a_transaction(gearman_jobs: GearmanJobs) -> None:
+    one, many = add.enqueue(1), group(add.s(1)).enqueue()
+    for wait, what in ((one.get, "job "), (many.get, "group "), (one.aget, "job "), (many.aget, "group ")):
+        with pytest.raises(WaitInTransaction, match=rf"get\(\) would wait for {what}\d+ \("):
+            wait() if wait in (one.get, many.get) else async_to_sync(wait)()
+
+
+ERRORS = [
+    NoWorker("job f", 1.0, function="f", waiting=3, server="a:1"),
+    GroupTimedOut(0, "f", ResponseTimeout("job f", 1.0), [1, ResponseTimeout("job f", 1.0)]),
+    JobFailed("f", exception="builtins.ValueError", message="no", traceback="at", data=b"x"),
+    TooLarge("the workload of f", 5, 4, setting="MAX_PACKET"),
+    CommandNotSupported("a:1", "X", "y", command="status", version="1"),
+    ConnectionFailed("a:1", "refused"),
+    InvalidCall("f", "run_after", "it runs at once", "leave it out"),
+    Retry("later", after=timedelta(seconds=3)),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_are_pickled(error: GearmanError) -> None:
+    """As test runners and pools of processes do."""
+    error.add_note("in step 1")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert again.__notes__[-1] == "in step 1"
+    known = {name: value for name, value in vars(error).items() if name not in ("outcomes", "error")}
+    assert {name: vars(again)[name] for name in known} == known

@@ -250,7 +250,7 @@ def get_result(backend: GearmanBackend, result_id: str) -> TaskResult[Any, Any]:
     """``backend.get_result``."""
     records = JobRecord.objects.using(conf.settings_for().database)
     try:
-        record = records.get(pk=int(result_id))
+        record = records.get(pk=int(str(result_id)))
     except (TypeError, ValueError, OverflowError, JobRecord.DoesNotExist):
         raise TaskResultDoesNotExist(result_id) from None
     # The path was written by whoever submitted: it is looked up, not imported.
