@@ -27,6 +27,7 @@ from .client.tasks import Task, deadline_in
 from .continuations import Plan, Stage
 from .encoding import dumps, refuse_unless_json
 from .exceptions import (
+    ConnectionFailed,
     GearmanError,
     GroupDoesNotExist,
     GroupFailed,
@@ -104,6 +105,7 @@ class group(Generic[R]):  # a function, to who uses it
             GroupFailed: A member failed; raised when all have ended, and tells of all.
             GroupTimedOut: The time was up for some, and the others ended well; also a ``ResponseTimeout``.
             InvalidCall: A member has an option that is for later, such as ``run_after``.
+            ConnectionFailed: No job server answers; no member was submitted.
         """
         return self._run(timeout, ())
 
@@ -144,6 +146,8 @@ class group(Generic[R]):  # a function, to who uses it
                 continue
             outcomes.append(member.job._as_told(error) if isinstance(error, JobFailed) else error)
             failed.append(index)
+        if failed and all(isinstance(outcome, ConnectionFailed) for outcome in outcomes):
+            raise outcomes[0]
         if failed:
             # A failure says more than that there was no time for others.
             first = next((i for i in failed if not isinstance(outcomes[i], ResponseTimeout)), failed[0])

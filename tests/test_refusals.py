@@ -419,6 +419,15 @@ class TestTimeIsUp:
         assert noted.value.__notes__[0].startswith("In step 1 of 2 of the chain")
 
 
+def test_a_group_that_nobody_takes(settings: Any) -> None:
+    """As ``job.run``, so that a view has one fall-back for both; with some taken it is another matter."""
+    settings.GEARMAN = {"default": {"SERVERS": ["127.0.0.1:9"]}}
+    with pytest.raises(ConnectionFailed, match="no job server answers"):
+        group(add.s(1), add.s(2)).run(timeout=5)
+    with pytest.raises(ConnectionFailed, match="no job server answers"):
+        asyncio.run(group(add.s(1), add.s(2)).arun(timeout=5))
+
+
 def test_signatures_are_pickled_with_their_options() -> None:
     call = add.using(run_timeout=5.0, resubmit=True).s(1)
     again = pickle.loads(pickle.dumps(call))

@@ -668,7 +668,9 @@ class AsyncClient(Submitter):
     def _note_silence(self, link: _Link, answer_by: float) -> None:
         if monotonic() >= answer_by:
             self._servers.failed(link.server, waited=True)
-            _spend(link)
+        else:
+            self._servers.suspect(link.server)
+        _spend(link)
 
     async def _nobody_came(self, link: _Link, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
         """Why nobody came; asked once for all whose time is up together."""

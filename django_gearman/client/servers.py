@@ -118,7 +118,11 @@ class Servers:
         return circuit is not None and circuit.waits
 
     def trying(self, name: str) -> None:
-        """Somebody connects to it: nobody else is to wait for a server that may still be away."""
+        """
+        Somebody connects to it: nobody else is to wait for a server that may still be away.
+
+        One that is only suspected may be healthy: that passes nobody over.
+        """
         circuit = self._circuits.get(name)
         if circuit is not None and circuit.shut_until <= (now := self._clock()):
             circuit.shut_until = now + circuit.pause
@@ -134,11 +138,16 @@ class Servers:
         circuit = self._circuits.get(name)
         if waited is None:
             waited = circuit is not None and circuit.waits
-        pause = self._circuit if circuit is None else min(circuit.pause * 2, LONGEST_CIRCUIT)
+        pause = self._circuit if circuit is None else min(circuit.pause * 2 or self._circuit, LONGEST_CIRCUIT)
         if not waited:
             # Trying it costs nothing.
             pause = self._circuit
         self._circuits[name] = _Circuit(pause, self._clock() + pause, waits=waited)
+
+    def suspect(self, name: str) -> None:
+        """It did not answer for as long as its caller would wait: others ask first whether it is there."""
+        if name not in self._circuits:
+            self._circuits[name] = _Circuit(0.0, self._clock(), waits=True)
 
     def answered(self, name: str) -> None:
         """It is there."""

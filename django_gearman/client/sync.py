@@ -14,7 +14,7 @@ import ssl
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Final, TypeVar, Unpack
@@ -634,6 +634,8 @@ class Client(Submitter):
     def _note_silence(self, server: str, answer_by: float) -> None:
         if monotonic() >= answer_by:
             self._servers.failed(server, waited=True)
+        else:
+            self._servers.suspect(server)
 
     def _nobody_came(self, server: str, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
         try:
@@ -743,8 +745,11 @@ class Client(Submitter):
                     self._servers.failed(session.server, waited=True)
                 run.lost(session.server, error)
 
-    def _give_up(self, run: TaskRun, servers: Iterable[str], timeout: float) -> None:
-        rows = self._rows_of(servers)
+    def _give_up(self, run: TaskRun, sessions: Mapping[str, _Session], timeout: float) -> None:
+        for server, session in sessions.items():
+            if session.protocol.awaits_answer:
+                self._servers.suspect(server)
+        rows = self._rows_of(sessions)
 
         def late(task: Task) -> ResponseTimeout:
             error = ResponseTimeout(f"job {task.function}", timeout)

@@ -13,7 +13,7 @@ import pytest
 
 from django_gearman.client.servers import Servers
 from django_gearman.client.sync import Client
-from django_gearman.exceptions import ConnectionFailed, ConnectionLost, ResponseTimeout
+from django_gearman.exceptions import ConnectionFailed, ConnectionLost, GearmanError, ResponseTimeout
 from django_gearman.protocol.packets import PacketType
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
@@ -76,6 +76,23 @@ class TestPreference:
         assert servers.order() == ["b:2"], "the others do not wait for it meanwhile"
         servers.answered("a:1")
         assert servers.order() == ["a:1", "b:2"]
+
+    def test_one_that_is_suspected_is_asked_by_all(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:1], clock=clock)
+        servers.suspect("a:1")
+        assert servers.may_hang("a:1")
+        servers.trying("a:1")
+        assert servers.order() == ["a:1"], "it may be there, and only slow"
+        servers.failed("a:1", waited=True)
+        assert servers.order() == []
+        clock.now += 5.1
+        servers.suspect("a:1")
+        servers.failed("a:1", waited=True)
+        clock.now += 5.1
+        assert servers.order() == [], "ten seconds, the second time"
+        servers.answered("a:1")
+        assert not servers.may_hang("a:1")
 
     def test_longer_each_time_up_to_a_minute(self) -> None:
         clock = Clock()
@@ -230,6 +247,38 @@ class TestFailOver:
                 began = time.monotonic()
                 assert client.echo(b"x") == b"x"
                 assert time.monotonic() - began < 0.2
+            finally:
+                one.signal(signal.SIGCONT)
+
+    @pytest.mark.parametrize("how", ["do", "run_tasks"])
+    def test_one_that_hangs_longer_than_its_callers_wait(
+        self, two: list[harness.GearmanServerProcess], how: str
+    ) -> None:
+        """Each has a little time alone; the second finds out that nobody is there, and the third is told."""
+        (one, _), took = two, []
+        with Client([one.address], timeout=30, connect_timeout=0.6) as client:
+
+            def ask() -> type[Exception]:
+                began = time.monotonic()
+                try:
+                    if how == "do":
+                        client.do("f", timeout=0.2)
+                    else:
+                        task = client.add_task("f")
+                        client.run_tasks(timeout=0.2)
+                        task.result()
+                except GearmanError as error:
+                    took.append(time.monotonic() - began)
+                    return type(error)
+                raise AssertionError("it hangs")
+
+            client.echo(b"x")
+            one.signal(signal.SIGSTOP)
+            try:
+                assert ask() is ResponseTimeout
+                assert [ask() for _ in range(2)] == [ConnectionFailed] * 2
+                assert 0.5 < took[1] < 1.5
+                assert took[2] < 0.2
             finally:
                 one.signal(signal.SIGCONT)
 
