@@ -46,6 +46,9 @@ def plus(left: int, right: int) -> int:
     return left + right
 
 
+async def coroutine(task: object) -> None: ...
+
+
 def awaited(call: Callable[[], Any]) -> Callable[[], Any]:
     async def main() -> Any:
         return await call()
@@ -270,6 +273,11 @@ class TestClients:
             (lambda client: client.do("f", unique="\ud800"), ValueError, "cannot be UTF-8"),
             (lambda client: client.do_background("f\0g"), ValueError, "has a NUL"),
             (lambda client: client.do_epoch("f", epoch="now"), ValueError, "epoch is a time in seconds"),
+            (lambda client: client.echo("x"), TypeError, "what is to be echoed must be bytes, not str"),
+            (lambda client: client.do("f", on_data=3), TypeError, "on_data must be a function, not 3"),
+            (lambda client: client.do("f", on_data=coroutine), TypeError, "must be a plain function: nobody"),
+            (lambda client: client.run_tasks(limit=0), ValueError, "limit is how many tasks .* at least 1"),
+            (lambda client: client.run_tasks(limit="x"), ValueError, "limit is how many tasks"),
             (lambda client: client.job_status(None), TypeError, "handle must be a str, not None"),
         ],
     )
@@ -283,11 +291,30 @@ class TestClients:
         client = Client()
         with pytest.raises(TypeError, match=r"add_task\(\) has no option 'on_done'; it has on_complete, "):
             client.add_task("f", on_done=print)  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="on_complete must be a function of the task, not 3"):
+        with pytest.raises(TypeError, match="on_complete must be a function, not 3"):
             client.add_task_status("H:1", on_complete=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="on_fail must be a plain function: nobody would await"):
+            client.add_task("f", on_fail=coroutine)
         with pytest.raises(TypeError, match=r"run_tasks\(\) has no option 'on_finished'"):
             client.run_tasks(on_finished=print)  # type: ignore[call-arg]
         assert client.run_tasks() == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ({"servers": None}, "servers must be a sequence"),
+            ({"servers": [("127.0.0.1", 4730)]}, r"a server is a text such as .*, not \('127"),
+            ({"servers": ["a:b"]}, "is not an address"),
+            ({"timeout": 0}, "timeout must be a number of seconds above 0, not 0"),
+            ({"timeout": "5"}, "timeout must be a number of seconds"),
+            ({"connect_timeout": -1}, "connect_timeout must be a number of seconds above 0"),
+            ({"connect_timeout": float("nan")}, "connect_timeout must be a number of seconds above 0"),
+        ],
+    )
+    def test_what_they_are_made_of(self, arguments: dict[str, Any], sentence: str) -> None:
+        for kind in (Client, AsyncClient):
+            with pytest.raises(ValueError, match=sentence):
+                kind(**arguments)
 
 
 class TestArguments:

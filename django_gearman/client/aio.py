@@ -56,6 +56,7 @@ from .tasks import (
     deadline_in,
     job_status,
     nobody_came,
+    refuse_no_bytes,
     result_of,
     server_error,
     unique_status,
@@ -472,9 +473,9 @@ class AsyncClient(Submitter):
         **callbacks: Unpack[TaskCallbacks],
     ) -> list[Task]:
         """Submit the tasks that this asyncio task has added, and wait for each. See ``Client.run_tasks``."""
-        tasks = self._take_added(callbacks)
+        tasks = self._take_added(callbacks, limit)
         deadline = deadline_in(timeout)
-        free = asyncio.Semaphore(max(limit, 1))
+        free = asyncio.Semaphore(limit)
 
         async def run(task: Task) -> None:
             try:
@@ -544,6 +545,7 @@ class AsyncClient(Submitter):
 
     async def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
+        refuse_no_bytes("what is to be echoed", data)
         _, arguments = await self._ask(
             self._servers.order(), PacketType.ECHO_REQ, data, answers=PacketType.ECHO_RES
         )

@@ -57,6 +57,7 @@ from .tasks import (
     deadline_in,
     job_status,
     nobody_came,
+    refuse_no_bytes,
     result_of,
     server_error,
     unique_status,
@@ -387,7 +388,7 @@ class Client(Submitter):
         Returns:
             The tasks, in the order they were added.
         """
-        tasks = self._take_added(callbacks)
+        tasks = self._take_added(callbacks, limit)
         self.run_fed(TaskRun(tasks, limit=limit, resubmit=resubmit), timeout=timeout)
         return tasks
 
@@ -489,6 +490,7 @@ class Client(Submitter):
 
     def echo(self, data: bytes) -> bytes:
         """The same bytes, from the server: whether it is there, and how far away. PROTOCOL: ECHO_REQ."""
+        refuse_no_bytes("what is to be echoed", data)
         _, arguments = self._ask(
             self._servers.order(), PacketType.ECHO_REQ, data, answers=PacketType.ECHO_RES
         )

@@ -11,6 +11,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from time import monotonic
 from typing import Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
 
@@ -225,7 +226,8 @@ class Task:
         failure = JobFailed(self.function, data=request.data, **exception_of(request.data))
         if request.outcome is PacketType.WORK_EXCEPTION:
             self.error, self.is_done = failure, True
-            self._call("on_exception")
+            # Who knows of one call-back alone is to hear of every failure by that.
+            self._call("on_exception" if self._callbacks.get("on_exception") else "on_fail")
             return
         self.fail(failure)
 
@@ -279,7 +281,11 @@ class TaskCallbacks(TypedDict, total=False):
     on_status: TaskHandler
     on_complete: TaskHandler
     on_fail: TaskHandler
-    """There is no result: ``error`` says why, be it the job's failure, a time-out or a lost server."""
+    """
+    There is no result: ``error`` says why, be it the job's failure, a time-out or a lost server.
+
+    Of what the function raised only where there is no ``on_exception``.
+    """
     on_exception: TaskHandler
     """The function raised: ``data`` is what its worker says of that."""
 
@@ -330,9 +336,13 @@ class Submitter:
         circuit: float = CIRCUIT,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        for name, seconds in (("connect_timeout", connect_timeout), ("timeout", timeout)):
+            given: object = seconds
+            if not isinstance(given, int | float) or not seconds > 0:
+                raise ValueError(f"{name} must be a number of seconds above 0, not {given!r:.200}")
         self._servers = Servers(servers, spread=spread, circuit=circuit)
-        self._connect_timeout = connect_timeout
-        self._timeout = timeout
+        self._connect_timeout = min(connect_timeout, LONGEST_WAIT)
+        self._timeout = min(timeout, LONGEST_WAIT)
         self._max_packet = max_packet
         self._tls = tls
         self._deaf: set[str] = set()
@@ -440,8 +450,10 @@ class Submitter:
         self._added().append(task)
         return task
 
-    def _take_added(self, callbacks: TaskCallbacks) -> list[Task]:
+    def _take_added(self, callbacks: TaskCallbacks, limit: int = IN_FLIGHT) -> list[Task]:
         _refuse_callbacks(callbacks, "run_tasks()")
+        if type(limit) is not int or limit < 1:
+            raise ValueError(f"limit is how many tasks are with servers at a time, at least 1, not {limit!r}")
         added = self._added()
         tasks = list(added)
         added.clear()
@@ -463,10 +475,7 @@ class Submitter:
         name, key = argument("function", function), argument("unique", unique)
         if not name:
             raise ValueError("a job needs the name of a function, such as 'reverse'")
-        if not isinstance(workload, bytes):
-            raise TypeError(
-                f"the workload of {function} must be bytes, not {type(workload).__name__}; encode it first"
-            )
+        refuse_no_bytes(f"the workload of {function}", workload)
         if len(workload) + len(name) + len(key) + 8 > self._max_packet:
             raise TooLarge(f"the workload of {function}", len(workload), self._max_packet)
         return JobRequest(
@@ -481,6 +490,8 @@ class Submitter:
         self, function: str, workload: bytes, priority: Priority, options: DoOptions
     ) -> JobRequest:
         refuse_unknown(options, DoOptions.__optional_keys__, "do()")
+        for name in ("on_data", "on_warning", "on_status"):
+            refuse_no_callback(name, options.get(name))
         request = self._request(function, workload, options.get("unique", ""), priority)
         request.on_data = options.get("on_data")
         request.on_warning = options.get("on_warning")
@@ -533,8 +544,15 @@ def server_error(server: str, asked: PacketType, code: bytes, text: bytes) -> Se
 def _refuse_callbacks(callbacks: TaskCallbacks, of: str) -> None:
     refuse_unknown(callbacks, TaskCallbacks.__optional_keys__, of)
     for name, callback in callbacks.items():
-        if callback is not None and not callable(callback):
-            raise TypeError(f"{name} must be a function of the task, not {callback!r:.200}")
+        refuse_no_callback(name, callback)
+
+
+def refuse_no_callback(name: str, callback: object) -> None:
+    """Raise for what cannot be called back; None is for nothing."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{name} must be a function, not {callback!r:.200}")
+    if iscoroutinefunction(callback):
+        raise TypeError(f"{name} must be a plain function: nobody would await {callback!r:.200}")
 
 
 class TaskRun:
@@ -656,6 +674,13 @@ def argument(name: str, text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} {text!r} cannot be UTF-8: {error.reason}") from None
+
+
+def refuse_no_bytes(what: str, data: bytes) -> None:
+    """Raise for what is no bytes."""
+    given: object = data
+    if not isinstance(given, bytes):
+        raise TypeError(f"{what} must be bytes, not {type(given).__name__}; encode it first")
 
 
 def deadline_in(timeout: float | None) -> float | None:

@@ -83,6 +83,13 @@ class TestTasks:
         assert log.of("raised") == [created, ("exception", b"ValueError('no')")]
         assert log.of("kept") == [created]
 
+    def test_on_fail_hears_of_what_was_raised_where_nothing_else_does(self, client: Any) -> None:
+        told: list[object] = []
+        client.add_task("fail", b"no")
+        client.add_task("fail", b"no", on_exception=lambda task: told.append("exception"))
+        client.run_tasks(timeout=10, on_fail=lambda task: told.append(type(task.error)))
+        assert sorted(told, key=str) == [JobFailed, "exception"]
+
     def test_results_come_in_order(self, client: Any) -> None:
         tasks = [client.add_task("reverse", b"%d" % number) for number in range(300)]
         assert client.run_tasks(timeout=20) == tasks
