@@ -11,6 +11,9 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ValueError: It is none of these.
     """
+    given: object = address
+    if not isinstance(given, str):
+        raise ValueError(f"{given!r} is not an address such as 127.0.0.1:4730")
     host, separator, port = address.rpartition(":")
     if not separator or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)

@@ -683,6 +683,13 @@ class GroupResult(Generic[V]):
     def __repr__(self) -> str:
         return f"<GroupResult {self.id} {self.name}: {self.finished} of {self.total}>"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same group, whatever is known of it."""
+        return self.id == other.id if isinstance(other, GroupResult) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
     @property
     def id(self) -> str:
         return str(self._group.pk)

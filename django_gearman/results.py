@@ -91,6 +91,15 @@ class JobResult(Generic[R]):
     def __repr__(self) -> str:
         return f"<JobResult {self.id} {self._record.function} {self.status}>"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same job, whatever is known of it."""
+        if not isinstance(other, JobResult):
+            return NotImplemented
+        return (self.id, self.function) == (other.id, other.function)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
     _made_of: tuple[JobRecord, int, bytes]
 
     @property

@@ -279,7 +279,17 @@ class GearmanJobs:
         return RecordedJob(JobRecord.objects.using(self._using).get(handle=handle))
 
     def fail_with(self, job: Which, error: BaseException) -> None:
-        """From now on, every attempt at the function raises this instead of running it."""
+        """
+        From now on, every attempt at the function raises this instead of running it.
+
+        Raises:
+            TypeError: That is no exception.
+        """
+        given: object = error
+        if not isinstance(given, BaseException):
+            raise TypeError(
+                f"what the function is to raise is an exception, such as ValueError(), not {given!r}"
+            )
         self._raised[_name_of(job)] = error
 
     def _run_next(self) -> str | None:
@@ -296,9 +306,13 @@ class GearmanJobs:
 
 
 def _name_of(job: Which) -> str:
-    if isinstance(job, str):
-        return job
-    return job.name if isinstance(job, Job) else job.module_path
+    given: object = job
+    if isinstance(given, str):
+        return given
+    name = given.name if isinstance(given, Job) else getattr(given, "module_path", None)
+    if not isinstance(name, str):
+        raise TypeError(f"a function is a @job, a @task or a name on the wire, not {given!r:.200}")
+    return name
 
 
 def _bound(job: Which, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

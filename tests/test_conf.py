@@ -93,7 +93,7 @@ class TestValues:
             ({"default": {3: 1}}, r"\[3\] is not a setting"),
             ({"default": {"SERVERS": "127.0.0.1:4730"}}, r"\['SERVERS'\] must be a list such as"),
             ({"default": {"SERVERS": []}}, "must be a list"),
-            ({"default": {"SERVERS": [4730]}}, r"\['SERVERS'\]: "),
+            ({"default": {"SERVERS": [4730]}}, r"\['SERVERS'\]: 4730 is not an address"),
             ({"default": {"SERVERS": ["host:port"]}}, "'host:port' is not an address such as 127.0.0.1:4730"),
             ({"default": {"SERVERS": [":4730"]}}, "is not an address"),
             ({"default": {"SERVERS": ["a:65536"]}}, "is not an address"),

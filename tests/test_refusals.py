@@ -303,7 +303,7 @@ class TestClients:
         ("arguments", "sentence"),
         [
             ({"servers": None}, "servers must be a sequence"),
-            ({"servers": [("127.0.0.1", 4730)]}, r"a server is a text such as .*, not \('127"),
+            ({"servers": [("127.0.0.1", 4730)]}, r"^\('127.0.0.1', 4730\) is not an address such as"),
             ({"servers": ["a:b"]}, "is not an address"),
             ({"timeout": 0}, "timeout must be a number of seconds above 0, not 0"),
             ({"timeout": "5"}, "timeout must be a number of seconds"),
@@ -480,6 +480,18 @@ class TestIds:
             add.get_result(id)
         with pytest.raises(GroupDoesNotExist, match="there is no group with the id"):
             GroupResult.find(id)
+
+
+def test_results_are_equal_by_what_they_are_of(gearman_jobs: GearmanJobs) -> None:
+    one, other = add.enqueue_many([((1,), {}), ((1,), {})])
+    assert add.get_result(one.id) == one != other
+    assert {one, other, add.get_result(one.id)} == {one, other}
+    made, later_one = group(add.s(1)).enqueue(), group(add.s(1)).enqueue()
+    gearman_jobs.run_all()
+    assert GroupResult.find(made.id) == made != later_one
+    assert len({made, GroupResult.find(made.id)}) == 1
+    assert gearman_jobs.enqueued()[0] == one
+    assert one != one.id
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,10 @@ def finished(result: Any, jobs: GearmanJobs) -> Any:
     return result
 
 
+HOLDS_ITSELF: list[Any] = []
+HOLDS_ITSELF.append(HOLDS_ITSELF)
+
+
 class TestTask:
     """``test_tasks.py``: what holds of a task on any backend."""
 
@@ -246,6 +250,25 @@ class TestTask:
     def test_options_that_it_does_not_have(self, options: dict[str, Any], sentence: str) -> None:
         with pytest.raises(InvalidTask, match=sentence):
             task(**options)(tasks.noop_task.func)
+
+    def test_moments(self) -> None:
+        with pytest.raises(
+            InvalidTask, match=r"must be a datetime, such as timezone\.now.*, not datetime\.timed"
+        ):
+            tasks.noop_task.using(run_after=timedelta(hours=1))
+
+    @pytest.mark.parametrize(
+        ("value", "error", "sentence"),
+        [
+            (float("nan"), ValueError, "argument 1 of .*noop_task is nan, which JSON cannot carry"),
+            (10**5000, ValueError, "argument 1 of .*noop_task has more digits than JSON's readers take"),
+            (HOLDS_ITSELF, TypeError, "argument 1 of .*noop_task is nested too deeply, or contains itself"),
+        ],
+    )
+    @pytest.mark.django_db
+    def test_arguments(self, value: Any, error: type[Exception], sentence: str) -> None:
+        with pytest.raises(error, match=sentence):
+            tasks.noop_task.enqueue(value)
 
     def test_calls_are_of_jobs(self) -> None:
         with pytest.raises(AttributeError, match=r"a task has no s\(\): .* declare it with @job"):

@@ -119,6 +119,14 @@ class TestRecorded:
         # The second bob is there already.
         assert [each.status for each in gearman_jobs.run_all()] == ["SUCCESSFUL", "SUCCESSFUL", "FAILED"]
 
+    def test_what_is_no_function(self, gearman_jobs: GearmanJobs) -> None:
+        for thing in (5, len, jobs.add.function):
+            with pytest.raises(TypeError, match="a function is a @job, a @task or a name on the wire, not "):
+                gearman_jobs.enqueued(thing)  # type: ignore[arg-type]
+        for error in ("boom", ValueError):
+            with pytest.raises(TypeError, match="what the function is to raise is an exception"):
+                gearman_jobs.fail_with(jobs.add, error)  # type: ignore[arg-type]
+
     def test_only_since_it_was_made(self, transactional_db: None) -> None:
         jobs.add.enqueue(1)
         with GearmanJobs() as recorded:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -165,6 +165,12 @@ class _WithOptions(BaseTaskBackend):
         priority: object = task.priority
         if not isinstance(priority, int | float):
             raise InvalidTask(f"priority of {task.module_path} must be a whole number, not {priority!r}")
+        run_after: object = task.run_after
+        if run_after is not None and not isinstance(run_after, datetime):
+            raise InvalidTask(
+                f"run_after of {task.module_path} must be a datetime, such as timezone.now() + "
+                f"timedelta(hours=1), not {run_after!r}"
+            )
         super().validate_task(task)
         path = task.module_path
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):

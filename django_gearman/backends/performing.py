@@ -292,11 +292,12 @@ def as_json(value: object, what: str) -> Any:
     """
     try:
         return json.loads(json.dumps(normalize_json(value), allow_nan=False))
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
         try:
             refuse_unless_json(value, what)
         except TypeError as told:
-            raise TypeError(f"{error}: {told}") from None
+            raise kind(f"{error}: {told}") from None
         raise
 
 

@@ -68,9 +68,6 @@ class Servers:
         if isinstance(names, str) or not names:
             raise ValueError(f'servers must be a sequence such as ["127.0.0.1:4730"], not {names!r}')
         for name in names:
-            given: object = name
-            if not isinstance(given, str):
-                raise ValueError(f'a server is a text such as "127.0.0.1:4730", not {name!r}')
             split_address(name)  # raises what is wrong with it, now rather than at the first use
         self.names = tuple(dict.fromkeys(names))
         self._circuit = circuit
