@@ -83,7 +83,7 @@ class group(Generic[R]):  # a function, to who uses it
             if not isinstance(member, Signature):
                 raise InvalidGroup(
                     "a member of a group is a call of a job, such as resize.s(1), "
-                    f"not {told(member, 'group')}"
+                    f"not {_told(member, 'group')}"
                 )
 
     def __repr__(self) -> str:
@@ -219,7 +219,7 @@ class chain(Generic[V]):
             if not isinstance(step, Signature | group):
                 raise InvalidGroup(
                     "a step of a chain is a call of a job, such as resize.s(1), or a group of them, "
-                    f"not {told(step, 'chain')}"
+                    f"not {_told(step, 'chain')}"
                 )
         for before, step in pairwise(steps):
             for member in _members(step):
@@ -357,31 +357,20 @@ def _is_many(thing: object) -> bool:
     return isinstance(thing, Iterable) and not isinstance(thing, str | bytes | group | chain)
 
 
-def told(thing: object, of: str) -> str:
+def _told(thing: object, of: str) -> str:
     """
     What somebody took for a call of a job, and what to write instead.
 
     Args:
         of: What it was to be a part of, such as ``group``; empty where it can be one call alone.
     """
-    if isinstance(thing, Job):
-        return f"the job itself; write {thing.name.rpartition('.')[2]}.s(...)"
     if isinstance(thing, chain):
         return f"a chain; write {of}(*its.steps, ...)" if of == "chain" else "a chain, whose steps are calls"
     if isinstance(thing, group):
         return f"a group; write {of}(*its.members, ...)" if of else "a group, whose members are calls"
-    if isinstance(thing, Signature):
-        return f"the call {thing}; hand in the job itself"
-    if isinstance(thing, JobResult):
-        return f"a job that is enqueued already; write {thing.function.rpartition('.')[2]}.s(...)"
-    if hasattr(thing, "module_path"):
-        return f"the task {thing.module_path}; only functions with @job have such calls, by .s(...)"
-    name = getattr(thing, "__name__", None)
-    if callable(thing) and isinstance(name, str):
-        return f"the function {name}; decorate it with @job and write {name}.s(...)"
     if _is_many(thing):
         return f"a {type(thing).__name__}" + (f"; write {of}(*calls)" if of else " of them")
-    return f"{thing!r:.200}; was the function called? Write .s(...) in place of the plain call"
+    return jobs.told(thing)
 
 
 def _names(members: Sequence[Signature[Any]]) -> str:
@@ -438,7 +427,7 @@ def _enqueue(
         )
     for name, following in (("on_success", on_success), ("on_complete", on_complete)):
         if following is not None and not isinstance(following, Signature):
-            raise InvalidGroup(f"{name} is one call of a job, such as tell.si(7), not {told(following, '')}")
+            raise InvalidGroup(f"{name} is one call of a job, such as tell.si(7), not {_told(following, '')}")
     if on_success is not None:
         _refuse_misfit(on_success, steps[-1])
     return _Insertion(steps, options).insert(on_success, on_complete)

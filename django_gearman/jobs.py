@@ -917,6 +917,22 @@ class Signature(Generic[R]):
         return f"{self.job.name}({', '.join(given)})"
 
 
+def told(thing: object) -> str:
+    """What somebody took for a call of a job, and what to write instead."""
+    if isinstance(thing, Job):
+        return f"the job itself; write {thing.name.rpartition('.')[2]}.s(...)"
+    if isinstance(thing, Signature):
+        return f"the call {thing}; hand in the job itself"
+    if isinstance(thing, JobResult):
+        return f"a job that is enqueued already; write {thing.function.rpartition('.')[2]}.s(...)"
+    if hasattr(thing, "module_path"):
+        return f"the task {thing.module_path}; only functions with @job have such calls, by .s(...)"
+    name = getattr(thing, "__name__", None)
+    if callable(thing) and isinstance(name, str):
+        return f"the function {name}; decorate it with @job and write {name}.s(...)"
+    return f"{thing!r:.200}; was the function called? Write .s(...) in place of the plain call"
+
+
 _RESULTS: Final = f'"{continuations.RESULTS}"'.encode()
 
 

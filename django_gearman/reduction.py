@@ -17,8 +17,7 @@ from typing import Any, Final, TypeVar, overload
 from .client.core import JobRequest
 from .client.tasks import Task, TaskRun, deadline_in
 from .exceptions import CommandNotSupported, GearmanError, InvalidGroup, JobFailed, ResponseTimeout
-from .groups import told
-from .jobs import Job
+from .jobs import Job, told
 from .submission import async_client_for, client_for
 
 T = TypeVar("T")
@@ -207,7 +206,7 @@ class _Reduction:
         initial: Any,
     ) -> None:
         if not isinstance(mapper, Job):
-            what = told(mapper, "").partition(" and write ")[0]
+            what = told(mapper).partition(" and write ")[0]
             raise InvalidGroup(f"the mapper is a @job that takes a list of items, not {what}")
         if not callable(reducer):
             raise InvalidGroup(f"the reducer is a @job or a function of two results, not {reducer!r:.200}")

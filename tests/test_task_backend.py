@@ -264,6 +264,7 @@ class TestTask:
             (10**5000, ValueError, "argument 1 of .*noop_task has more digits than JSON's readers take"),
             (HOLDS_ITSELF, TypeError, "argument 1 of .*noop_task is nested too deeply, or contains itself"),
         ],
+        ids=["nan", "digits", "itself"],
     )
     @pytest.mark.django_db
     def test_arguments(self, value: Any, error: type[Exception], sentence: str) -> None:

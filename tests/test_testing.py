@@ -23,7 +23,7 @@ from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
 from django_gearman import JobContext, Retry, conf, group, job
-from django_gearman.exceptions import ConnectionFailed, GroupFailed, JobFailed
+from django_gearman.exceptions import ConnectionFailed, JobFailed
 from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
 from django_gearman.testing import (
@@ -188,7 +188,7 @@ class TestRecorded:
     def test_no_server_is_reached(self, gearman_jobs: GearmanJobs) -> None:
         with pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:9 .* or ask for gearman_cluster$"):
             jobs.add.run(1)
-        with pytest.raises(GroupFailed, match=r"ask for gearman_cluster$"):
+        with pytest.raises(ConnectionFailed, match=r"ask for gearman_cluster$"):
             group(jobs.add.s(1)).run()
 
 
