@@ -218,7 +218,9 @@ class TestRun:
         jobs.fail_first.enqueue(1)
         one = gearman_jobs.run_one()
         assert one is not None
-        assert (one.status, one.attempts) == ("RETRYING", 1)
+        # On a busy machine its pause of 50 ms may be over by now.
+        assert one.status in ("RETRYING", "READY")
+        assert one.attempts == 1
         (pending,) = gearman_jobs.pending
         assert pending.id == one.id
         one = gearman_jobs.run_one()
