@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from functools import cached_property
+from operator import index
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -122,10 +123,21 @@ class JobContext:
 
         Waiting clients and the admin see it. Cheap enough for an inner loop: no
         more than ten a second leave, and the last one within a tenth of a second.
+
+        Raises:
+            TypeError: They are no whole numbers.
         """
         progress = (numerator, denominator)
         if progress == self._progress:
             return
+        try:
+            # numpy's numbers are whole ones, too.
+            index(numerator), index(denominator)
+        except TypeError:
+            raise TypeError(
+                f"context.set_progress() takes two whole numbers, such as 3 and 10, not {numerator!r:.50} and "
+                f"{denominator!r:.50}; a fraction is round(100 * fraction) of 100"
+            ) from None
         self._progress = progress
         held_back = self._unreported is not None
         self._unreported = progress

@@ -463,6 +463,17 @@ def test_signatures_are_pickled_with_their_options() -> None:
     assert [len(both[0].members), len(both[1].steps)] == [2, 2]
 
 
+@pytest.mark.parametrize("progress", [(0.5, 1), (1, 2.0), ("1", "2"), (None, 3), (float("nan"), 1)])
+def test_progress_is_of_whole_numbers(progress: Any) -> None:
+    """What cannot be sent is refused where it is said, and not when it leaves."""
+    context = JobContext()
+    context.set_progress(1, 2)
+    with pytest.raises(TypeError, match=r"two whole numbers, such as 3 and 10, not .*; a fraction is round"):
+        context.set_progress(*progress)
+    context.flush()
+    assert context._progress == (1, 2)
+
+
 def test_context_is_for_jobs_that_take_it() -> None:
     def made(left: int, context: JobContext) -> None: ...
 
