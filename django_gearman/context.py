@@ -135,8 +135,8 @@ class JobContext:
             index(numerator), index(denominator)
         except TypeError:
             raise TypeError(
-                f"context.set_progress() takes two whole numbers, such as 3 and 10, not {numerator!r:.50} and "
-                f"{denominator!r:.50}; a fraction is round(100 * fraction) of 100"
+                f"context.set_progress() takes two whole numbers, such as 3 and 10, not {numerator!r:.50} "
+                f"and {denominator!r:.50}; a fraction is round(100 * fraction) of 100"
             ) from None
         self._progress = progress
         held_back = self._unreported is not None
