@@ -3,7 +3,7 @@ What is kept: one row per job, which is the durable queue and the record that
 the admin shows, one row per job server, and one per schedule.
 
 No behaviour here beyond what a row *is*. Rows are inserted by ``submission.py``
-and ``groups.py`` (the database door) and by ``store.py`` (the wire door);
+and ``groups.py`` (the database door) and by ``store`` (the wire door);
 outcomes are written by job servers alone. What fires schedules is in
 ``scheduler.py``.
 """

@@ -38,8 +38,9 @@ from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_requ
 from .protocol.reader import PacketReader
 from .registry import queue_of, registry
 from .results import JobResult
-from .server.core import JobServer, ServerOptions
+from .server.core import JobServer
 from .server.journal import Journal
+from .server.options import ServerOptions
 from .store import DatabaseStore
 from .testing_process import VARIABLE
 from .worker.loop import AssignedJob

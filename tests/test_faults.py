@@ -20,8 +20,10 @@ from django.db import OperationalError, connections
 from django_gearman.exceptions import StoreError
 from django_gearman.models import JobRecord, ServerLease
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.core import NORMAL, JobServer, ServerOptions
+from django_gearman.server.core import JobServer
+from django_gearman.server.jobs import NORMAL
 from django_gearman.server.journal import Journal
+from django_gearman.server.options import ServerOptions
 from django_gearman.store import DatabaseStore
 from django_gearman.store.database import Database
 
@@ -327,7 +329,9 @@ class World:
         for name in names:
             # Outside of the column's constraint: the database itself refuses the row.
             priority = 101 if bad else NORMAL
-            self.core._submit(client.peer, [b"f", unique, name.encode()], priority, background=True)
+            self.core.submissions.submit(
+                client.peer, [b"f", unique, name.encode()], priority, background=True
+            )
             self.waiting.append(Submission(name, client, bad))
 
     def put(self, *names: str) -> None:

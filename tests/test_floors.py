@@ -171,7 +171,7 @@ class TestFloors:
 
     def test_check_sees_imports_wherever_they_stand(self):
         """Else all of the above would hold of nothing."""
-        assert "django_gearman.protocol.packets.CLAIM" in imports("server/core.py")
+        assert "django_gearman.protocol.packets.ATTEMPTS" in imports("server/core.py")
         assert "django_gearman.server.core.JobServer" in imports("management/commands/gearman_server.py")
         assert "uvloop" in imports("management/commands/gearman_server.py")
         assert "client" not in of_the_house("__init__.py")

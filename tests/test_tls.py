@@ -33,7 +33,8 @@ from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import door
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, ServerOptions
+from django_gearman.server.core import JobServer
+from django_gearman.server.options import ServerOptions
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from django_gearman.submission import client_for
 from django_gearman.tls import TLSFilesError, client_context, server_context

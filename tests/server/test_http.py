@@ -16,8 +16,10 @@ import pytest
 from django_gearman.protocol.packets import RESPONSE, PacketType
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, Peer, ServerOptions
+from django_gearman.server.core import JobServer
 from django_gearman.server.http import MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
+from django_gearman.server.options import ServerOptions
+from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from tests import harness, needs
 

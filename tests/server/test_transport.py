@@ -16,9 +16,11 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import CLAIM, RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import Packet, PacketReader
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, Peer, ServerOptions, Shutdown
+from django_gearman.server.core import JobServer
 from django_gearman.server.entries import Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
+from django_gearman.server.options import ServerOptions, Shutdown
+from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 
 from .harness import handle
