@@ -100,8 +100,10 @@ class SetOperations:
         assignments = ", ".join(f"{column(name)} = v.{c}" for name, c in zip(names, new, strict=True))
         sql = (
             f"UPDATE {self._db.table} t SET {assignments} FROM unnest({arrays}) v(handle, {', '.join(new)}) "  # noqa: S608
-            f"WHERE t.{column('handle')} = v.handle AND {self._mine}"
+            # Not an index of the server: it finds far more rows than one.
+            f"WHERE t.{column('handle')} = v.handle AND {self._mine} IS TRUE"
         )
+        self._db.look_up(len(handles))
         self._change(sql, [*map(array, [handles, *columns]), self._lease.id])
 
     def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[tuple[Any, ...]]) -> None:

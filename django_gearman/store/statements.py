@@ -185,16 +185,19 @@ class Statements:
         # What another server had keeps its handle.
         handle = f"COALESCE({columns['handle']}, {made})"
         by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
+        is_unclaimed = f"({server} IS NULL AND {status} IN ({at_door}))"
+        if is_postgres:
+            # Not an index of the status, which all that wait have.
+            is_unclaimed += " IS TRUE"
         self._take = (
             f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
             f"{columns['server_epoch']} = %s, {status} = %s "
-            f"WHERE {server} IS NULL AND {status} IN ({at_door}) AND {columns['id']} IN "
+            f"WHERE {is_unclaimed} AND {columns['id']} "
         )
         self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
         key = columns["unique_key"]
         self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
-        # The driver would look for hundreds of marks one by one.
-        self._any = "= ANY(%s::varchar[])" if connection.vendor == "postgresql" else ""
+        self._has_arrays = is_postgres
         self._order = f" ORDER BY {priority} DESC, {columns['id']}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
@@ -231,11 +234,15 @@ class Statements:
 
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
-        return f"{self._take}({', '.join(['%s'] * rows)})"
+        return self._take + self._among(rows, "bigint")
 
     def of_keys(self, keys: int) -> str:
-        """Key, id and handle of the rows that have one of so many keys; of an array of them on PostgreSQL."""
-        return self._of_keys + (self._any or f"IN ({', '.join(['%s'] * keys)})")
+        """Key, id and handle of the rows that have one of so many keys."""
+        return self._of_keys + self._among(keys, "varchar")
+
+    def _among(self, values: int, kind: str) -> str:
+        """One of so many; on PostgreSQL of one array, as the driver would look for each of the marks."""
+        return f"= ANY(%s::{kind}[])" if self._has_arrays else f"IN ({', '.join(['%s'] * values)})"
 
     def by_id(self, rows: int) -> str:
         return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
