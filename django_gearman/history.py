@@ -229,7 +229,7 @@ class History:
         """
         if not batch.more:
             # Servers that were started together need not look together.
-            return IDLE * random.uniform(0.8, 1.2)  # noqa: S311
+            return IDLE * random.uniform(0.8, 1.2)
         if seconds > SLICE:
             self.rows = max(MIN_ROWS, int(self.rows * max(SLICE / seconds, 0.25)))
         elif seconds < SLICE / 2:

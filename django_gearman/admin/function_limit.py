@@ -110,7 +110,7 @@ class FunctionLimitAdmin(FunctionLimitModelAdmin):
         if not limit.enabled:
             return _("Disabled")
         try:
-            limit.limit  # noqa: B018
+            limit.limit  # noqa: B018  # it refuses
         except ValueError as error:
             return format.text(str(error))
         return _("Enabled")

@@ -322,7 +322,7 @@ class TestReplies:
         visitor = Visitor(wire)
         visitor.says(request(X_Gearman_Background="true"))
         for entry in wire.entries():
-            wire.core.rejected(entry, "The database is out of reach")  # type: ignore[arg-type]
+            wire.core.rejected(entry, "The database is out of reach")
         reply = visitor.reply()
         assert (reply.code, reply.body) == (503, b"QUEUE_ERROR: The database is out of reach\n")
 

@@ -1236,7 +1236,7 @@ class Server:
             limits = tuple(self.choose((0, 1, 2, 5)) for _ in range(3))
             self.limits.pop(function, None)
             if any(limits):
-                self.limits[function] = limits  # type: ignore[assignment]  # three of them
+                self.limits[function] = limits  # three of them
             self.command(b"maxqueue %s %d %d %d" % (function, *limits))
 
     # Time and the store.

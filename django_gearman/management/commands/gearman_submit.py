@@ -42,7 +42,7 @@ class Command(BaseCommand):
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
         parser = super().create_parser(prog_name, subcommand, **kwargs)
         # Else the workload could not stand behind an option: FUNCTION --background WORKLOAD.
-        parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]
+        parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]  # of this one parser
         return parser
 
     def add_arguments(self, parser: ArgumentParser) -> None:
