@@ -27,7 +27,7 @@ class Look:
     """How the pages of all our models look."""
 
     show_full_result_count = False
-    view_on_site: bool | Callable[[Any], str] = False
+    view_on_site: Callable[[Any], str | None] | bool = False
     show_facets = admin.ShowFacets.NEVER
 
     class Media:
