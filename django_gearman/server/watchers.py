@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..protocol.packets import GROUP, ROW
 
 if TYPE_CHECKING:
-    from .core import Peer
+    from .peers import Peer
 
 MOST: Final = 10_000
 """Rows and groups that are watched at a time; who asks for more looks there now and then."""
