@@ -854,10 +854,41 @@ class AsyncClient(Submitter):
             if link is not None and link.is_usable and not self._servers.may_hang(server):
                 return link
             try:
+                if link is not None and link.is_usable and self._servers.is_suspected(server):
+                    # Slow, perhaps: another connection would say no more than this one.
+                    await self._prove(link, servers[number:])
+                    return link
+            except ConnectionFailed as error:
+                failure = failure or error
+                continue
+            except ConnectionLost:
+                pass
+            try:
                 return await self._opened(links, server, servers[number:])
             except ConnectionFailed as error:
                 failure = failure or error
         raise failure or self._servers.unreachable()
+
+    async def _prove(self, link: _Link, left: list[str]) -> None:
+        """
+        See whether a server that is suspected answers on the connection that there is.
+
+        Raises:
+            ConnectionFailed: Not in time.
+            ConnectionLost: It broke.
+        """
+        question, data = link.protocol.ask(PacketType.ECHO_REQ, b"", answers=PacketType.ECHO_RES)
+        with self._using(link):
+            try:
+                async with asyncio.timeout(allowance(left, self._connect_timeout)):
+                    await link.send(data)
+                    while question.answer is None:
+                        await link.wait(question)
+            except TimeoutError as error:
+                self._servers.failed(link.server, waited=True)
+                _spend(link)
+                raise ConnectionFailed(link.server, "no answer in time") from error
+        self._servers.answered(link.server)
 
     def _links(self) -> _Links:
         loop = asyncio.get_running_loop()

@@ -117,6 +117,11 @@ class Servers:
         circuit = self._circuits.get(name)
         return circuit is not None and circuit.waits
 
+    def is_suspected(self, name: str) -> bool:
+        """Whether it may only have been slow: see ``suspect``."""
+        circuit = self._circuits.get(name)
+        return circuit is not None and not circuit.pause
+
     def trying(self, name: str) -> None:
         """
         Somebody connects to it: nobody else is to wait for a server that may still be away.
