@@ -23,10 +23,11 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
+from ..attempts import pause_before_retry
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, pause_before_retry
+from ..jobs import Job
 from ..models import JobRecord
 from ..registry import registry
 from ..results import JobResult
