@@ -656,6 +656,14 @@ class TestOptions:
         path = "tests.app.tasks.fail_first"
         assert tasks.noted == [("attempt 1", 1, result.id, path), ("attempt 2", 2, result.id, path)]
 
+    def test_an_attempt_is_told_of_when_the_pause_after_it_is_over(self, gearman_jobs: GearmanJobs) -> None:
+        result = tasks.fail_first.enqueue(2)
+        gearman_jobs.run_one()
+        # A server has the job again.
+        JobRecord.objects.filter(pk=result.id).update(status=JobRecord.Status.READY)
+        result.refresh()
+        assert [error.exception_class for error in result.errors] == [ValueError]
+
     def test_the_last_attempt(self, gearman_jobs: GearmanJobs) -> None:
         result = finished(tasks.fail_first.enqueue(9), gearman_jobs)
         assert (result.status, result.attempts, len(result.errors)) == (FAILED, 3, 3)

@@ -364,7 +364,8 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
 
 def _is_retried(record: JobRecord) -> bool:
     """Whether an attempt came to nothing, and another was or is to be made."""
-    return record.attempts > 1 or record.status == JobRecord.Status.RETRYING
+    waits = record.status in (JobRecord.Status.RETRYING, JobRecord.Status.READY)
+    return record.attempts > 1 or (record.attempts == 1 and waits)
 
 
 def _error(exception: str, message: str, traceback: str) -> TaskError:
