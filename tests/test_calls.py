@@ -273,7 +273,7 @@ class TestCancelAndRetry:
             assert result.status == Status.CANCELLED
             open(path, "w").close()
             with pytest.raises(JobFailed, match="cancelled"):
-                result.get(timeout=5)
+                result.get(timeout=30)
             assert result.retry().get(timeout=20) > 1
 
 

@@ -44,7 +44,7 @@ from tests.client.fake_server import Peer, fake_server
 
 P = PacketType
 LARGE = 8 * 1024 * 1024
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds after which a condition that should come is given up."""
 
 

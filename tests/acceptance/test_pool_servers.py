@@ -38,7 +38,7 @@ def test_result_of_a_job_that_ended_while_its_server_was_away(site_server: Serve
         harness.wait_until((tmp_path / "held.done").exists)
         site_server.start()
         assert result.get(timeout=30)[0] in worker.children()
-        assert jobs.add.enqueue(1).get(timeout=10) == 2
+        assert jobs.add.enqueue(1).get(timeout=30) == 2
     # It was not run again: its result was late, and nobody else had the job meanwhile.
     assert len((tmp_path / "held.begun").read_text().splitlines()) == 1
     assert result.attempts == 1

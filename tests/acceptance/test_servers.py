@@ -48,7 +48,7 @@ class TestDeath:
     def test_jobs_of_both_doors_are_run_by_the_other(self, servers: Pair, tmp_path: Any):
         one, two = servers
         trace = str(tmp_path / "trace")
-        with Client([one.address], timeout=10) as client:
+        with Client([one.address], timeout=30) as client:
             handles = {
                 client.do_background(append_line.name, arguments(trace, number)) for number in range(100)
             }
@@ -88,7 +88,7 @@ class TestSleep:
     def test_server_that_slept_writes_nothing_and_stops(self, servers: Pair, tmp_path: Any):
         one, two = servers
         trace = str(tmp_path / "trace")
-        with Client([one.address], timeout=10) as client:
+        with Client([one.address], timeout=30) as client:
             for number in range(50):
                 client.do_background(append_line.name, arguments(trace, number))
         one.signal(signal.SIGSTOP)

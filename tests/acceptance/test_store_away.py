@@ -28,7 +28,7 @@ class Talker:
     """A connection that says packets and hears packets."""
 
     def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=15)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self._reader = PacketReader(RESPONSE)
 
     def __enter__(self) -> Talker:

@@ -65,7 +65,7 @@ def busy(server: harness.GearmanServerProcess | int) -> Iterator[None]:
     with (
         harness.worker_thread({"video.transcode": transcode}, server, client_id="web1:17"),
         harness.worker_thread({"photos.resize": lambda job: b""}, server, client_id="web1:18"),
-        Client([f"127.0.0.1:{port}"], timeout=10) as client,
+        Client([f"127.0.0.1:{port}"], timeout=30) as client,
     ):
         client.do_background("video.transcode", b"")
         client.do_background("video.transcode", b"")
@@ -95,7 +95,7 @@ class TestOurs:
         stop = threading.Event()
 
         def submit() -> None:
-            with Client([server.address], timeout=10) as client:
+            with Client([server.address], timeout=30) as client:
                 while not stop.wait(0.001):
                     client.do_background("count", b"")
 
@@ -114,7 +114,7 @@ class TestOurs:
 
     def test_what_strangers_say(self, server: harness.GearmanServerProcess):
         """Neither rich's markup nor control characters of others do anything."""
-        with Client([server.address], timeout=10) as client:
+        with Client([server.address], timeout=30) as client:
             client.do_background("[red]not red[/red] \u202e", b"")
         shown = top("--servers", server.address)
         assert "[red]not red[/red] \\u202e" in shown
@@ -127,7 +127,7 @@ class TestOurs:
 
     def test_more_than_there_is_room_for(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(gearman_top, "ROWS_ONCE", 3)
-        with harness.server(store="memory") as process, Client([process.address], timeout=10) as client:
+        with harness.server(store="memory") as process, Client([process.address], timeout=30) as client:
             for number in range(5):
                 client.do_background(f"f{number}", b"")
             shown = top("--servers", process.address)

@@ -141,7 +141,7 @@ class TestKill:
                 lambda: len(worker.children()) == 3 and not set(worker.children()) & set(before),
                 what="three new processes",
             )
-            assert add.enqueue(1, right=2).get(timeout=10.0) == 3
+            assert add.enqueue(1, right=2).get(timeout=30) == 3
 
     def test_job_that_kills_its_worker_once(self, site_server: Server, tmp_path: Path):
         with harness.worker(site_server, processes=1, env=SITE):
@@ -206,19 +206,19 @@ class TestDatabaseConnections:
 
     def test_closed_after_each_job(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE):
-            numbers = [ask_database.enqueue().get(timeout=10.0) for _ in range(3)]
+            numbers = [ask_database.enqueue().get(timeout=30) for _ in range(3)]
             assert len(set(numbers)) == 3
             harness.wait_until(lambda: not any(map(has_connection, numbers)), what="closed connections")
 
     def test_cut_between_two_jobs(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE | {"GEARMAN_TEST_CONN_MAX_AGE": "600"}):
-            first = ask_database.enqueue().get(timeout=10.0)
-            assert ask_database.enqueue().get(timeout=10.0) == first
+            first = ask_database.enqueue().get(timeout=30)
+            assert ask_database.enqueue().get(timeout=30) == first
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_terminate_backend(%s)", [first])
             harness.wait_until(lambda: not has_connection(first), what="the connection's end")
             result = ask_database.enqueue()
-            assert result.get(timeout=10.0) != first
+            assert result.get(timeout=30) != first
             assert result.attempts == 1
 
     def test_server_goes_on_when_its_connection_is_cut(self, site_server: Server):

@@ -421,7 +421,7 @@ def test_time_is_not_spent_in_threads(server: harness.GearmanServerProcess) -> N
             calls = [client.do("nobody's", timeout=0.3) for _ in range(100)]
             found = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(each, ResponseTimeout) for each in found)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 25
             assert threading.active_count() <= before  # another test's may end meanwhile
 
     before = threading.active_count()

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import pytest
@@ -147,13 +148,15 @@ def test_the_last_word_does_not_wait_for_another(server: harness.GearmanServerPr
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str) -> None:
     count = 20_000
+    parts = 10
     spent: list[float] = []
 
     def say(job: AssignedJob) -> bytes:
-        began = time.thread_time()
-        for _ in range(count):
-            job.send_data(b"some data")
-        spent.append(time.thread_time() - began)
+        for _ in range(parts):
+            began = time.thread_time()
+            for _ in range(count // parts):
+                job.send_data(b"some data")
+            spent.append(time.thread_time() - began)
         return b""
 
     def hear(peer: Peer) -> None:
@@ -161,7 +164,7 @@ def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str
         answer_until_end(peer)
 
     with fake_server(hear) as port, pool(kind, say, port):
-        harness.wait_until(lambda: spent, 20)
+        harness.wait_until(lambda: len(spent) == parts)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()) as ours,
@@ -171,10 +174,11 @@ def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             began = time.thread_time()
-            for _ in range(count // 10):
+            for _ in range(count // parts):
                 ours.send(b"some data")
-            one_by_one = (time.thread_time() - began) * 10
-    assert spent[0] < 2.5 * one_by_one
+            one_by_one = time.thread_time() - began
+    # The caches are others' too: not each part has the processor for itself.
+    assert median(spent) < 2.5 * one_by_one
 
 
 @pytest.mark.parametrize("kind", POOLS)
