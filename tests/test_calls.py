@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -112,8 +113,12 @@ class TestForeground:
 
     def waits(self, server: harness.GearmanServerProcess) -> None:
         """Who waits for long is told by the server, and does not look again and again."""
-        self.waits_by_the_wire(server, lambda result: result.get(timeout=30))
-        self.waits_by_the_wire(server, lambda result: awaited(result.aget(timeout=30)))
+        waits: list[Callable[[JobResult[int]], int]] = [
+            lambda result: result.get(timeout=30),
+            lambda result: awaited(result.aget(timeout=30)),
+        ]
+        for wait in waits:
+            harness.in_one_try(partial(self.waits_by_the_wire, server, wait))
 
     def waits_by_the_wire(
         self, server: harness.GearmanServerProcess, wait: Callable[[JobResult[int]], int]

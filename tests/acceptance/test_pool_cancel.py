@@ -205,7 +205,7 @@ def test_function_that_goes_on_is_killed(site_server: Server, operator: AdminCli
         wait_for(tmp_path / "job.begun")
         pid = int((tmp_path / "job.begun").read_text())
         cancel(operator, result)
-        harness.wait_until(lambda: not harness.is_running(pid), 12.0, "the end of its process")
+        harness.wait_until(lambda: not harness.is_running(pid), 60.0, "the end of its process")
         (tmp_path / "go").touch()
         assert held.get(timeout=30)
         assert held.attempts == 1
@@ -242,7 +242,7 @@ def test_at_the_moment_of_its_end_no_other_job_is_hit(
         for thread in threads:
             thread.join()
         for result in results:
-            harness.wait_until(lambda result=result: (result.refresh(), result.is_finished)[1], 20.0)
+            harness.wait_until(lambda result=result: (result.refresh(), result.is_finished)[1], 60.0)
     for result in results:
         wanted = Status.CANCELLED if result.id in cancelled else Status.SUCCESSFUL
         assert (result.status, result.attempts <= 1) == (wanted, True)

@@ -31,7 +31,7 @@ def begun(folder: Path) -> dict[str, str]:
 
 
 def wait_begun(folder: Path, count: int) -> dict[str, str]:
-    harness.wait_until(lambda: len(begun(folder)) >= count, 20.0, f"{count} jobs at a time")
+    harness.wait_until(lambda: len(begun(folder)) >= count, 60.0, f"{count} jobs at a time")
     return begun(folder)
 
 
@@ -202,7 +202,7 @@ class TestChoice:
         }
         worker = harness.ManagedProcess(["gearman_worker"], started="rest: 1 to 3", env=env)
         with worker:
-            harness.wait_until(lambda: len(self.names(site_server)) == 3, 20.0)
+            harness.wait_until(lambda: len(self.names(site_server)) == 3, 60.0)
             assert len(worker.children()) == 3
             *video, rest = self.names(site_server)
             assert video == [{pools.encode.name}] * 2
@@ -211,7 +211,7 @@ class TestChoice:
             assert pools.encode.enqueue("film").get(timeout=30) in worker.children()
         worker = harness.ManagedProcess(["gearman_worker", "--group", "video"], started="serve", env=env)
         with worker:
-            harness.wait_until(lambda: self.names(site_server) == [{pools.encode.name}] * 2, 20.0)
+            harness.wait_until(lambda: self.names(site_server) == [{pools.encode.name}] * 2, 60.0)
 
     @pytest.mark.parametrize(
         ("arguments", "sentence"),

@@ -84,7 +84,7 @@ class TestDeath:
             for cause, result in results.items():
                 assert told(result).startswith(f"The worker was lost: {cause} at the last of ")
                 assert all(cause in error.message for error in result.errors)
-            harness.wait_until(lambda: len(worker.children()) == 2, 35.0, "as many processes as before")
+            harness.wait_until(lambda: len(worker.children()) == 2, 60.0, "as many processes as before")
 
     def test_next_job_does_not_wait(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE) as worker:

@@ -67,7 +67,7 @@ class TestPutBack:
             tell(signal.SIGTERM)
             harness.wait_until(lambda: "Stopping" in worker.stderr)
             tell(signal.SIGTERM)
-            assert worker.wait(5) == 0
+            assert worker.wait(20.0) == 0
         record = JobRecord.objects.get(pk=result.id)
         harness.wait_until(lambda: (record.refresh_from_db(), record.status == Status.READY)[1])
         assert record.attempts == 0
@@ -275,6 +275,6 @@ class TestReload:
             assert harness.is_running(holder)
             children = worker.children()
             worker.signal(signal.SIGKILL)
-            harness.wait_until(lambda: not any(map(harness.is_running, children)), 2.0, "the children's end")
+            harness.wait_until(lambda: not any(map(harness.is_running, children)), 60.0, "the children's end")
             worker.wait()
             worker.forget()

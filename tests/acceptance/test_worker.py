@@ -106,7 +106,7 @@ class TestTerm:
             for number in signals[1:]:
                 harness.wait_until(lambda: "Stopping" in worker.stderr, what="the worker's word")
                 worker.signal(number)
-            assert worker.wait(5.0) == 0
+            assert worker.wait(20.0) == 0
             assert not harness.is_running(pid)
         harness.wait_until(lambda: site_server.status()[wait_for_file.name] == (1, 0, 0))
         held.let_go()
@@ -174,7 +174,7 @@ class TestKill:
             assert len(children) == 2
             worker.signal(signal.SIGKILL)
             harness.wait_until(
-                lambda: not any(harness.is_running(pid) for pid in children), 2.0, "the children's end"
+                lambda: not any(harness.is_running(pid) for pid in children), 60.0, "the children's end"
             )
             assert worker.wait() == -signal.SIGKILL
             worker.forget()

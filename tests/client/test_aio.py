@@ -332,7 +332,7 @@ class TestLoops:
                 assert await client.echo(b"%s%d" % (name, number)) == b"%s%d" % (name, number)
 
         def run(name: bytes) -> None:
-            together.wait(10)
+            together.wait(30)
             try:
                 asyncio.run(main(name))
             except BaseException as error:

@@ -392,7 +392,7 @@ class TestTimeouts:
 
         def too_late(peer: Peer) -> None:
             peer.expect(P.ECHO_REQ)
-            late.wait(10)
+            late.wait(30)
             peer.send(P.ECHO_RES, b"late")
 
         with (
@@ -478,8 +478,8 @@ class TestWatch:
         ):
             with closing(client.watch("5")) as watch:
                 assert watch.is_open
-                assert watch.wait(10)
-                assert watch.wait(10)
+                assert watch.wait(30)
+                assert watch.wait(30)
             # The same connection serves the next.
             assert client.echo(b"x") == b"x"
 
@@ -508,14 +508,14 @@ class TestWatch:
             for number in range(2):
                 with closing(client.watch("5")) as watch:
                     assert watch.is_open == (number < asked)
-                    assert not watch.wait(10)
+                    assert not watch.wait(30)
                     assert not watch.is_open
 
     def test_nobody_there(self) -> None:
         with Client([f"127.0.0.1:{harness.free_port()}"]) as client:
             watch = client.watch("5")
             assert not watch.is_open
-            assert not watch.wait(10)
+            assert not watch.wait(30)
             watch.close()
 
     def test_lost(self) -> None:
@@ -524,7 +524,7 @@ class TestWatch:
             Client([f"127.0.0.1:{port}"], timeout=30) as client,
             closing(client.watch("5")) as watch,
         ):
-            assert not watch.wait(10)
+            assert not watch.wait(30)
             assert not watch.is_open
 
 
@@ -675,7 +675,7 @@ class TestConnections:
         together = threading.Barrier(4)
 
         def call(number: int) -> bool:
-            together.wait(10)
+            together.wait(30)
             try:
                 return all(
                     client.echo(b"%d.%d" % (number, each)) == b"%d.%d" % (number, each) for each in range(200)
@@ -733,7 +733,7 @@ class TestConnections:
 
             def call(number: int) -> None:
                 with client._session([server.address]):
-                    together.wait(10)
+                    together.wait(30)
 
             list(pool.map(call, range(4)))
             harness.wait_until(lambda: count_clients(server) == before + 2)

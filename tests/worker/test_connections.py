@@ -182,7 +182,7 @@ class TestSilence:
             peer.wait_for_end()
 
         def wait(job: AssignedJob) -> bytes:
-            assert done.wait(10)
+            assert done.wait(30)
             return b""
 
         with (
@@ -203,13 +203,13 @@ class TestDelivery:
 
     def reverse(self, job: AssignedJob) -> bytes:
         self.begun.set()
-        assert self.gone.wait(10)
+        assert self.gone.wait(30)
         return job.workload[::-1]
 
     def assign(self, peer: Peer) -> None:
         """Hand the job out, and be gone before it ends."""
         peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"reverse", b"", b"ab")
-        assert self.begun.wait(10)
+        assert self.begun.wait(30)
         peer.socket.close()
         self.gone.set()
 
@@ -273,7 +273,7 @@ class TestDelivery:
             fake_server(first, second) as port,
             harness.worker_thread({"reverse": self.reverse}, port, retry=lambda job, error: None),
         ):
-            assert done.wait(10)
+            assert done.wait(30)
         assert "it will run again" in caplog.text
 
     def test_before_the_worker_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:

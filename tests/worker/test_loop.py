@@ -215,18 +215,18 @@ class TestStop:
         caller.start()
         waiting = client_handle = None
         try:
-            assert has_begun.wait(10)
+            assert has_begun.wait(30)
             with Client([server.address]) as other:
                 client_handle = other.do_background("hold")
                 os.write(control_write, b"x")
                 go_on.set()
-                thread.join(10)
-                caller.join(10)
+                thread.join(30)
+                caller.join(30)
                 waiting = other.job_status(client_handle)
         finally:
             go_on.set()
             os.close(control_write)
-            thread.join(10)
+            thread.join(30)
             os.close(control_read)
         assert results == [b"done"]
         assert not thread.is_alive()
@@ -373,7 +373,7 @@ class TestReconnect:
             peer.wait_for_end()
 
         with fake_server(script) as port, harness.worker_thread({"f": reverse}, port):
-            assert asked.wait(10)
+            assert asked.wait(30)
 
     def test_a_hung_server_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.05)
@@ -387,7 +387,7 @@ class TestReconnect:
             peer.wait_for_end()
 
         with fake_server(hung, good) as port, harness.worker_thread({"f": reverse}, port):
-            assert again.wait(10)
+            assert again.wait(30)
 
 
 class TestLogs:
@@ -415,7 +415,7 @@ class TestLogs:
             return b""
 
         with harness.worker_thread({"log": log}, port, logs=True):
-            assert self.is_over.wait(10)
+            assert self.is_over.wait(30)
         return seen[0]
 
     def test_server_that_keeps_them(self) -> None:

@@ -63,7 +63,7 @@ def hand_out(
         greeted.set()
     peer.expect(P.GRAB_JOB_UNIQ)
     if after is not None:
-        assert after.wait(10)
+        assert after.wait(30)
     peer.send(P.JOB_ASSIGN_UNIQ, handle, b"say", b"", workload)
 
 
@@ -230,10 +230,10 @@ def test_server_that_takes_nothing_is_given_up(kind: str, monkeypatch: pytest.Mo
 
     def hear(peer: Peer) -> None:
         hand_out(peer, b"H:x:1")
-        assert done.wait(10)
+        assert done.wait(30)
 
     with fake_server(hear) as port, pool(kind, say, port):
-        assert done.wait(10)
+        assert done.wait(30)
 
 
 def test_who_waits_for_the_server_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,12 +264,12 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         if job.workload == b"large":
             return bytes(30_000_000)
         begun.set()
-        return b"%d" % arrived.wait(10)
+        return b"%d" % arrived.wait(30)
 
     def slow(peer: Peer) -> None:
         # Asked again, it would not answer: the other is to be there by then.
         hand_out(peer, b"H:x:1", b"large", after=greeted)
-        assert begun.wait(10)
+        assert begun.wait(30)
         assert len(receive(peer)[1][1]) == 30_000_000
         arrived.set()
         answer_until_end(peer)
@@ -284,4 +284,4 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         fake_server(other) as second,
         harness.worker_thread({"say": say}, first, second),
     ):
-        assert arrived.wait(10)
+        assert arrived.wait(30)
