@@ -23,9 +23,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 from django.conf import settings
 from django.db import connection
 
@@ -75,11 +77,21 @@ def in_one_try(check: Callable[[], object], tries: int = 5) -> None:
     for number in range(1, tries + 1):
         try:
             check()
-        except (AssertionError, GearmanError):
+        except (AssertionError, GearmanError, pytest.fail.Exception):
             if number == tries:
                 raise
         else:
             return
+
+
+def tried_again(test: Callable[..., object]) -> Callable[..., None]:
+    """A test with a time-out that is short to save time: ``in_one_try``."""
+
+    @wraps(test)
+    def tried(*args: Any, **kwargs: Any) -> None:
+        in_one_try(lambda: test(*args, **kwargs))
+
+    return tried
 
 
 def free_port() -> int:

@@ -602,6 +602,7 @@ class TestEnds:
         ):
             Connection("127.0.0.1", port, connect_timeout=LIMIT, tls=files.client())
 
+    @harness.tried_again
     def test_server_that_waits_for_plain_text(self, files: Files) -> None:
         with harness.server(store="memory") as server:
             started = time.monotonic()
@@ -613,6 +614,7 @@ class TestEnds:
             assert time.monotonic() - started < LIMIT
             assert server.status() == {}
 
+    @harness.tried_again
     def test_server_that_hangs_after_the_handshake(self, files: Files) -> None:
         def hang(peer: Peer) -> None:
             with files.server().wrap_socket(peer.socket, server_side=True) as sock:

@@ -412,6 +412,7 @@ class TestCallbacks:
         assert called == ["tell", "tell"]
 
 
+@harness.tried_again
 def test_time_is_not_spent_in_threads(server: harness.GearmanServerProcess) -> None:
     """Real asyncio: a hundred calls that wait need no thread."""
 

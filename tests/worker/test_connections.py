@@ -148,7 +148,12 @@ class TestSilence:
             assert client.do("half", b"ab", timeout=30) == b"ba"
             hole.swallow()
             hole.heal()
-            assert client.do("half", b"cd", timeout=30) == b"dc"
+
+            def check() -> None:
+                assert client.do("half", b"cd", timeout=30) == b"dc"
+
+            # It may give up a server that is only slow, and its job with it.
+            harness.in_one_try(check)
             assert hole.taken >= 2
 
     def test_while_all_places_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
