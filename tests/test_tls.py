@@ -166,6 +166,15 @@ def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.Abstrac
     return needs.module("uvloop").new_event_loop  # type: ignore[no-any-return]
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Ours alone: asyncio warns of a slow machine."""
+    return [
+        record
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("django_gearman")
+    ]
+
+
 def read_all(sock: socket.socket) -> bytes:
     """What comes until the other end closes."""
     received = b""
@@ -320,8 +329,7 @@ class TestDoor:
                     sock.sendall(b"status\n")
                     read_all(sock)
             assert place.works(files.client())
-        lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert len(lines) == 1
+        assert len(warnings(caplog)) == 1
 
     def test_one_that_says_nothing_is_closed_in_time(
         self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
@@ -343,7 +351,7 @@ class TestDoor:
         with serving(files.server(), loop_factory) as place:
             place.plain().close()
             harness.wait_until(lambda: "closed by itself" in caplog.text)
-        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        assert warnings(caplog) == []
 
     def test_those_that_shake_hands_count(
         self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
