@@ -32,7 +32,7 @@ TIMEOUT = 60.0
 PATIENT: dict[str, Any] = {"timeout": TIMEOUT, "connect_timeout": TIMEOUT}
 """Clients that do not give up a server which is only slow; one that was killed refuses at once."""
 
-LEASE = 2.0
+LEASE = 6.0
 Pair = tuple[harness.GearmanServerProcess, harness.GearmanServerProcess]
 
 

@@ -25,14 +25,16 @@ from .site import jobs, limited
 pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 
 JOBS = int(os.environ.get("GEARMAN_LIMITS_JOBS", "60"))
-LEASE = 2.0
-ENV = SITE | {"GEARMAN_TEST_LIMITS": "1", "GEARMAN_TEST_LEASE": str(LEASE)}
+SHORT_LEASE = 6.0
+ENV = SITE | {"GEARMAN_TEST_LIMITS": "1"}
 Pair = list[harness.GearmanServerProcess]
 
 
 @pytest.fixture
-def servers(transactional_db: None, settings: Any) -> Iterator[Pair]:
-    with harness.server(name="one", env=ENV) as one, harness.server(name="two", env=ENV) as two:
+def servers(transactional_db: None, settings: Any, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """With a lease that no stall outlasts, unless the test gives another."""
+    env = ENV | {"GEARMAN_TEST_LEASE": str(getattr(request, "param", 30.0))}
+    with harness.server(name="one", env=env) as one, harness.server(name="two", env=env) as two:
         settings.GEARMAN = {"default": {"SERVERS": [one.address, two.address]}}
         one.complaints_allowed = two.complaints_allowed = True
         yield [one, two]
@@ -85,6 +87,7 @@ def runs(trace: Trace) -> Counter[str]:
 
 
 class TestConcurrency:
+    @pytest.mark.parametrize("servers", [SHORT_LEASE], indirect=True)
     def test_never_a_third(self, servers: Pair, trace: Trace, tmp_path: Path) -> None:
         made = workers(servers, 4)
         killed: dict[int, float] = {}

@@ -17,7 +17,7 @@ from tests.app.jobs import add, append_line
 from .conftest import SITE
 
 Status = JobRecord.Status
-LEASE = 3.0
+LEASE = 6.0
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 Pair = tuple[harness.GearmanServerProcess, harness.GearmanServerProcess]
@@ -67,7 +67,7 @@ class TestDeath:
         for result in enqueued:
             result.refresh()
             assert result.status == Status.SUCCESSFUL
-        assert "The job server one was not heard of for 3 s" in two.stderr
+        assert "The job server one was not heard of for 6 s" in two.stderr
         two.complaints_allowed = True
 
     def test_clients_and_workers_go_on_with_the_other(self, servers: Pair):

@@ -36,8 +36,7 @@ Pair = tuple[harness.GearmanServerProcess, harness.GearmanServerProcess]
 
 @pytest.fixture
 def servers(transactional_db: None, settings: Any) -> Iterator[Pair]:
-    env = SITE | {"GEARMAN_TEST_LEASE": "2"}
-    with harness.server(name="one", env=env) as one, harness.server(name="two", env=env) as two:
+    with harness.server(name="one", env=SITE) as one, harness.server(name="two", env=SITE) as two:
         settings.GEARMAN = {"default": {"SERVERS": [one.address, two.address]}}
         for each in (one, two):
             each.complaints_allowed = True
