@@ -39,7 +39,9 @@ def top(*arguments: str) -> str:
 
 def row(shown: str, name: str) -> list[str]:
     """Words of the first line that has the name."""
-    return next(line.split() for line in shown.splitlines() if name in line)
+    lines = [line for line in shown.splitlines() if name in line]
+    assert lines, shown
+    return lines[0].split()
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,7 @@ def test_gearmand_beside_ours(server: harness.GearmanServerProcess):
 
 
 class TestMistakes:
+    @harness.tried_again
     def test_server_that_is_down(self, server: harness.GearmanServerProcess):
         down = f"127.0.0.1:{harness.free_port()}"
         out = io.StringIO()
