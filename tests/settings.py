@@ -16,7 +16,9 @@ import django
 if "GEARMAN_TEST_SCRATCH" in os.environ:
     SCRATCH = Path(os.environ["GEARMAN_TEST_SCRATCH"])
 else:
-    SCRATCH = Path(tempfile.mkdtemp(prefix="gearman-tests-"))
+    # Parallel test processes have theirs in that of the one which starts them, and outlives them.
+    SCRATCH = Path(tempfile.mkdtemp(prefix="gearman-tests-", dir=os.environ.get("GEARMAN_TEST_ROOT")))
+    os.environ.setdefault("GEARMAN_TEST_ROOT", str(SCRATCH))
 
     def _remove(maker: int) -> None:
         # A forked child comes here too.

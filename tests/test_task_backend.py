@@ -634,6 +634,14 @@ class TestOptions:
         ):
             task(**options)(tasks.noop_task.func)
 
+    def test_errors_are_told_between_the_pause_and_the_next_attempt(self, gearman_jobs: GearmanJobs) -> None:
+        result = tasks.fail_first.enqueue(2)
+        gearman_jobs.run_one()
+        JobRecord.objects.update(status=JobRecord.Status.READY)
+        result.refresh()
+        assert (result.status, result.attempts) == (READY, 1)
+        assert [error.exception_class for error in result.errors] == [ValueError]
+
     def test_attempts(self, gearman_jobs: GearmanJobs) -> None:
         tasks.noted.clear()
         result = tasks.fail_first.enqueue(2)

@@ -363,7 +363,9 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
 
 def _is_retried(record: JobRecord) -> bool:
     """Whether an attempt came to nothing, and another was or is to be made."""
-    return record.attempts > 1 or record.status == JobRecord.Status.RETRYING
+    if record.status in (JobRecord.Status.RETRYING, JobRecord.Status.READY):
+        return record.attempts > 0  # READY: the pause is over, and the next attempt has not begun
+    return record.attempts > 1
 
 
 def _error(exception: str, message: str, traceback: str) -> TaskError:
