@@ -106,7 +106,7 @@ both = threading.Barrier(2)
 
 
 def speak_together(context: JobContext) -> None:
-    both.wait(10)
+    both.wait(30)
     for _ in range(100):
         logger.info(context.handle)
 

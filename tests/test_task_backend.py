@@ -634,6 +634,14 @@ class TestOptions:
         ):
             task(**options)(tasks.noop_task.func)
 
+    def test_errors_are_told_between_the_pause_and_the_next_attempt(self, gearman_jobs: GearmanJobs) -> None:
+        result = tasks.fail_first.enqueue(2)
+        gearman_jobs.run_one()
+        JobRecord.objects.update(status=JobRecord.Status.READY)
+        result.refresh()
+        assert (result.status, result.attempts) == (READY, 1)
+        assert [error.exception_class for error in result.errors] == [ValueError]
+
     def test_attempts(self, gearman_jobs: GearmanJobs) -> None:
         tasks.noted.clear()
         result = tasks.fail_first.enqueue(2)
@@ -655,14 +663,6 @@ class TestOptions:
         # Once for each attempt that failed, with what Django's proposal says.
         path = "tests.app.tasks.fail_first"
         assert tasks.noted == [("attempt 1", 1, result.id, path), ("attempt 2", 2, result.id, path)]
-
-    def test_an_attempt_is_told_of_when_the_pause_after_it_is_over(self, gearman_jobs: GearmanJobs) -> None:
-        result = tasks.fail_first.enqueue(2)
-        gearman_jobs.run_one()
-        # A server has the job again.
-        JobRecord.objects.filter(pk=result.id).update(status=JobRecord.Status.READY)
-        result.refresh()
-        assert [error.exception_class for error in result.errors] == [ValueError]
 
     def test_the_last_attempt(self, gearman_jobs: GearmanJobs) -> None:
         result = finished(tasks.fail_first.enqueue(9), gearman_jobs)

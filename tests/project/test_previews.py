@@ -99,7 +99,8 @@ class TestPage:
 
 @pytest.mark.django_db(transaction=True)
 class TestWithServer:
-    def test_worker_makes_it(self, client: Client, database_server: Any):
+    def test_worker_makes_it(self, client: Client, database_server: Any, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(views, "PREVIEW_TIMEOUT", 60.0)
         photo = ready()
         functions = {make_preview.name: partial(perform_assigned, make_preview)}
         with worker_thread(functions, database_server, describe=describe_exception):
