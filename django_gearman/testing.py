@@ -29,17 +29,19 @@ from django.db import DatabaseError, connections
 from django.test import override_settings
 
 from . import conf
+from .attempts import attempt_assigned, pause_before_retry
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
 from .exceptions import ConnectionFailed, GearmanError
-from .jobs import Job, attempt_assigned, pause_before_retry
+from .jobs import Job
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
 from .protocol.reader import PacketReader
 from .registry import queue_of, registry
 from .results import JobResult
-from .server.core import JobServer, ServerOptions
+from .server.core import JobServer
 from .server.journal import Journal
+from .server.options import ServerOptions
 from .store import DatabaseStore
 from .testing_process import VARIABLE
 from .worker.loop import AssignedJob
@@ -595,7 +597,7 @@ class _Process:
 
     def __enter__(self) -> _Process:
         self._output: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603  # our own module
             [sys.executable, "-m", "django_gearman.testing_process", *self._arguments],
             env=dict(self._environment),
             stdin=subprocess.DEVNULL,
@@ -655,7 +657,7 @@ def _free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on, outside of those that the kernel gives to clients."""
     # In the kernel's range, a worker that tries again before its server is up may connect to itself.
     for _ in range(1000):
-        port = random.randrange(12_000, 32_000)  # noqa: S311
+        port = random.randrange(12_000, 32_000)
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

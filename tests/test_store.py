@@ -29,7 +29,6 @@ from django_gearman.models import (
     unique_key_of,
 )
 from django_gearman.permits import Granted, Limit, Request
-from django_gearman.server.core import LATEST
 from django_gearman.server.entries import (
     Crowd,
     JobDue,
@@ -48,6 +47,7 @@ from django_gearman.server.entries import (
     Topic,
 )
 from django_gearman.server.journal import MemoryStore
+from django_gearman.server.submissions import LATEST
 from django_gearman.store import DatabaseStore
 from django_gearman.store.columns import bytes_of_unique, text_of, text_of_unique
 from django_gearman.store.database import LOOKED_UP

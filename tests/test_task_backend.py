@@ -41,6 +41,7 @@ from tests import needs
 needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, job
+from django_gearman.attempts import perform_assigned
 from django_gearman.backends import (
     DummyBackend,
     GearmanBackend,
@@ -59,7 +60,6 @@ from django_gearman.backends import (
     task_started,
 )
 from django_gearman.exceptions import JobFailed
-from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.registry import registry
 from django_gearman.testing import GearmanJobs

@@ -14,9 +14,9 @@ import pytest
 from django.db import transaction
 from django.utils import timezone
 
+from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import ConnectionFailed, ResultNotKept
-from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.results import WireJobResult
 from django_gearman.submission import client_for

@@ -23,10 +23,11 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
+from ..attempts import pause_before_retry
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, pause_before_retry
+from ..jobs import Job
 from ..models import JobRecord
 from ..registry import registry
 from ..results import JobResult
@@ -104,7 +105,7 @@ class TaskJob(Job[Any, Any]):
         attempt = result.handle, result.attempts
         if attempt not in pauses:
             task_result = result_of(self.backend, self.task, result._record)
-            pauses[attempt] = self.task.backoff(error, task_result)  # type: ignore[attr-defined]
+            pauses[attempt] = self.task.backoff(error, task_result)  # type: ignore[attr-defined]  # our ``Task``
         return cast("float | timedelta | None", pauses[attempt])
 
     def _invoke(
@@ -363,9 +364,8 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
 
 def _is_retried(record: JobRecord) -> bool:
     """Whether an attempt came to nothing, and another was or is to be made."""
-    if record.status in (JobRecord.Status.RETRYING, JobRecord.Status.READY):
-        return record.attempts > 0  # READY: the pause is over, and the next attempt has not begun
-    return record.attempts > 1
+    waits = record.status in (JobRecord.Status.RETRYING, JobRecord.Status.READY)
+    return record.attempts > 1 or (record.attempts == 1 and waits)
 
 
 def _error(exception: str, message: str, traceback: str) -> TaskError:

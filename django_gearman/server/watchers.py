@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ..protocol.packets import ROW
 
 if TYPE_CHECKING:
-    from .core import Peer
+    from .peers import Peer
 
 MOST: Final = 10_000
 """Rows that are watched at a time; who asks for more looks at the row now and then."""

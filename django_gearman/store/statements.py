@@ -108,13 +108,13 @@ class Statements:
             """
             if is_mysql:
                 return (
-                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "  # noqa: S608
+                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "
                     f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
                 )
-            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"  # noqa: S608
+            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"
             following = first.replace("%s", "door.name")
             return (
-                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "  # noqa: S608
+                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "
                 f"SELECT ({following}), number + 1 FROM door "
                 f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
                 f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
@@ -125,38 +125,35 @@ class Statements:
         first = f"AND {function} = door.name ORDER BY {due} LIMIT 1"
         self.functions_due = [
             # An index of MySQL's has each function's earliest first.
-            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")  # noqa: S608
+            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")
             for rows in later
         ]
         priority = columns["priority"]
         self.ready_of = (
-            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
+            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
         self.due_of = [
-            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
+            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "
             f"ORDER BY {due}, {columns['id']} LIMIT %s"
             for rows in later
         ]
         self.count_ready = (
-            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"  # noqa: S608
+            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"
         )
-        self.count_later = [
-            f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}"  # noqa: S608
-            for rows in later
-        ]
+        self.count_later = [f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}" for rows in later]
         of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
         self.held = (
-            f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
+            f"SELECT {columns['id']} FROM {of_server} "
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
         cancellations = quote(Cancellation._meta.db_table)
-        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"  # noqa: S608
-        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
+        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"
+        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"
 
         def change(assignments: str, condition: str) -> str:
             return (
-                f"UPDATE {by(owned)} SET {assignments} "  # noqa: S608
+                f"UPDATE {by(owned)} SET {assignments} "
                 f"WHERE {server} = %s AND {status} IN ({live}) AND {condition}"
             )
 
@@ -177,7 +174,7 @@ class Statements:
             is_running,
         )
         self.leave = (
-            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "  # noqa: S608
+            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "
             f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
             f"AND {status} <> '{RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
         )
@@ -190,13 +187,13 @@ class Statements:
             # Not an index of the status, which all that wait have.
             is_unclaimed += " IS TRUE"
         self._take = (
-            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "
             f"{columns['server_epoch']} = %s, {status} = %s "
             f"WHERE {is_unclaimed} AND {columns['id']} "
         )
-        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "
         key = columns["unique_key"]
-        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "
         self._has_arrays = is_postgres
         self._order = f" ORDER BY {priority} DESC, {columns['id']}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
@@ -206,7 +203,7 @@ class Statements:
         insert = f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, "
         # Not twice, when a batch is written again because nobody knows what became of it.
         unless_kept = (
-            f"NOT EXISTS (SELECT 1 FROM {kept} "  # noqa: S608
+            f"NOT EXISTS (SELECT 1 FROM {kept} "
             f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = "
         )
         self.keep_attempt = (
@@ -224,11 +221,11 @@ class Statements:
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
         self.leases = (
-            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "  # noqa: S608
+            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
             f"FROM {quote(ServerLease._meta.db_table)}"
         )
         self.renew = (
-            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
+            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
 

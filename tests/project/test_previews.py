@@ -10,8 +10,8 @@ import pytest
 from django.test import Client
 from PIL import Image, ImageStat
 
+from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
-from django_gearman.jobs import perform_assigned
 from project.gallery import views
 from project.gallery.forms import PreviewForm
 from project.gallery.jobs import make_preview, make_thumbnails
