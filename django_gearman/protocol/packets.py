@@ -49,6 +49,15 @@ handed out for the first time: the N-th of M attempts, M 0 when the job has no
 number of its own. No other server knows the option; all answer UNKNOWN_OPTION.
 """
 
+WAITS = b"waits"
+"""
+An option of our job server, for workers of its own machine: who asks with GRAB_JOB_UNIQ and is told NO_JOB, waits.
+
+It is asleep then, without PRE_SLEEP; and a job for it comes as JOB_ASSIGN_UNIQ, without NOOP and
+another question. Workers of other machines are answered UNKNOWN_OPTION, as by all other servers: when
+a machine is gone nobody says so, and what it was handed would be gone as long.
+"""
+
 RETRY = b"retry "
 """
 OPTION_REQ ``retry MILLISECONDS HANDLE``, from a worker that speaks of attempts.
@@ -104,7 +113,7 @@ RETURN = b"return "
 """
 OPTION_REQ ``return HANDLE``, from a lead or the job's own worker: it goes back to the queue.
 
-That attempt does not count. From a worker, without a handle: all that it was handed.
+That attempt does not count. From a worker, without a handle: all that it was handed; it ``waits`` no more.
 """
 
 RESUME = b"resume "

@@ -37,6 +37,7 @@ from ..protocol.packets import (
     MAX_LOG,
     RETRY,
     ROW,
+    WAITS,
     PacketType,
     encode_response,
 )
@@ -243,6 +244,7 @@ class Peer:
         "running",
         "shell",
         "timeouts",
+        "waits",
         "woken_for",
     )
 
@@ -274,8 +276,10 @@ class Peer:
         """What the shell is to send."""
         self.line: deque[bytes | Answer] | None = None
         """Replies behind one that waits for its commit, which is the first; None when none waits."""
+        self.waits = False
+        """Whether it takes a job without asking again: the extension that ``packets.WAITS`` tells of."""
         self.woken_for: Function | None = None
-        """Whose job it was sent NOOP for, until it grabs."""
+        """Whose job it was woken for, until it grabs."""
         self.shell = shell
         """The transport's own; the core does not look at it."""
 
@@ -300,8 +304,8 @@ class JobServer:
     """
     The state of one job server, and what each event does to it.
 
-    After every call, and before the next wait: send ``output`` of the ``dirty``
-    peers, give ``entries`` and ``questions`` to the journal, and look at ``claim_wanted`` and
+    After every call ``serve_woken``. Before the next wait: send ``output`` of the
+    ``dirty`` peers, give ``entries`` and ``questions`` to the journal, and look at ``claim_wanted`` and
     ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic seconds, for time limits)
     before events are handed in.
     """
@@ -321,6 +325,8 @@ class JobServer:
         self.ready: dict[Function, None] = {}
         """Functions with jobs to hand out."""
         self.dirty: list[Peer] = []
+        self.woken: list[Peer] = []
+        """Who slept and is to be handed a job: see ``packets.WAITS``."""
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
@@ -751,7 +757,10 @@ class JobServer:
 
     def _grab_job_uniq(self, peer: Peer, arguments: list[bytes]) -> None:
         job = self._hand_out(peer)
-        if job is not None:
+        if job is None:
+            if peer.waits:
+                self._pre_sleep(peer, arguments)
+        else:
             self._send(
                 peer,
                 encode_response(
@@ -777,6 +786,22 @@ class JobServer:
                 PacketType.JOB_ASSIGN_UNIQ, job.handle, job.function.name, job.unique, job.workload
             )
         self._send(peer, packet)
+
+    def serve_woken(self) -> None:
+        """Hand out jobs to those who were woken and need not be told, as if they had grabbed."""
+        woken, self.woken = self.woken, []
+        for peer in woken:
+            if peer.woken_for is None:
+                continue  # it is gone
+            if peer.line is not None:
+                # The job could not be sent yet.
+                self._send(peer, _NOOP)
+            elif self._best_function(peer) is not None:
+                self._grab_job_uniq(peer, [])
+            else:
+                # Somebody was quicker, or nobody may have it for now.
+                peer.woken_for = None
+                self._pre_sleep(peer, [])
 
     def _hand_out(self, peer: Peer) -> Job | None:
         peer.asleep = False
@@ -1225,6 +1250,9 @@ class JobServer:
                 return
             self._send(peer, encode_response(PacketType.OPTION_RES, option))
             self._listen(peer, job)
+        elif option == WAITS and peer.local:
+            peer.waits = True
+            self._send(peer, encode_response(PacketType.OPTION_RES, option))
         elif peer.attempts and self.crews.hear(peer, option):
             pass
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
@@ -1356,7 +1384,7 @@ class JobServer:
 
     def wake(self, function: Function) -> None:
         """
-        NOOP to one worker that sleeps on the function, the last to fall asleep.
+        NOOP to one worker that sleeps on the function, the last to fall asleep; or the job, if it waits.
 
         One for each job that becomes ready is enough, since a woken worker grabs
         until nothing is left; gearmand wakes all.
@@ -1368,8 +1396,17 @@ class JobServer:
             if peer.asleep:
                 peer.asleep = False
                 peer.woken_for = function
-                self._send(peer, _NOOP)
+                if peer.waits:
+                    self.woken.append(peer)
+                else:
+                    self._send(peer, _NOOP)
                 return
+
+    def wait_no_more(self, peer: Peer) -> None:
+        """A worker is about to leave: no job is handed to it unasked from now on."""
+        if peer.waits:
+            peer.waits = peer.asleep = False
+            self._pass_on_wake(peer, None)
 
     def _pass_on_wake(self, peer: Peer, taken: Function | None) -> None:
         """A woken worker left, or takes another function's job: somebody else must wake for its own."""

@@ -153,6 +153,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.forget(self)
         self._server.core.disconnected(self.peer)
+        self._server.core.serve_woken()
         self._server.schedule_turn()
 
     def data_received(self, data: bytes) -> None:
@@ -182,6 +183,8 @@ class Connection(asyncio.Protocol):
                     break
                 if packet[0] != TEXT:
                     core.receive(self.peer, packet)
+                    if core.woken:
+                        core.serve_woken()
                 elif not self._answer_text(packet[1][0]):
                     break
             else:
@@ -325,6 +328,7 @@ class HTTPConnection(Connection):
             packet = self._conversation.take()
             if packet is not None:
                 core.receive(self.peer, packet)
+                core.serve_woken()
         except Exception:
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a request of %s; its connection is closed", self.peer.address)
@@ -632,6 +636,7 @@ class GearmanServer:
             for connection in list(self.connections):
                 connection.close_if_stale(now)
             core.tick()
+            core.serve_woken()
             self._journal.refuse_overdue()
             self.schedule_turn()
 
@@ -674,6 +679,9 @@ class GearmanServer:
         ):
             self.schedule_turn()
             return
+        if core.dirty[0] is peer:
+            # Who spoke has time: the other gets a job, or the end of one.
+            core.dirty.reverse()
         self._send()
         if core.entries and not self._late_turn_scheduled:
             self._late_turn_scheduled = True
@@ -701,6 +709,8 @@ class GearmanServer:
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
+        if core.woken:
+            core.serve_woken()
         if core.limits.limiters:
             self._settle_limits()
         self._send()
