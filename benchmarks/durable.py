@@ -114,12 +114,16 @@ class Table:
     Args:
         count: Runs a statement with one parameter on a connection of its own.
         kept: Counts the jobs of a function that are to do.
+        left: Tells whether there are any, for less: it is asked again and again, beside a server at work.
         ended: Counts those that are done; None where such are deleted.
     """
 
-    def __init__(self, count: Callable[[str, str], int], kept: str, ended: str | None = None) -> None:
+    def __init__(
+        self, count: Callable[[str, str], int], kept: str, left: str | None = None, ended: str | None = None
+    ) -> None:
         self._count = count
         self._kept = kept
+        self._left = left or kept
         self._ended = ended
 
     def check_kept(self, function: str, jobs: int) -> None:
@@ -129,17 +133,24 @@ class Table:
 
     def wait_until_ended(self, function: str, jobs: int) -> None:
         deadline = monotonic() + PATIENCE
-        while left := self._count(self._kept, function):
+        while self._count(self._left, function):
             if monotonic() > deadline:
-                raise NotDurable(f"{jobs} jobs were run, and {left} still stand in the table: {self._kept}")
+                raise NotDurable(f"{jobs} jobs were run, and some still stand in the table: {self._kept}")
             sleep(0.002)
         if self._ended is not None and (there := self._count(self._ended, function)) != jobs:
             raise NotDurable(f"{jobs} jobs were run, and {there} results stand in the table: {self._ended}")
 
 
 def our_table(count: Callable[[str, str], int]) -> Table:
-    jobs = "SELECT count(*) FROM django_gearman_jobrecord WHERE function = %s AND status"
-    return Table(count, f"{jobs} IN ('READY', 'RUNNING')", f"{jobs} = 'SUCCESSFUL' AND length(result) = 100")
+    rows = "FROM django_gearman_jobrecord WHERE function = %s AND status"
+    to_do = f"{rows} IN ('READY', 'RUNNING')"
+    return Table(
+        count,
+        f"SELECT count(*) {to_do}",
+        # The last that came ends last.
+        f"SELECT count(*) FROM (SELECT 1 {to_do} ORDER BY id DESC LIMIT 1) AS last",
+        f"SELECT count(*) {rows} = 'SUCCESSFUL' AND length(result) = 100",
+    )
 
 
 def their_table(count: Callable[[str, str], int], name: str) -> Table:

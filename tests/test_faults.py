@@ -23,6 +23,7 @@ from django_gearman.protocol.packets import PacketType
 from django_gearman.server.core import NORMAL, JobServer, ServerOptions
 from django_gearman.server.journal import Journal
 from django_gearman.store import DatabaseStore
+from django_gearman.store.database import Database
 
 from .server.harness import Caller, Wire
 
@@ -54,9 +55,9 @@ class Faults:
         )
         monkeypatch.setattr(self.connection, "_commit", lambda: self.point(COMMIT, commit))
         # No power is lost here, and thousands of commits need not be synced.
-        prepare = DatabaseStore._prepare
+        prepare = Database._prepare
         monkeypatch.setattr(
-            DatabaseStore, "_prepare", lambda *arguments: (prepare(*arguments), self._sync_no_more())
+            Database, "_prepare", lambda *arguments: (prepare(*arguments), self._sync_no_more())
         )
         monkeypatch.setattr(
             self.connection, "get_new_connection", lambda params: self.point(CONNECT, lambda: connect(params))

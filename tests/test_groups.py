@@ -30,7 +30,8 @@ from django_gearman.models import JobGroup, JobRecord
 from django_gearman.reduction import _Reduction
 from django_gearman.registry import registry
 from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
-from django_gearman.store import DatabaseStore, _Folded
+from django_gearman.store import DatabaseStore
+from django_gearman.store.folding import Folded
 from django_gearman.testing import GearmanJobs
 from tests.app import jobs
 
@@ -528,14 +529,14 @@ class TestServers:
         store.take_lease("")
         first, second = store.claim(10, {}).jobs
         entry = JobFinished(first.handle, Outcome.FAILED, b"", "no", time.time())
-        store._write(_Folded([entry], lambda function: ""), again=False)
+        store._write(Folded([entry], lambda function: ""), again=False)
         # The answer to COMMIT was lost.
         store.write([entry], again=True)
         made.refresh()
         assert (made.failed, made.is_finished) == (1, False)
-        assert list(store._group_of) == [second.handle]
+        assert list(store._members.group_of) == [second.handle]
         store.write([entry._replace(handle=second.handle)], again=False)
-        assert not store._group_of
+        assert not store._members.group_of
         made.refresh()
         assert (made.failed, made.is_finished) == (2, True)
 
@@ -566,7 +567,7 @@ class TestServers:
         JobRecord.objects.filter(group=made.id, group_index__in=(0, 2)).delete()
         JobRecord.objects.filter(group=made.id, group_index=1).update(status=Status.SUCCESSFUL)
         JobRecord.objects.filter(group=steps.id, group_index=0).delete()
-        store._watch_at = 0.0
+        store._members.watch_at = 0.0
         store.tend()
         assert store.laid
         for result in (made, steps, waiting):

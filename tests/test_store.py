@@ -18,7 +18,6 @@ from django.db.models import F
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from django_gearman import store as store_module
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.models import (
@@ -49,7 +48,11 @@ from django_gearman.server.entries import (
     Topic,
 )
 from django_gearman.server.journal import MemoryStore
-from django_gearman.store import DatabaseStore, bytes_of_unique, text_of, text_of_unique
+from django_gearman.store import DatabaseStore
+from django_gearman.store.columns import bytes_of_unique, text_of, text_of_unique
+from django_gearman.store.door import Door
+from django_gearman.store.lease import Lease
+from django_gearman.store.set_operations import BadRow
 
 from . import harness
 from .simulation.store import Database, Row, SimulatedStore
@@ -420,7 +423,7 @@ class TestDoorOfTheDatabase:
     def test_large_workloads_are_read_a_few_at_a_time(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "CLAIM_BYTES", 100_000)
+        monkeypatch.setattr("django_gearman.store.door.CLAIM_BYTES", 100_000)
         workloads = [bytes([number]) * 60_000 for number in range(5)]
         for number, workload in enumerate(workloads):
             write(database.store, queued(number, workload=workload, unclaimed=True))
@@ -433,7 +436,8 @@ class TestDoorOfTheDatabase:
     def test_more_functions_than_are_looked_at_at_once(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "FUNCTIONS_AT_ONCE", 3)
+        monkeypatch.setattr("django_gearman.store.door.FUNCTIONS_AT_ONCE", 3)
+        monkeypatch.setattr("django_gearman.store.statements.FUNCTIONS_AT_ONCE", 3)
         database.restart()
         names = {b"f%d" % number for number in range(8)}
         for number, name in enumerate(sorted(names)):
@@ -476,7 +480,7 @@ class TestCancellations:
 
     @pytest.fixture(autouse=True)
     def look_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(store_module, "CANCEL_INTERVAL", 0.0)
+        monkeypatch.setattr("django_gearman.store.CANCEL_INTERVAL", 0.0)
 
     def wish(self, *records: JobRecord) -> None:
         Cancellation.objects.bulk_create([Cancellation(job_id=record.pk) for record in records])
@@ -631,7 +635,7 @@ class TestTakeOver:
 
     def silence(self, other: DatabaseStore, seconds: float = 16.0) -> None:
         """The first server was not heard of for so long, and it is time for the other to look."""
-        other._looked_for_dead -= 5.0
+        other._lease._looked_for_dead -= 5.0
         lease = ServerLease.objects.get(name="one")
         assert lease.renewed_at is not None
         ServerLease.objects.filter(pk=lease.pk).update(
@@ -686,7 +690,7 @@ class TestTakeOver:
     def test_many_are_freed_in_parts(
         self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "ADOPTED_AT_ONCE", 3)
+        monkeypatch.setattr("django_gearman.store.lease.ADOPTED_AT_ONCE", 3)
         write(database.store, *(queued(number) for number in range(1, 8)))
         self.silence(other)
         taken = [job.handle for _ in range(3) for job in other.claim(10, {}).jobs]
@@ -1079,15 +1083,15 @@ class TestBadRows:
     ) -> None:
         """Running it again would be worse, and so would a row that says RUNNING for ever."""
         write(database.store, queued(1), started(1), queued(2), started(2))
-        change = database.store._update
+        change = database.store._set_operations.update
 
         def refuse(names: Any, changes: list[tuple[bytes, Any]]) -> None:
             # As each database does with what is larger than it takes, of one size or another.
             if any(len(change.get("result") or b"") > 100 for _, change in changes):
-                raise store_module._BadRow("too large")
+                raise BadRow("too large")
             change(names, changes)
 
-        monkeypatch.setattr(database.store, "_update", refuse)
+        monkeypatch.setattr(database.store._set_operations, "update", refuse)
         refused = write(database.store, finished(1, data=bytes(101)), finished(2))
         assert refused == {0: "too large"}
         assert (row(1).status, row(2).status) == (Status.FAILED, Status.SUCCESSFUL)
@@ -1175,7 +1179,7 @@ class TestUnknownCommits:
             raise StoreError("down")
 
         with monkeypatch.context() as patch:
-            patch.setattr(DatabaseStore, "_cancel", fail)
+            patch.setattr(Door, "cancel", fail)
             with pytest.raises(StoreError):
                 database.store.ask(
                     [Question(Topic.TAKE, 1, 0.0, handle=queued().handle), Question(Topic.CANCEL, 2, 0.0)]
@@ -1192,7 +1196,7 @@ class TestUnknownCommits:
             raise OperationalError("down")
 
         with monkeypatch.context() as patch:
-            patch.setattr(DatabaseStore, "_prove_lease", lambda self: fail(self, None))
+            patch.setattr(Lease, "_prove", lambda self: fail(self, None))
             with pytest.raises(StoreError):
                 database.store.claim(10, {})
         assert len(database.store.claim(10, {}).jobs) == 1
@@ -1301,7 +1305,7 @@ class TestLease:
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = monotonic() + 1000.0
-        monkeypatch.setattr("django_gearman.store.monotonic", lambda: now)
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
         database.store.claim(10, {})
         ServerLease.objects.update(renewed_at=None)
         now += 4
@@ -1317,7 +1321,7 @@ class TestLease:
         old = database.store
         database.restart()
         later = monotonic() + 5.0
-        monkeypatch.setattr("django_gearman.store.monotonic", lambda: later)
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: later)
         with pytest.raises(LeaseLost):
             old.claim(10, {})
 
@@ -1556,8 +1560,8 @@ class TestCost:
         assert JobRecord.objects.filter(status=Status.READY, result=None).count() == 3
 
     def test_claims(self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(store_module, "DUE_INTERVAL", 600.0)
-        monkeypatch.setattr(store_module, "CANCEL_INTERVAL", 600.0)
+        monkeypatch.setattr("django_gearman.store.door.DUE_INTERVAL", 600.0)
+        monkeypatch.setattr("django_gearman.store.CANCEL_INTERVAL", 600.0)
         database.store.claim(1, {})
         # Which are read once in a second.
         database.store._look_for_limits_at = float("inf")
@@ -1652,7 +1656,7 @@ class TestPlans:
     def test_mysql_reads_no_history(self, database: DatabaseHouse) -> None:
         if connection.vendor != "mysql":
             pytest.skip("counts the rows that MariaDB reads")
-        database.store._count_at = monotonic() + 600.0
+        database.store._door.count_at = monotonic() + 600.0
         assert self.rows_examined(lambda: database.store.claim(10, {}).jobs) < 100
         assert self.rows_examined(lambda: database.store.claim(10, {b"g": 100}).jobs) < 100
         write(database.store, queued())
@@ -1678,7 +1682,7 @@ class TestPlans:
             assert not re.search("TEMP B-TREE|Sort|filesort", plan), plan
 
     def test_counts_read_an_index_alone(self, database: DatabaseHouse) -> None:
-        plans = self.plans(database.store._count)
+        plans = self.plans(database.store._door.count)
         assert len(plans) >= 2
         if connection.vendor == "sqlite":
             assert all("COVERING INDEX job_" in plan and "TEMP" not in plan for plan in plans.values()), plans

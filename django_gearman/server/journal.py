@@ -101,8 +101,9 @@ class JobStore(Protocol):
     written, or it is unknown) and ``LeaseLost`` when it is for good.
     """
 
-    renewed: float
-    """Monotonic time at which this server last proved that its jobs are its own; infinite without rivals."""
+    @property
+    def renewed(self) -> float:
+        """Monotonic time at which this server last proved its jobs to be its own; infinite without rivals."""
 
     laid: bool
     """Whether it has laid jobs at the door by itself, to be claimed soon; set back by who sees it."""

@@ -1,0 +1,141 @@
+"""
+The writer's connection to the database: how it is set up, its transactions, and what its errors become.
+
+Knows no rows. Every database error leaves as ``StoreError``, and the next
+attempt gets a new connection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from django.db import DatabaseError, InterfaceError, connections, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import QuerySet
+
+from ..exceptions import StoreError
+from ..models import JobRecord
+from .statements import Statements
+
+
+class Database:
+    """
+    A database as its one writer uses it, from one thread.
+
+    Args:
+        using: Its alias.
+    """
+
+    def __init__(self, using: str) -> None:
+        self.using = using
+        self.packet_limit = math.inf
+        """Bytes of a statement that the database takes."""
+        self.fields = {field.name: field for field in JobRecord._meta.concrete_fields}
+        """{name: field} of a record."""
+        self.table = connections[using].ops.quote_name(JobRecord._meta.db_table)
+        """The records' table, quoted."""
+        self._prepared: object = None
+        """The driver's connection that ``_prepare`` has seen."""
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, and synced; every database error leaves as ``StoreError``."""
+        with self.errors(), transaction.atomic(using=self.using):
+            yield
+            if self.connection.needs_rollback:
+                # A savepoint could not be rolled back; Django would now undo everything without a word.
+                raise DatabaseError("The transaction is broken")
+
+    @contextmanager
+    def unsynced_transaction(self) -> Iterator[None]:
+        """
+        All or nothing, and on SQLite perhaps nothing after a power failure.
+
+        For claims: then their rows lie at the door, as before, and nobody was told of anything.
+        The next commit that is synced keeps all before it.
+        """
+        connection = self.connection
+        with self.errors():
+            relaxes = connection.vendor == "sqlite" and not connection.in_atomic_block
+            if relaxes:
+                self.execute("PRAGMA synchronous=NORMAL", [])
+        try:
+            with self.transaction():
+                yield
+        finally:
+            # A connection that was let go of begins anew.
+            if relaxes and self._prepared is not None:
+                with self.errors():
+                    self.execute("PRAGMA synchronous=FULL", [])
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Connected and set up. A database error closes the connection, and leaves as ``StoreError``."""
+        connection = self.connection
+        # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
+        driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
+        try:
+            connection.ensure_connection()
+            # Inside of somebody else's transaction, as in a test case, nothing could be set.
+            if connection.connection is not self._prepared and not connection.in_atomic_block:
+                self._prepare(connection)
+                self._prepared = connection.connection
+            yield
+        except (DatabaseError, InterfaceError, driver.Error) as error:
+            # Whatever state it is in: the next attempt gets a new one.
+            self.let_go()
+            raise StoreError(said(error)) from error
+
+    def let_go(self) -> None:
+        """Close the connection, whatever state it is in."""
+        self._prepared = None
+        connection: Any = self.connection
+        try:
+            connection.close()
+        except (DatabaseError, InterfaceError, connection.Database.Error):
+            pass  # it was closed from the other end
+
+    def _prepare(self, connection: BaseDatabaseWrapper) -> None:
+        if connection.vendor == "sqlite":
+            # A transaction that reads before it writes would otherwise fail where it could wait.
+            connection.transaction_mode = "IMMEDIATE"  # type: ignore[attr-defined]  # SQLite's own
+            with connection.cursor() as cursor:
+                # An acknowledged job survives power loss: WAL syncs each commit only when FULL.
+                cursor.execute("PRAGMA journal_mode=WAL")
+                cursor.execute("PRAGMA synchronous=FULL")
+        elif connection.vendor == "mysql":
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT @@max_allowed_packet")
+                self.packet_limit = cursor.fetchone()[0]
+
+    def execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
+        """The rows of a statement; none of one that has none."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    @cached_property
+    def sql(self) -> Statements:
+        return Statements(self.connection)
+
+    @property
+    def connection(self) -> BaseDatabaseWrapper:
+        return connections[self.using]
+
+    def records(self) -> QuerySet[JobRecord]:
+        return JobRecord.objects.using(self.using)
+
+    def column(self, name: str) -> str:
+        """A field's column, quoted."""
+        return self.connection.ops.quote_name(str(self.fields[name].column))
+
+
+def said(error: Exception) -> str:
+    """What an error says in one line; without PostgreSQL's details, which show what is in the row."""
+    diagnosis = getattr(error.__cause__, "diag", None)
+    text = getattr(diagnosis, "message_primary", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,179 @@
+"""
+The lease: who may write, and what becomes of the jobs of those that may not any more.
+
+What a lease is stands in ``models.ServerLease``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
+from typing import Any, Final
+
+from django.db.models import F
+from django.utils import timezone
+
+from ..exceptions import LeaseLost
+from ..limiting import LeaseNow
+from ..models import ServerLease
+from .columns import seconds_of
+from .database import Database
+from .statements import DatabaseNow
+
+logger = logging.getLogger(__name__)
+
+LEASE: Final = 15.0
+"""Seconds after which the jobs of a server that was not heard of are taken over."""
+
+ADOPTED_AT_ONCE: Final = 10_000
+"""Rows of a dead server that are freed in one transaction."""
+
+
+class Lease:
+    """
+    The lease of one server, and its looks at the others'.
+
+    Args:
+        name: The server's name, unique among the servers of the database.
+        seconds: For how long a server may be silent before others take its jobs over; of all the same.
+    """
+
+    def __init__(self, db: Database, name: str, seconds: float) -> None:
+        self._db = db
+        self._name = name
+        self._seconds = seconds
+        self.id = 0
+        self.epoch = 0
+        self.renewed = 0.0
+        """Monotonic time at which it was last proved to be ours."""
+        self.has_earlier = False
+        """Whether there are more rows of an earlier run to lay at the door."""
+        self._looked_for_dead = 0.0
+
+    def take(self, address: str) -> int:
+        """
+        Become the server of this name; whoever held the lease can write nothing from now on.
+
+        Returns:
+            The epoch, for ``ServerOptions.epoch``.
+        Raises:
+            StoreError: The database is out of reach or not migrated.
+        """
+        began = monotonic()
+        with self._db.transaction():
+            leases = ServerLease.objects.using(self._db.using)
+            lease, _ = leases.get_or_create(name=self._name)
+            leases.filter(pk=lease.pk).update(
+                epoch=F("epoch") + 1, address=address, started_at=DatabaseNow(), renewed_at=DatabaseNow()
+            )
+            lease.refresh_from_db(using=self._db.using)
+        self.id = lease.pk
+        self.epoch = lease.epoch
+        self.renewed = self._looked_for_dead = began
+        return lease.epoch
+
+    @contextmanager
+    def transaction(self, *, synced: bool = True) -> Iterator[None]:
+        """
+        A transaction in which the lease is proved to be ours.
+
+        Raises:
+            LeaseLost: Somebody else has it; nothing was changed.
+            StoreError: The database said so.
+        """
+        with self._db.transaction() if synced else self._db.unsynced_transaction():
+            self._prove()
+            yield
+
+    @property
+    def wants_proof(self) -> bool:
+        """Whether it was not proved for so long that this has to be done for its own sake."""
+        return monotonic() - self.renewed >= self._seconds / 3
+
+    def _prove(self) -> None:
+        """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
+        began = monotonic()
+        with self._db.connection.cursor() as cursor:
+            cursor.execute(self._db.sql.renew, [self.id, self.epoch])
+            if not cursor.rowcount:
+                raise LeaseLost(self._name)
+        self.renewed = began
+
+    def all_now(self) -> tuple[dict[int, LeaseNow], float]:
+        """{id: every server's lease}, and the database's time in seconds since 1970."""
+        leases: dict[int, LeaseNow] = {}
+        now = 0.0
+        for id, epoch, started_at, renewed_at, at in self._db.execute(self._db.sql.leases, []):
+            now = seconds_of(at)
+            silent = now - seconds_of(renewed_at) > self._seconds
+            leases[id] = LeaseNow(epoch, seconds_of(started_at), silent)
+        return leases, now
+
+    def free_earlier(self) -> None:
+        """Lay a part of what an earlier run of this server had at the door; in a transaction."""
+        self.has_earlier = self._free(self.id, self.epoch) == ADOPTED_AT_ONCE
+
+    @property
+    def wants_a_look_at_others(self) -> bool:
+        """Whether it is time for ``free_jobs_of_the_dead``."""
+        return monotonic() - self._looked_for_dead >= self._seconds / 3
+
+    def free_jobs_of_the_dead(self) -> None:
+        """
+        Lay the jobs of servers whose leases ran out at the door, for every server to claim.
+
+        The compare-and-set raises the dead server's epoch: should it only have
+        been asleep, it can write nothing any more.
+        """
+        leases = ServerLease.objects.using(self._db.using)
+        silent = leases.filter(renewed_at__lt=DatabaseNow() - timedelta(seconds=self._seconds))
+        with self._db.errors():
+            dead = [lease for lease in silent.exclude(pk=self.id) if self._held(lease.pk, 1)]
+        more = False
+        for lease in dead:
+            with self.transaction():
+                if silent.filter(pk=lease.pk, epoch=lease.epoch).update(epoch=F("epoch") + 1):
+                    more |= self._free_jobs_of(lease)
+        if not more:
+            self._looked_for_dead = monotonic()
+
+    def _free_jobs_of(self, lease: ServerLease) -> bool:
+        """Free a part of its jobs; whether there may be more."""
+        self.end_attempts(lease.pk)
+        freed = self._free(lease.pk)
+        if freed:
+            logger.warning(
+                "The job server %s was not heard of for %g s: %d of its jobs were freed",
+                lease.name,
+                self._seconds,
+                freed,
+            )
+        return freed == ADOPTED_AT_ONCE
+
+    def _free(self, lease_id: int, but_of_epoch: int | None = None) -> int:
+        """Lay a part of a server's jobs at the door; how many."""
+        some = self._held(lease_id, ADOPTED_AT_ONCE, but_of_epoch)
+        for start in range(0, len(some), 500):
+            self._db.records().filter(pk__in=some[start : start + 500]).update(server=None, server_epoch=None)
+        return len(some)
+
+    def _held(self, lease_id: int, limit: int, but_of_epoch: int | None = None) -> list[int]:
+        """Ids of so many live jobs of a server, the oldest first."""
+        but = -1 if but_of_epoch is None else but_of_epoch
+        return [id for (id,) in self._db.execute(self._db.sql.held, [lease_id, but, limit])]
+
+    def end_attempts(self, lease_id: int) -> None:
+        """The server ended: foreground jobs ended with it, background ones that ran wait again."""
+        sql, now = self._db.sql, self._now()
+        # The clients of foreground jobs left with it.
+        self._db.execute(sql.end_running, [now, lease_id])
+        self._db.execute(sql.end_waiting, [now, lease_id])
+        self._db.execute(sql.keep_interrupted, [now, lease_id])
+        self._db.execute(sql.interrupt, [lease_id])
+
+    def _now(self) -> Any:
+        """This machine's time, as the driver takes it."""
+        return self._db.fields["run_after"].get_db_prep_value(timezone.now(), self._db.connection)

@@ -1,0 +1,257 @@
+"""The statements of claim, replay and the lease, as text; and the database's clock."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from ..models import Cancellation, JobAttempt, JobRecord, ServerLease
+from .columns import AT_DOOR, READY, RETRYING, RUNNING, SCHEDULED, Status
+
+FUNCTIONS_AT_ONCE: Final = 200
+"""Functions that are looked at in one claim; the others' turn comes with the next."""
+
+INLINE: Final = 16 * 1024
+"""Bytes of a workload that is read along with its row; larger ones are read of jobs that are taken."""
+
+JOB_FIELDS: Final = (
+    "handle",
+    "function",
+    "unique",
+    "workload",
+    "priority",
+    "attempts",
+    "max_attempts",
+    "reducer",
+    "run_after",
+    "timeout",
+    "interruptions",
+    "limit_key",
+)
+
+_ATTEMPT_FIELDS: Final = (
+    "number",
+    "worker",
+    "started_at",
+    "finished_at",
+    "exception",
+    "message",
+    "traceback",
+    "log",
+)
+
+
+class Statements:
+    """
+    The statements of claim and replay, written once.
+
+    By hand, because statuses must stand in the text: SQLite does not use a
+    partial index for a parameter. Table and column names are the model's own,
+    every value is a parameter.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        quote = connection.ops.quote_name
+        table = quote(JobRecord._meta.db_table)
+
+        def by(index: str) -> str:
+            # Without statistics SQLite would rather scan every live row for its status and sort.
+            if connection.vendor == "sqlite":
+                return f"{table} INDEXED BY {quote(index)}"
+            if connection.vendor == "mysql":
+                return f"{table} FORCE INDEX ({quote(index)})"
+            return table
+
+        columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
+        server, status, due = columns["server"], columns["status"], columns["run_after"]
+        live = ", ".join(f"'{each.value}'" for each in JobRecord.SERVED)
+        # Whose index on MySQL, which has no partial ones, is by the server too.
+        owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
+        unclaimed = f"{server} IS NULL AND {status} = '{READY}'"
+        # The index of MySQL's is by the status too: two of them would have no common order.
+        kinds = [[SCHEDULED], [RETRYING]] if connection.vendor == "mysql" else [[SCHEDULED, RETRYING]]
+        later = [
+            f"{by('job_due')} WHERE {server} IS NULL AND {status} IN ({', '.join(map(repr, kind))})"
+            for kind in kinds
+        ]
+        at_door = ", ".join(f"'{each.value}'" for each in AT_DOOR)
+        is_mysql = connection.vendor == "mysql"
+        function = columns["function"]
+        row = ", ".join(
+            [
+                columns["id"],
+                f"LENGTH({columns['workload']})",
+                status,
+                columns["enqueued_at"],
+                # Of what is no member, such as a continuation, nothing is counted.
+                f"CASE WHEN {columns['group_index']} IS NOT NULL THEN {columns['group']} END",
+                *(
+                    # Large ones are only read of jobs that are taken.
+                    f"CASE WHEN LENGTH({columns[name]}) <= {INLINE} THEN {columns[name]} END"
+                    if name == "workload"
+                    else columns[name]
+                    for name in JOB_FIELDS
+                ),
+            ]
+        )
+
+        def names(where: str, *also: str) -> str:
+            """
+            The functions that rows of an index are of, after one, without reading all of the rows.
+
+            MySQL's planner cannot, and is asked for one at a time.
+            """
+            if is_mysql:
+                return (
+                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "  # noqa: S608
+                    f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
+                )
+            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"  # noqa: S608
+            following = first.replace("%s", "door.name")
+            return (
+                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "  # noqa: S608
+                f"SELECT ({following}), number + 1 FROM door "
+                f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
+                f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
+            )
+
+        claim = f"{by('job_claim')} WHERE {unclaimed}"
+        self.functions_ready = names(claim)
+        first = f"AND {function} = door.name ORDER BY {due} LIMIT 1"
+        self.functions_due = [
+            # An index of MySQL's has each function's earliest first.
+            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")  # noqa: S608
+            for rows in later
+        ]
+        priority = columns["priority"]
+        self.ready_of = (
+            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
+            f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
+        )
+        self.due_of = [
+            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
+            f"ORDER BY {due}, {columns['id']} LIMIT %s"
+            for rows in later
+        ]
+        self.count_ready = (
+            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"  # noqa: S608
+        )
+        self.count_later = [
+            f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}"  # noqa: S608
+            for rows in later
+        ]
+        of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
+        self.held = (
+            f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
+            f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
+        )
+        cancellations = quote(Cancellation._meta.db_table)
+        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"  # noqa: S608
+        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
+
+        def change(assignments: str, condition: str) -> str:
+            return (
+                f"UPDATE {by(owned)} SET {assignments} "  # noqa: S608
+                f"WHERE {server} = %s AND {status} IN ({live}) AND {condition}"
+            )
+
+        background = columns["background"]
+        is_postgres = connection.vendor == "postgresql"
+        is_foreground = f"{background} = {'FALSE' if is_postgres else '0'}"
+        ended = (
+            f"{columns['finished_at']} = %s, {columns['message']} = 'The job server ended before the job did'"
+        )
+        is_running = f"{status} = '{RUNNING}'"
+        self.end_running = change(f"{status} = '{Status.DEAD}', {ended}", f"{is_foreground} AND {is_running}")
+        self.end_waiting = change(f"{status} = '{Status.CANCELLED}', {ended}", is_foreground)
+        interruptions = columns["interruptions"]
+        self.interrupt = change(
+            f"{status} = '{READY}', {columns['numerator']} = NULL, {columns['denominator']} = NULL, "
+            f"{columns['log']} = '', "
+            f"{interruptions} = {interruptions} + 1",
+            is_running,
+        )
+        self.leave = (
+            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "  # noqa: S608
+            f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
+            f"AND {status} <> '{RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
+        )
+        made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
+        # What another server had keeps its handle.
+        handle = f"COALESCE({columns['handle']}, {made})"
+        by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
+        self._take = (
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
+            f"{columns['server_epoch']} = %s, {status} = %s "
+            f"WHERE {server} IS NULL AND {status} IN ({at_door}) AND {columns['id']} IN "
+        )
+        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        key = columns["unique_key"]
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
+        # The driver would look for hundreds of marks one by one.
+        self._any = "= ANY(%s::varchar[])" if connection.vendor == "postgresql" else ""
+        self._order = f" ORDER BY {priority} DESC, {columns['id']}"
+        attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
+        kept = quote(JobAttempt._meta.db_table)
+        what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
+        marks = ", ".join(["%s"] * len(_ATTEMPT_FIELDS))
+        insert = f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, "
+        # Not twice, when a batch is written again because nobody knows what became of it.
+        unless_kept = (
+            f"NOT EXISTS (SELECT 1 FROM {kept} "  # noqa: S608
+            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = "
+        )
+        self.keep_attempt = (
+            f"{insert}{marks} FROM {table} "
+            # At the door it lies by now where the next attempt is later.
+            f"WHERE {columns['handle']} = %s AND ({server} = %s OR {server} IS NULL) AND {unless_kept}%s)"
+        )
+        self.keep_interrupted = (
+            f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
+            f"'', 'The job server ended before the job did', '', {columns['log']} FROM {table} "
+            f"WHERE {server} = %s AND {status} = '{RUNNING}' AND {unless_kept}{columns['attempts']})"
+        )
+
+        leases = ServerLease.objects.using(connection.alias)
+        now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
+        lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
+        self.leases = (
+            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "  # noqa: S608
+            f"FROM {quote(ServerLease._meta.db_table)}"
+        )
+        self.renew = (
+            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
+            f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
+        )
+
+    def take(self, rows: int) -> str:
+        """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
+        return f"{self._take}({', '.join(['%s'] * rows)})"
+
+    def of_keys(self, keys: int) -> str:
+        """Key, id and handle of the rows that have one of so many keys; of an array of them on PostgreSQL."""
+        return self._of_keys + (self._any or f"IN ({', '.join(['%s'] * keys)})")
+
+    def by_id(self, rows: int) -> str:
+        return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"
+
+
+class DatabaseNow(Now):
+    """The database's clock. Django's own is UTC on SQLite, even when ``USE_TZ`` is off."""
+
+    def as_sqlite(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        local = "" if settings.USE_TZ else ", 'localtime'"
+        template = f"STRFTIME('%%%%Y-%%%%m-%%%%d %%%%H:%%%%M:%%%%f', 'NOW'{local})"
+        return self.as_sql(compiler, connection, template=template, **context)
+
+    def as_mysql(self, compiler: Any, connection: Any, **context: Any) -> Any:
+        # CURRENT_TIMESTAMP would be of the database's own time zone, whatever it is.
+        offset = timedelta() if settings.USE_TZ else timezone.localtime(datetime.now(UTC)).utcoffset()
+        assert offset is not None, "an aware moment has an offset"
+        template = f"(UTC_TIMESTAMP(6) + INTERVAL {offset.total_seconds():.0f} SECOND)"
+        return self.as_sql(compiler, connection, template=template, **context)
