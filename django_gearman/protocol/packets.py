@@ -51,11 +51,12 @@ number of its own. No other server knows the option; all answer UNKNOWN_OPTION.
 
 WAITS = b"waits"
 """
-An option of our job server, for workers of its own machine: who asks with GRAB_JOB_UNIQ and is told NO_JOB, waits.
+An option of our job server, for workers of its own machine.
 
-It is asleep then, without PRE_SLEEP; and a job for it comes as JOB_ASSIGN_UNIQ, without NOOP and
-another question. Workers of other machines are answered UNKNOWN_OPTION, as by all other servers: when
-a machine is gone nobody says so, and what it was handed would be gone as long.
+Who then asks with GRAB_JOB_UNIQ and is told NO_JOB is asleep, without PRE_SLEEP; a job for it comes
+as JOB_ASSIGN_UNIQ, without NOOP and another question. Workers of other machines are answered
+UNKNOWN_OPTION, as by all other servers: when a machine is gone nobody says so, and what it was
+handed would be gone as long.
 """
 
 RETRY = b"retry "
