@@ -275,10 +275,8 @@ class Door:
         # A handle is of a row's id, which is never used twice; handles of the wire door have an epoch
         # there. A job that another server had keeps the handle that its client knows.
         jobs = {row.id: row.job for row in rows}
-        with self._db.connection.cursor() as cursor:
-            parameters: list[Any] = [self._row_prefix, self._lease.id, self._lease.epoch, status, *jobs]
-            cursor.execute(self._db.sql.take(len(jobs)), parameters)
-            taken = cursor.rowcount
+        parameters = [self._row_prefix, self._lease.id, self._lease.epoch, status, *jobs]
+        taken = self._db.change(self._db.sql.take(len(jobs)), parameters)
         if taken < len(rows):
             still_ours = self._ours(jobs)
             jobs = {id: job for id, job in jobs.items() if id in still_ours}

@@ -217,11 +217,11 @@ class SetOperations:
     def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        with self._bad_rows(), self._db.connection.cursor() as cursor:
+        with self._bad_rows():
             if self._db.packet_limit < math.inf:
                 for row in rows:
                     self._length(row)
-            cursor.executemany(sql, rows)
+            self._db.change_each(sql, rows)
 
     def _execute_in_hundreds(self, sql: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """
