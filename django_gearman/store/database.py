@@ -133,7 +133,7 @@ class Database:
             return int(changed)
         with connection.cursor() as cursor:
             cursor.execute(sql, parameters)
-            return cursor.rowcount
+            return int(cursor.rowcount)
 
     def change_each(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute a statement for each row of parameters."""
