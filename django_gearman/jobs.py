@@ -56,7 +56,7 @@ from django.db import close_old_connections, connections, reset_queries, transac
 from django.dispatch import Signal
 from django.utils import timezone
 
-from . import conf, continuations, logs, permits, schedules, signals, tracing
+from . import conf, continuations, logs, permits, rows, schedules, signals, tracing
 from .client.core import Priority
 from .client.tasks import Part, Value
 from .context import JobContext, Reports
@@ -422,7 +422,7 @@ class Job(Generic[P, R]):
                 "the protocol has no such submission; leave out run_after or the priority"
             )
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
-        return JobRecord(
+        return rows.new(
             function=self.name,
             queue_name=self.queue_name,
             workload=workload,

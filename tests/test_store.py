@@ -1566,7 +1566,7 @@ class TestCost:
         # Which are read once in a second.
         database.store._look_for_limits_at = float("inf")
         counts = []
-        for size in (1, 300):
+        for size in (2, 300):
             for _ in range(size):
                 database.put()
             with CaptureQueriesContext(connection) as queries:

@@ -98,8 +98,17 @@ class Door:
         """What is to be taken from the door, and what is known of the rest."""
         look = Look()
         now = timezone.now()
-        found = self._functions(self._db.sql.functions_ready, self._first_function)
-        ready = [str(name) for name, *_ in found]
+        first: list[DoorRow] | None = None
+        if not full and not crowded:
+            # Mostly one job waits, or none: then this statement has told all.
+            first = self._rows_of(self._db.sql.first_ready, [2])
+            if len(first) > 1:
+                first = None
+        if first is not None:
+            ready = [row.job.function.decode() for row in first]
+        else:
+            found = self._functions(self._db.sql.functions_ready, self._first_function)
+            ready = [str(name) for name, *_ in found]
         look.is_partial = (
             bool(full) or bool(crowded) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
         )
@@ -113,7 +122,10 @@ class Door:
             above = full.get(name.encode(), -1000)
             crowd = crowded.get(name.encode())
             rows = []
-            if name in ready:
+            if first and name in ready:
+                rows = first
+                look.emptied.add(name.encode())
+            elif name in ready:
                 statement, but = self._but(self._db.sql.ready_of, crowd)
                 rows = self._rows_of(statement, [name, above, *but, share])
                 if len(rows) < share and name.encode() not in full and crowd is None:

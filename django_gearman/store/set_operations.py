@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, repeat
 from typing import Any, Final
 
@@ -178,14 +178,15 @@ class SetOperations:
         value would cost more than the statement. Many entries share a moment.
         """
         binary = self._db.connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
-        adapt = cache(self._db.connection.ops.adapt_datetimefield_value)
+        adapt = self._db.connection.ops.adapt_datetimefield_value
 
         def prepare(name: str, values: list[Any]) -> list[Any]:
             match self._kinds[name]:
                 case "BinaryField":
                     return [value if value is None else binary(value) for value in values]
                 case "DateTimeField":
-                    return [value if value is None else adapt(value) for value in values]
+                    adapted = {value: value if value is None else adapt(value) for value in set(values)}
+                    return [adapted[value] for value in values]
             return values
 
         return prepare

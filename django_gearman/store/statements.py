@@ -133,6 +133,10 @@ class Statements:
             f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
+        self.first_ready = (
+            f"SELECT {row} FROM {claim} "  # noqa: S608
+            f"ORDER BY {function}, {priority} DESC, {columns['id']} LIMIT %s"
+        )
         self.due_of = [
             f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
             f"ORDER BY {due}, {columns['id']} LIMIT %s"
