@@ -36,8 +36,10 @@ ROW = b"row "
 OPTION_REQ ``listen row NUMBER``, to a job server that keeps its jobs in a database: hear of a row's end.
 
 For who inserted the row and cannot know its handle yet. Answered by OPTION_RES at once, and by
-WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way.
-Nothing follows when another server has it; who waits looks at the row now and then.
+WORK_COMPLETE of ``row NUMBER`` when the row says how its job ended, whichever way. Its data are what
+the row says of a job that succeeded at once: handle, begin and end in seconds since 1970, and the
+value, with a NUL between each; and nothing of any other job, or of a large value. Nothing follows
+when another server has it; who waits looks at the row now and then.
 """
 
 ATTEMPTS = b"attempts"

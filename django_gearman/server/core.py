@@ -64,7 +64,7 @@ from .entries import (
 from .jobs import Function, Job, JobState, UniqueKey
 from .limits import Limits
 from .metrics import SECONDS, Histogram
-from .watchers import Watchers
+from .watchers import Watchers, told_of_row
 from .window import Window
 
 HIGH: Final = 50
@@ -432,11 +432,20 @@ class JobServer:
                         self.admit(job)
 
     def _tell_watchers(self, entries: list[Entry]) -> None:
+        begun: dict[bytes, float] = {}
         for entry in entries:
-            if type(entry) is JobFinished:
+            if type(entry) is JobStarted and entry.attempts == 1:
+                begun[entry.handle] = entry.at
+            elif type(entry) is JobFinished:
                 row, peers = self._watchers.ended(entry.handle)
+                told = b""
+                if peers and entry.handle in begun and entry.outcome is SUCCESSFUL:
+                    told = told_of_row(entry, begun[entry.handle])
                 for peer in peers:
-                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, b""))
+                    self._send(peer, encode_response(PacketType.WORK_COMPLETE, row, told))
+            elif type(entry) is not JobLogged:
+                # It is not all of what the row says.
+                begun.pop(entry.handle, None)
 
     def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """

@@ -14,12 +14,24 @@ from ..protocol.packets import ROW
 
 if TYPE_CHECKING:
     from .core import Peer
+    from .entries import JobFinished
 
 MOST: Final = 10_000
 """Rows that are watched at a time; who asks for more looks at the row now and then."""
 
 LONGEST: Final = 60.0
 """Seconds after which a row is forgotten: its job may be another server's."""
+
+
+LARGEST: Final = 64 * 1024
+"""Bytes of a value that is told along; who waits reads a larger one from the row."""
+
+
+def told_of_row(end: JobFinished, began: float) -> bytes:
+    """What the row of a job says that has succeeded at its first attempt; nothing where that is too much."""
+    if len(end.data) > LARGEST:
+        return b""
+    return b"\0".join([end.handle, repr(began).encode(), repr(end.at).encode(), end.data])
 
 
 class Watchers:
