@@ -179,13 +179,16 @@ class SetOperations:
         """
         binary = self._db.connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
         adapt = self._db.connection.ops.adapt_datetimefield_value
+        adapted: dict[datetime | None, Any] = {None: None}
 
         def prepare(name: str, values: list[Any]) -> list[Any]:
             match self._kinds[name]:
                 case "BinaryField":
                     return [value if value is None else binary(value) for value in values]
                 case "DateTimeField":
-                    adapted = {value: value if value is None else adapt(value) for value in set(values)}
+                    for value in values:
+                        if value not in adapted:
+                            adapted[value] = adapt(value)
                     return [adapted[value] for value in values]
             return values
 
