@@ -670,6 +670,7 @@ class GearmanServer:
         if (
             self._turn_scheduled
             or core.urgent
+            or core.woken
             or core.questions
             or core.claim_wanted
             or core.shutdown_wanted is not None
