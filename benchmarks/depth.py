@@ -12,6 +12,8 @@ all of them and each once, and what memory and start-up may cost, is checked:
 anything else ends the run. The database is one of its own, as tests have.
 """
 
+# ruff: noqa: E402  (what is imported last wants Django set up)
+
 from __future__ import annotations
 
 import argparse
@@ -31,11 +33,11 @@ import django
 
 django.setup()
 
-from django.db import connection  # noqa: E402
+from django.db import connection
 
-from django_gearman.protocol.packets import PacketType as P  # noqa: E402
-from django_gearman.protocol.packets import encode_request  # noqa: E402
-from tests import harness  # noqa: E402
+from django_gearman.protocol.packets import PacketType as P
+from django_gearman.protocol.packets import encode_request
+from tests import harness
 
 MEMORY = 150.0
 """Megabytes that the waiting jobs may cost."""

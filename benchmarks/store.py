@@ -7,6 +7,8 @@ Works in a database of its own beside the configured one, as tests do. Each
 figure is the median of several runs; a commit is synced as the database is set.
 """
 
+# ruff: noqa: E402  (what is imported last wants Django set up)
+
 from __future__ import annotations
 
 import os
@@ -23,16 +25,16 @@ import django
 
 django.setup()
 
-from django.db import connection  # noqa: E402
+from django.db import connection
 
-from django_gearman.server.entries import (  # noqa: E402
+from django_gearman.server.entries import (
     Entry,
     JobFinished,
     JobQueued,
     JobStarted,
     Outcome,
 )
-from django_gearman.store import DatabaseStore  # noqa: E402
+from django_gearman.store import DatabaseStore
 
 ROWS = 10_000
 """Rows of one run."""

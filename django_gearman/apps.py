@@ -13,7 +13,7 @@ class GearmanConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, conf  # noqa: F401
+        from . import checks, conf  # noqa: F401  # they register themselves
 
         # An error inside a jobs.py is the developer's to see: it is not caught.
         if conf.settings_for().autodiscover:

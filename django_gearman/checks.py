@@ -225,7 +225,7 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
         try:
             row = Schedule(name=name, **columns_of(function, declaration))
             time_zone(row.zone_name)
-            row.timing  # noqa: B018
+            row.timing  # noqa: B018  # it refuses
             scheduled_record(row)
         except MissingCronsim as error:
             messages.append(

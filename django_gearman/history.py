@@ -3,7 +3,7 @@ How long finished jobs are kept, and how they go: oldest first, a few at a time.
 
 ``History`` finds, by the index ``job_history``, what may go, and remembers how
 far it has read: rows that stay for longer than their neighbours are passed by
-once, not with each batch. Used by job servers (through ``store.py``) and by
+once, not with each batch. Used by job servers (through ``store``) and by
 ``gearman_prune``. Rows of live jobs are never touched.
 """
 
@@ -229,7 +229,7 @@ class History:
         """
         if not batch.more:
             # Servers that were started together need not look together.
-            return IDLE * random.uniform(0.8, 1.2)  # noqa: S311
+            return IDLE * random.uniform(0.8, 1.2)
         if seconds > SLICE:
             self.rows = max(MIN_ROWS, int(self.rows * max(SLICE / seconds, 0.25)))
         elif seconds < SLICE / 2:

@@ -98,7 +98,7 @@ def _insert_by_sqlite(
     marks = ", ".join(["%s"] * len(columns))
     with connection.cursor() as cursor:
         cursor.executemany(
-            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})",  # noqa: S608
+            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})",
             [(*constants, *own) for own in zip(places, workloads, strict=True)],
         )
         # Nobody else writes before this transaction ends: the ids follow each other.
@@ -122,7 +122,7 @@ def _insert_by_postgresql(
     with connection.cursor() as cursor:
         # Defaults, as the id's, are worked out in the order of the rows.
         cursor.execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.index, w.workload "  # noqa: S608
+            f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.index, w.workload "
             "FROM unnest(%s::integer[], %s::bytea[]) WITH ORDINALITY AS w(index, workload, place) "
             f"ORDER BY w.place RETURNING {id}",
             [*constants, places, workloads],
@@ -146,7 +146,7 @@ def _insert_by_mariadb(
         numbered = [value for place, values in enumerate(own) for value in (place, *values)]
         with connection.cursor() as cursor:
             cursor.execute(
-                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.member, w.workload "  # noqa: S608
+                f"INSERT INTO {table} ({', '.join(columns)}) SELECT {marks} w.member, w.workload "
                 f"FROM (SELECT %s AS place, %s AS member, _binary %s AS workload{rows}) w "
                 "ORDER BY w.place RETURNING id",
                 [*constants, *numbered],

@@ -115,7 +115,7 @@ LONGEST_PAUSE: Final = 3600.0
 
 def exponential(attempt: int) -> float:
     """Seconds until the next attempt: about 2, 4, 8, ... and an hour at the most, never all at once."""
-    return float(min(2 ** min(attempt, 20), LONGEST_PAUSE) * random.uniform(0.75, 1.25))  # noqa: S311
+    return float(min(2 ** min(attempt, 20), LONGEST_PAUSE) * random.uniform(0.75, 1.25))
 
 
 class JobOptions(TypedDict, total=False):

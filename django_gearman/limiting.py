@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from django.db import transaction
 from django.db.models import F, QuerySet
 
+from .declarations import DeclaredRows
 from .models import FunctionLimit, LimitUse, ServerLease
 from .permits import GRACE, Granted, Limit, Request, Use
 
@@ -193,72 +193,20 @@ def standings(rows: Sequence[FunctionLimit], now: float) -> dict[str, list[Stand
 
 # What the code says.
 
-Declared = Mapping[str, Mapping[str, Any]]
-"""{function: the columns that the code sets}."""
 
-MERGED: Final = ("rate", "concurrency", "by_key")
+class _Limits(DeclaredRows[FunctionLimit]):
+    model = FunctionLimit
+    key = "function"
+    title = "The limit of %s"
+    merged = (("rate",), ("concurrency",), ("by_key",))
 
-
-def synchronise(using: str, declared: Declared, *, complete: bool = True) -> None:
-    """
-    Bring the limits that the code declares into the table, without undoing what operators did there.
-
-    As of schedules: a row that was edited stays as it is, and the log says so.
-    Whether a limit is enabled is never the code's to say.
-
-    Args:
-        complete: Whether all of the code was read, so that what is missing is gone.
-    """
-    rows = FunctionLimit.objects.using(using)
-    for function, columns in sorted(declared.items()):
-        with transaction.atomic(using=using):
-            fresh = dict(columns)
-            row, is_new = rows.select_for_update().get_or_create(
-                function=function, defaults={**fresh, "declared": fresh}
-            )
-            if is_new:
-                logger.info("The limit of %s is new", function)
-                continue
-            _merge(row, fresh)
-            row.save(using=using)
-    if complete:
-        for row in rows.filter(declared__isnull=False, withdrawn=False).exclude(function__in=declared):
-            logger.info("The limit of %s rests: the code declares it no more", row.function)
-            rows.filter(pk=row.pk).update(withdrawn=True)
+    def mend(self, row: FunctionLimit) -> None:
+        if not row.rate and row.concurrency is None:
+            # Together they would allow everything, which is no limit.
+            self.reset(row)
 
 
-def _merge(row: FunctionLimit, fresh: dict[str, Any]) -> None:
-    known: dict[str, Any] | None = row.declared
-    row.withdrawn = False
-    row.declared = fresh
-    if known is None:
-        logger.warning(
-            "The limit of %s was made by hand before the code declared it; it stays as it is", row.function
-        )
-        return
-    for name in MERGED:
-        if fresh[name] == known.get(name) or getattr(row, name) == fresh[name]:
-            continue
-        if getattr(row, name) == known.get(name):
-            setattr(row, name, fresh[name])
-        else:
-            logger.warning(
-                "The limit of %s was edited: what the code says now of %s is not taken", row.function, name
-            )
-    if not row.rate and row.concurrency is None:
-        # Together they would allow everything, which is no limit.
-        for name in MERGED:
-            setattr(row, name, fresh[name])
-
-
-def reset(row: FunctionLimit) -> None:
-    """Take from a declared limit's row what operators did to it; save it then."""
-    for name in MERGED:
-        if row.declared is not None and name in row.declared:
-            setattr(row, name, row.declared[name])
-
-
-def is_edited(row: FunctionLimit) -> bool:
-    """Whether it allows something else than the code says."""
-    declared = row.declared
-    return declared is not None and any(getattr(row, name) != declared.get(name) for name in MERGED)
+_LIMITS: Final = _Limits()
+synchronise = _LIMITS.synchronise
+reset = _LIMITS.reset
+is_edited = _LIMITS.is_edited

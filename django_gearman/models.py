@@ -3,7 +3,7 @@ What is kept: one row per job, which is the durable queue and the record that
 the admin shows, one row per job server, and one per schedule.
 
 No behaviour here beyond what a row *is*. Rows are inserted by ``submission.py``
-and ``groups.py`` (the database door) and by ``store.py`` (the wire door);
+and ``groups.py`` (the database door) and by ``store`` (the wire door);
 outcomes are written by job servers alone. What fires schedules is in
 ``scheduler.py``.
 """
@@ -96,7 +96,7 @@ class JobRecord(models.Model):
     unique = models.CharField(_("unique"), max_length=256, blank=True, default="")
     """The submitter's key, as ``store.text_of_unique`` writes it; empty for none."""
 
-    unique_key = models.CharField(  # noqa: DJ001
+    unique_key = models.CharField(  # noqa: DJ001  # unique, and many have none
         _("unique key"), max_length=64, null=True, blank=True, default=None, editable=False
     )
     """``unique_key_of`` a background job that has a unique and is still to do; null of all others."""
@@ -115,7 +115,7 @@ class JobRecord(models.Model):
     timeout = models.PositiveIntegerField(_("timeout"), null=True, blank=True)
     """Seconds one attempt may take; null for the server's default."""
 
-    limit_key = models.CharField(  # noqa: DJ001
+    limit_key = models.CharField(  # noqa: DJ001  # an empty one is a key
         _("limit key"), max_length=64, null=True, blank=True, default=None, editable=False
     )
     """What the function's limit is counted by; null where that is not by a key, or the job does not say."""
@@ -138,7 +138,7 @@ class JobRecord(models.Model):
 
     # Where it stands.
     status = models.CharField(_("status"), max_length=10, choices=Status, default=Status.READY)
-    handle = models.CharField(_("handle"), max_length=64, null=True, blank=True)  # noqa: DJ001
+    handle = models.CharField(_("handle"), max_length=64, null=True, blank=True)  # noqa: DJ001  # unique, and many have none
     """The Gearman handle; null until a server has the job, since unclaimed rows have none to be unique."""
 
     server = models.ForeignKey(
@@ -665,7 +665,7 @@ class FunctionLimit(models.Model):
     def clean(self) -> None:
         self.rate = self.rate.strip()
         try:
-            self.limit  # noqa: B018
+            self.limit  # noqa: B018  # it refuses
         except ValueError as error:
             raise ValidationError({"rate": str(error)}) from error
         if self.concurrency is not None and not 1 <= self.concurrency <= permits.MOST:

@@ -107,7 +107,7 @@ def _insertion(using: str) -> tuple[str, tuple[AnyField, ...], bool]:
     fields = tuple(field for field in JobRecord._meta.concrete_fields if not field.primary_key)
     columns, table, id = _names(connection, fields)
     marks = ", ".join(["%s"] * len(fields))
-    sql = f"INSERT INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608
+    sql = f"INSERT INTO {table} ({columns}) VALUES ({marks})"
     return f"{sql} RETURNING {id}" if returns else sql, fields, returns
 
 
@@ -116,7 +116,7 @@ def _selection(using: str, names: tuple[str, ...]) -> tuple[str, tuple[AnyField,
     by_name = {field.name: field for field in JobRecord._meta.concrete_fields}
     fields = tuple(by_name[name] for name in names)
     columns, table, id = _names(connections[using], fields)
-    return f"SELECT {columns} FROM {table} WHERE {id} = %s", fields  # noqa: S608
+    return f"SELECT {columns} FROM {table} WHERE {id} = %s", fields
 
 
 def _names(connection: BaseDatabaseWrapper, fields: tuple[AnyField, ...]) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ from django.db import DataError, IntegrityError, transaction
 from django.db.models import Q, QuerySet
 
 from . import schedules
+from .declarations import DeclaredRows
 from .exceptions import InvalidSchedule, MissingCronsim
 from .models import JobRecord, Schedule
 
@@ -181,102 +182,46 @@ def _moment(seconds: int) -> datetime:
     return datetime.fromtimestamp(seconds, UTC if settings.USE_TZ else None)
 
 
-Declared = Mapping[str, tuple[str, schedules.Declaration]]
-"""{name of the row: (function, what the code says)}."""
-
-_MERGED: Final = (("cron", "interval", "tz"), ("catch_up",), ("args", "kwargs"))
-"""Fields of a declaration; those of one group are the code's or the operator's together."""
+# What the code says.
 
 
-def synchronise(using: str, declared: Declared, *, complete: bool = True) -> None:
+class _Schedules(DeclaredRows[Schedule]):
+    model = Schedule
+    key = "name"
+    title = "Schedule %s"
+    merged = (("cron", "interval", "tz"), ("catch_up",), ("args", "kwargs"))
+    followed = ("function",)
+
+    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        interval = columns["interval"]
+        return {**columns, "interval": None if interval is None else int(interval.total_seconds())}
+
+    def columns(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+        columns = dict(kept)
+        if columns.get("interval") is not None:
+            columns["interval"] = timedelta(seconds=columns["interval"])
+        return columns
+
+
+_SCHEDULES: Final = _Schedules()
+reset = _SCHEDULES.reset
+is_edited = _SCHEDULES.is_edited
+
+
+def synchronise(
+    using: str, declared: Mapping[str, tuple[str, schedules.Declaration]], *, complete: bool = True
+) -> None:
     """
     Bring the schedules that the code declares into the table, without undoing what operators did there.
 
-    Each row remembers what the code said when it was last looked at. Where that
-    has not changed, the row stays as it is. Where it has, the row follows,
-    unless somebody had edited those fields: then the edit stays, and the log
-    says so. Whether a schedule is enabled is never the code's to say. Rows that
-    the code declares no more rest, and keep what they had for its return.
-
     Args:
+        declared: {name of the row: (function, what the code says)}.
         complete: Whether all of the code was read, so that what is missing is gone.
     Raises:
         InvalidSchedule: A declaration names no times.
     """
-    rows = Schedule.objects.using(using)
-    for name, (function, declaration) in sorted(declared.items()):
-        with transaction.atomic(using=using):
-            columns = columns_of(function, declaration)
-            fresh = _declared(columns)
-            row, is_new = rows.select_for_update().get_or_create(
-                name=name, defaults={**columns, "declared": fresh}
-            )
-            if is_new:
-                logger.info("Schedule %s is new", name)
-                continue
-            _merge(row, fresh)
-            row.save(using=using)
-    if complete:
-        for row in rows.filter(declared__isnull=False, withdrawn=False).exclude(name__in=declared):
-            logger.info("Schedule %s rests: the code declares it no more", row.name)
-            row.withdrawn = True
-            row.save(using=using)
-
-
-def refuse_unreadable(using: str) -> None:
-    """
-    Notice at the start that this installation cannot read the schedules of the table.
-
-    Raises:
-        MissingCronsim: Some are crons, and the library is not installed.
-    """
-    if not schedules.has_cronsim() and Schedule.objects.using(using).exclude(cron="").exists():
-        raise MissingCronsim
-
-
-def _merge(row: Schedule, fresh: dict[str, Any]) -> None:
-    known: dict[str, Any] | None = row.declared
-    row.function = fresh["function"]
-    row.withdrawn = False
-    row.declared = fresh
-    if known is None:
-        logger.warning(
-            "Schedule %s was made by hand before the code declared it; it stays as it is", row.name
-        )
-        return
-    there = _columns_of(row)
-    for group in _MERGED:
-        if all(fresh[name] == known.get(name) for name in group):
-            continue
-        if all(there[name] == known.get(name) for name in group):
-            for name in group:
-                setattr(row, name, _values(fresh)[name])
-        elif any(there[name] != fresh[name] for name in group):
-            logger.warning(
-                "Schedule %s was edited: what the code says now of %s is not taken",
-                row.name,
-                ", ".join(group),
-            )
-
-
-def reset(row: Schedule) -> None:
-    """Take from a declared schedule's row what operators did to its times and arguments; save it then."""
-    for name, value in _values(row.declared or {}).items():
-        setattr(row, name, value)
-
-
-def is_edited(row: Schedule) -> bool:
-    """Whether its times or arguments are others than the code says."""
-    declared = row.declared
-    if declared is None:
-        return False
-    there = _columns_of(row)
-    return any(there[name] != declared.get(name) for group in _MERGED for name in group)
-
-
-def _columns_of(row: Schedule) -> dict[str, Any]:
-    """A row as ``Schedule.declared`` keeps it."""
-    return _declared({name: getattr(row, name) for group in _MERGED for name in group})
+    columns = {name: columns_of(*said) for name, said in declared.items()}
+    _SCHEDULES.synchronise(using, columns, complete=complete)
 
 
 def columns_of(function: str, declaration: schedules.Declaration) -> dict[str, Any]:
@@ -292,18 +237,15 @@ def columns_of(function: str, declaration: schedules.Declaration) -> dict[str, A
     }
 
 
-def _declared(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns as ``Schedule.declared`` keeps them, in JSON."""
-    interval = columns["interval"]
-    return {**columns, "interval": None if interval is None else int(interval.total_seconds())}
+def refuse_unreadable(using: str) -> None:
+    """
+    Notice at the start that this installation cannot read the schedules of the table.
 
-
-def _values(declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns from what ``Schedule.declared`` keeps."""
-    values = dict(declared)
-    if values.get("interval") is not None:
-        values["interval"] = timedelta(seconds=values["interval"])
-    return values
+    Raises:
+        MissingCronsim: Some are crons, and the library is not installed.
+    """
+    if not schedules.has_cronsim() and Schedule.objects.using(using).exclude(cron="").exists():
+        raise MissingCronsim
 
 
 def current_time() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from django.core.signals import setting_changed
 from django.db import IntegrityError, connections, transaction
@@ -22,28 +22,26 @@ from .client.sync import Client
 from .exceptions import JobResultDoesNotExist
 from .models import JobRecord
 
+C = TypeVar("C", Client, AsyncClient)
+
 # The clients of the process.
 
 
 @cache
 def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
     """The process's client for an alias of ``settings.GEARMAN``."""
-    options = conf.settings_for(alias)
-    return Client(
-        options.servers,
-        spread=options.spread,
-        connect_timeout=options.connect_timeout,
-        timeout=options.timeout,
-        max_packet=options.max_packet,
-        tls=conf.client_tls(options),
-    )
+    return _made(Client, alias)
 
 
 @cache
 def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
     """The process's client for asyncio; it has connections for each event loop."""
+    return _made(AsyncClient, alias)
+
+
+def _made(client: type[C], alias: str) -> C:
     options = conf.settings_for(alias)
-    return AsyncClient(
+    return client(
         options.servers,
         spread=options.spread,
         connect_timeout=options.connect_timeout,

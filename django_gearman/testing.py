@@ -38,8 +38,9 @@ from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_requ
 from .protocol.reader import PacketReader
 from .registry import queue_of, registry
 from .results import JobResult
-from .server.core import JobServer, ServerOptions
+from .server.core import JobServer
 from .server.journal import Journal
+from .server.options import ServerOptions
 from .store import DatabaseStore
 from .testing_process import VARIABLE
 from .worker.loop import AssignedJob
@@ -595,7 +596,7 @@ class _Process:
 
     def __enter__(self) -> _Process:
         self._output: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603  # our own module
             [sys.executable, "-m", "django_gearman.testing_process", *self._arguments],
             env=dict(self._environment),
             stdin=subprocess.DEVNULL,
@@ -655,7 +656,7 @@ def _free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on, outside of those that the kernel gives to clients."""
     # In the kernel's range, a worker that tries again before its server is up may connect to itself.
     for _ in range(1000):
-        port = random.randrange(12_000, 32_000)  # noqa: S311
+        port = random.randrange(12_000, 32_000)
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -84,7 +84,7 @@ class TestForeground:
         with pytest.raises(JobFailed, match="ValueError: no"):
             list(jobs.fail.stream("no"))
         with pytest.raises(NotJSON) as refused:
-            jobs.add.run({1})  # type: ignore[arg-type]
+            jobs.add.run({1})
         assert (refused.value.what, refused.value.remedy) == (
             "argument 'left' of tests.app.jobs.add",
             "pass a list of it",
@@ -106,7 +106,7 @@ class TestForeground:
         with pytest.raises(JobFailed, match=r"failed with ValueError: no"):
             [part async for part in jobs.fail.astream("no")]
         with pytest.raises(TypeError, match="missing a required argument"):
-            await jobs.add.arun()  # type: ignore[call-arg]
+            await jobs.add.arun()
         result = await jobs.add.aenqueue(3, right=4)
         assert await result.aget(timeout=20) == 7
         many = await jobs.add.aenqueue_many([((number,), {}) for number in range(20)])
@@ -189,7 +189,7 @@ class TestMany:
         assert jobs.add.enqueue_many([]) == []
         for wrong in (3, (3,), (3, {})):
             with pytest.raises(TypeError, match=r"call 1 of .*add.enqueue_many\(\) is .*; write "):
-                jobs.add.enqueue_many([((1,), {}), wrong])  # type: ignore[list-item]
+                jobs.add.enqueue_many([((1,), {}), wrong])
 
     def test_a_wrong_one_leaves_none(self) -> None:
         with pytest.raises(NotJSON, match=r"argument 'left' of .*add is a set"):

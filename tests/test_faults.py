@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from django.db import OperationalError, connections
 
 from django_gearman.exceptions import StoreError
-from django_gearman.models import JobRecord, ServerLease
+from django_gearman.models import JobGroup, JobRecord, ServerLease
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.core import NORMAL, JobServer, ServerOptions
+from django_gearman.server.core import JobServer
+from django_gearman.server.jobs import NORMAL
 from django_gearman.server.journal import Journal
+from django_gearman.server.options import ServerOptions
 from django_gearman.store import DatabaseStore
 from django_gearman.store.database import Database
 
@@ -230,6 +232,9 @@ class Submission(NamedTuple):
 class World:
     """Clients and workers of one server that may be started anew, and what they were promised."""
 
+    rounds = 3
+    """How often workers come, after the scenario, until nothing is left to do."""
+
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
         self.clock = 100.0
@@ -327,7 +332,9 @@ class World:
         for name in names:
             # Outside of the column's constraint: the database itself refuses the row.
             priority = 101 if bad else NORMAL
-            self.core._submit(client.peer, [b"f", unique, name.encode()], priority, background=True)
+            self.core.submissions.submit(
+                client.peer, [b"f", unique, name.encode()], priority, background=True
+            )
             self.waiting.append(Submission(name, client, bad))
 
     def put(self, *names: str) -> None:
@@ -483,21 +490,26 @@ SCENARIO: tuple[Callable[[World], None], ...] = (
 """Both doors, a bad row, hand-out, outcomes, a lost worker, a restart."""
 
 
-def play(faults: Faults, kind: Kind | None, number: int) -> World:
-    """The scenario, and all that is left done afterwards."""
-    JobRecord.objects.all().delete()
-    ServerLease.objects.all().delete()
+W = TypeVar("W", bound=World)
+
+
+def play(
+    world_of: type[W], scenario: Sequence[Callable[[W], None]], faults: Faults, kind: Kind | None, number: int
+) -> W:
+    """A scenario with a fault of one kind at one of its calls, and all that is left done afterwards."""
+    for model in (JobRecord, JobGroup, ServerLease):
+        model.objects.all().delete()
     faults.connection.close()
     faults.arm(kind, number)
-    world = World(faults)
-    for step in SCENARIO:
+    world = world_of(faults)
+    for step in scenario:
         try:
             step(world)
         except Crash:
             world.crashed()
     faults.end()
-    # Rows that an outage kept at the database door, and jobs that came back.
-    for _ in range(3):
+    # Rows that an outage kept at the database door, jobs that came back, and what follows them.
+    for _ in range(world.rounds):
         world.pass_time(10.0)
         world.journal.claim_soon()
         world.settle()
@@ -507,8 +519,29 @@ def play(faults: Faults, kind: Kind | None, number: int) -> World:
     return world
 
 
-@pytest.fixture
-def faults(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+def play_all(
+    faults: Faults,
+    name: str,
+    play: Callable[[Faults, Kind | None, int], object],
+    first: int = 0,
+    step: int = 1,
+) -> None:
+    """A scenario with a fault of one kind at every call, or at every so many."""
+    number = first
+    while True:
+        try:
+            play(faults, KINDS[name], number)
+        except BaseException as error:
+            error.add_note(f"{name} at call {number}, {faults.points[number : number + 1]}")
+            raise
+        if not faults.fired:
+            break
+        number += step
+    assert number > 40, "the scenario is longer"
+
+
+def faulty_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """For a fixture."""
     faults = Faults(monkeypatch)
     yield faults
     faults.end()
@@ -517,23 +550,21 @@ def faults(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     faults.connection.close()
 
 
+def play_scenario(faults: Faults, kind: Kind | None, number: int) -> World:
+    return play(World, SCENARIO, faults, kind, number)
+
+
+@pytest.fixture
+def faults(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    yield from faulty_connection(monkeypatch)
+
+
 def test_without_a_fault(faults: Faults) -> None:
-    world = play(faults, None, 0)
+    world = play_scenario(faults, None, 0)
     assert faults.points.count(COMMIT) > 5
     assert world.left == {"a"}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_fault_at_every_call(faults: Faults, name: str) -> None:
-    kind = KINDS[name]
-    number = 0
-    while True:
-        try:
-            play(faults, kind, number)
-        except BaseException as error:
-            error.add_note(f"{name} at call {number}, {faults.points[number : number + 1]}")
-            raise
-        if not faults.fired:
-            break
-        number += 1
-    assert number > 40, "the scenario is longer"
+    play_all(faults, name, play_scenario)

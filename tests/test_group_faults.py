@@ -13,10 +13,19 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from django_gearman import GroupResult, chain, group
-from django_gearman.models import JobGroup, JobRecord, ServerLease
+from django_gearman.models import JobGroup, JobRecord
 from tests.app.jobs import shout
 
-from .test_faults import KINDS, Crash, Faults, Kind, World, end_and_start, look_for_what_is_left_behind
+from .test_faults import (
+    Faults,
+    Kind,
+    World,
+    end_and_start,
+    faulty_connection,
+    look_for_what_is_left_behind,
+    play,
+    play_all,
+)
 
 Status = JobRecord.Status
 
@@ -27,6 +36,8 @@ FOLLOWING = ["success", "complete", "end of chain"]
 
 class GroupWorld(World):
     """A server, and groups at its door."""
+
+    rounds = 6
 
     def enqueue(self) -> None:
         made: list[GroupResult[object]] = [
@@ -86,40 +97,17 @@ SCENARIO: tuple[Callable[[GroupWorld], None], ...] = (
 )
 
 
-def play(faults: Faults, kind: Kind | None, number: int) -> GroupWorld:
-    for model in (JobRecord, JobGroup, ServerLease):
-        model.objects.all().delete()
-    faults.connection.close()
-    faults.arm(kind, number)
-    world = GroupWorld(faults)
-    for step in SCENARIO:
-        try:
-            step(world)
-        except Crash:
-            world.crashed()
-    faults.end()
-    for _ in range(6):
-        world.pass_time(10.0)
-        world.journal.claim_soon()
-        world.settle()
-        world.work()
-        world.settle()
-    world.check_end(kind)
-    return world
+def play_scenario(faults: Faults, kind: Kind | None, number: int) -> GroupWorld:
+    return play(GroupWorld, SCENARIO, faults, kind, number)
 
 
 @pytest.fixture
 def faults(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    faults = Faults(monkeypatch)
-    yield faults
-    faults.end()
-    faults.reset()
-    monkeypatch.undo()
-    faults.connection.close()
+    yield from faulty_connection(monkeypatch)
 
 
 def test_without_a_fault(faults: Faults) -> None:
-    world = play(faults, None, 0)
+    world = play_scenario(faults, None, 0)
     assert world.left
     assert set(world.handed_out) == {*MEMBERS, *STEPS, *FOLLOWING}
 
@@ -128,16 +116,5 @@ def test_without_a_fault(faults: Faults) -> None:
     "name", ["error after", "answer lost", "away for a moment", "crash before", "crash after"]
 )
 def test_fault_at_every_call(faults: Faults, name: str) -> None:
-    kind = KINDS[name]
     step = int(os.environ.get("GEARMAN_FAULT_STEP", "10"))
-    number = random.randrange(step)
-    while True:
-        try:
-            play(faults, kind, number)
-        except BaseException as error:
-            error.add_note(f"{name} at call {number}, {faults.points[number : number + 1]}")
-            raise
-        if not faults.fired:
-            break
-        number += step
-    assert number > 40, "the scenario is longer"
+    play_all(faults, name, play_scenario, random.randrange(step), step)

@@ -297,17 +297,17 @@ class TestChains:
 class TestRefused:
     def test_what_is_no_call(self) -> None:
         with pytest.raises(InvalidGroup, match=r"not the job itself; write add\.s\(\.\.\.\)"):
-            group(jobs.add, jobs.add.s(1))  # type: ignore[arg-type]
+            group(jobs.add, jobs.add.s(1))
         with pytest.raises(InvalidGroup, match="not 3"):
-            group([jobs.add.s(1), 3])  # type: ignore[list-item]
+            group([jobs.add.s(1), 3])
         with pytest.raises(InvalidGroup, match=r"not the job itself; write add\.s\(\.\.\.\)"):
-            group(jobs.add)  # type: ignore[arg-type]
+            group(jobs.add)
         with pytest.raises(InvalidGroup, match=r"a call of a job, .* not 3"):
-            group(3)  # type: ignore[arg-type]
+            group(3)
         with pytest.raises(InvalidGroup, match=r"a group is a call of a job, .* not a chain"):
-            group([chain(jobs.add.s(1))])  # type: ignore[list-item]
+            group([chain(jobs.add.s(1))])
         with pytest.raises(InvalidGroup, match=r"a step of a chain .* not a chain"):
-            chain(chain(jobs.add.s(1)), jobs.add.s(1))  # type: ignore[arg-type]
+            chain(chain(jobs.add.s(1)), jobs.add.s(1))
         with pytest.raises(InvalidGroup, match="at least one step"):
             chain()
 
@@ -315,11 +315,11 @@ class TestRefused:
         with pytest.raises(NotJSON, match=r"argument 'left' of .*add is a set"):
             jobs.add.s({1})
         with pytest.raises(NotJSON):
-            jobs.add.si({1})  # type: ignore[arg-type]
+            jobs.add.si({1})
         with pytest.raises(TypeError, match=r"add\(\) got an unexpected keyword argument 'middle'"):
             jobs.add.s(middle=1)
         with pytest.raises(TypeError, match="missing a required argument"):
-            jobs.add.si()  # type: ignore[call-arg]
+            jobs.add.si()
         with pytest.raises(TypeError, match="too many positional"):
             chain(jobs.add.s(1), jobs.add.s(1, 2))
         with pytest.raises(TypeError, match="missing a required argument"):
@@ -394,7 +394,7 @@ class TestSignatures:
 
     def test_frozen(self) -> None:
         with pytest.raises(AttributeError):
-            jobs.add.s(1).args = ()  # type: ignore[misc]
+            jobs.add.s(1).args = ()
 
 
 class TestCancel:
@@ -483,7 +483,7 @@ class TestReduction:
         with pytest.raises(ValueError, match="at least 1, not 0"):
             map_reduce(jobs.total, jobs.add, [1], chunk=0)
         with pytest.raises(InvalidGroup, match="a @job that takes a list"):
-            map_reduce(sum, jobs.add, [1])  # type: ignore[arg-type]
+            map_reduce(sum, jobs.add, [1])
 
 
 @pytest.mark.django_db(transaction=True)

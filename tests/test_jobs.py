@@ -122,7 +122,7 @@ class TestDeclaration:
         made = job(plain)
         assert registry == {"tests.test_jobs.plain": made}
         assert (made.queue_name, made.priority, made.raw, made.takes_context) == ("default", 0, False, False)
-        assert made.__name__ == "plain"  # type: ignore[attr-defined]
+        assert made.__name__ == "plain"
         assert repr(made) == "<Job tests.test_jobs.plain>"
 
     def test_with_options(self, registry: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ class TestArguments:
 
     def test_query_sets(self) -> None:
         with pytest.raises(TypeError, match=r"is a QuerySet, .*a list of primary keys"):
-            jobs.add.enqueue(User.objects.all())  # type: ignore[arg-type]
+            jobs.add.enqueue(User.objects.all())
 
     def test_any_arguments_are_named_too(self, registry: dict[str, Any]) -> None:
         made = job(anything)
@@ -310,7 +310,7 @@ class TestArguments:
         endless: list[Any] = []
         endless.append(endless)
         with pytest.raises((TypeError, ValueError, RecursionError)):
-            jobs.add.enqueue(endless)  # type: ignore[arg-type]
+            jobs.add.enqueue(endless)
 
     @pytest.mark.parametrize(
         ("args", "kwargs", "message"),
@@ -326,9 +326,9 @@ class TestArguments:
 
     def test_the_context_is_not_an_argument(self) -> None:
         with pytest.raises(TypeError, match="missing a required argument: 'steps'"):
-            jobs.report.enqueue()  # type: ignore[call-arg]
+            jobs.report.enqueue()
         with pytest.raises(TypeError, match="unexpected keyword argument 'context'"):
-            jobs.report.enqueue(1, context=None)  # type: ignore[call-arg]
+            jobs.report.enqueue(1, context=None)
 
     @pytest.mark.parametrize(
         ("args", "kwargs"), [((), {}), (("text",), {}), ((b"a", b"b"), {}), ((), {"workload": b""})]
@@ -592,7 +592,7 @@ class TestResult:
     def test_a_value_of_a_worker_in_another_language(self, data: bytes) -> None:
         result = jobs.add.enqueue(1)
         end(result.id, result=data)
-        assert result.get() == data  # type: ignore[comparison-overlap]
+        assert result.get() == data
 
     def test_value_of_a_raw_job(self) -> None:
         result = jobs.shout.enqueue(b"a")
@@ -749,7 +749,7 @@ class TestContext:
             now += seconds
 
         monkeypatch.setattr("django_gearman.context.monotonic", lambda: now)
-        return advance  # type: ignore[return-value]
+        return advance
 
     def test_progress_is_throttled(self, clock: Callable[[float], None]) -> None:
         reports = Reports()

@@ -548,7 +548,7 @@ class TestSynchronise:
         synchronise("default", {"a.b": ("a.b", cron("0 4 * * *", tz="Europe/Paris"))})
         assert work(clock.now) == []
         assert row().next_at is not None
-        assert row().next_at > clock.now  # type: ignore[operator]
+        assert row().next_at > clock.now
 
     def test_what_the_code_declares_no_more_rests_and_comes_back(
         self, declared: dict[str, Any], clock: Clock
@@ -648,7 +648,7 @@ class TestDecorator:
 
     def test_what_is_none(self):
         with pytest.raises(InvalidJob, match=r"@job of fail: schedule must be cron\(...\) or every\(...\)"):
-            job(schedule="* * * * *")(jobs.fail.function)  # type: ignore[call-overload]
+            job(schedule="* * * * *")(jobs.fail.function)
 
     def test_options_for_one_submission_keep_them(self):
         made: Job[Any, Any] = job(schedule=every(MINUTE))(jobs.fail.function)

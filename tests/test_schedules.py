@@ -381,7 +381,7 @@ class TestDeclarations:
             "* * * * *",
             timedelta(hours=1),
             [cron("* * * * *"), cron("* * * * *")],
-            cron("* * * * *", catch_up="some"),  # type: ignore[arg-type]
+            cron("* * * * *", catch_up="some"),
             cron("* * * * *", name="x" * 61),
             cron("* * * * *", name="a\nb"),
         ],

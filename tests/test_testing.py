@@ -155,7 +155,7 @@ class TestRecorded:
 
     def test_strict_json(self, gearman_jobs: GearmanJobs) -> None:
         with pytest.raises(TypeError, match=r"argument 'message' of .*fail is a PosixPath"):
-            jobs.fail.enqueue(Path("x"))  # type: ignore[arg-type]
+            jobs.fail.enqueue(Path("x"))
         result = jobs.return_a_set.enqueue()
         gearman_jobs.run_all()
         result.refresh()

@@ -33,7 +33,8 @@ from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import door
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, ServerOptions
+from django_gearman.server.core import JobServer
+from django_gearman.server.options import ServerOptions
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from django_gearman.submission import client_for
 from django_gearman.tls import TLSFilesError, client_context, server_context
@@ -163,7 +164,7 @@ def serving(
 def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop] | None:
     if request.param == "asyncio":
         return None
-    return needs.module("uvloop").new_event_loop  # type: ignore[no-any-return]
+    return needs.module("uvloop").new_event_loop
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -360,7 +361,7 @@ class TestDoor:
             harness.wait_until(lambda: "too many are open already" in caplog.text)
             for sock in waiting:
                 sock.close()
-            harness.wait_until(lambda: not place.server._listening[0]._handshakes)  # type: ignore[union-attr]
+            harness.wait_until(lambda: not place.server._listening[0]._handshakes)
             assert place.works(files.client())
 
     def test_a_crowd_in_plain_text_does_not_keep_others_out(self, files: Files) -> None:

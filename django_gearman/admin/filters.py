@@ -182,7 +182,7 @@ def newest(request: HttpRequest, model_admin: ModelAdmin[Any]) -> int:
     if found is None:
         jobs = model_admin.get_queryset(request)
         found = jobs.order_by().aggregate(last=Max("pk"))["last"] or 0
-        request._gearman_newest = found  # type: ignore[attr-defined]
+        request._gearman_newest = found  # type: ignore[attr-defined]  # our own
     return found
 
 
@@ -200,7 +200,7 @@ def functions(jobs: QuerySet[JobRecord]) -> list[str]:
     column = connection.ops.quote_name("function")
     with connection.cursor() as cursor:
         cursor.execute(
-            f"WITH RECURSIVE names (name, step) AS ("  # noqa: S608
+            f"WITH RECURSIVE names (name, step) AS ("  # noqa: S608  # of quoted names
             f" SELECT MIN({column}), 1 FROM {table}"
             f" UNION ALL"
             f" SELECT (SELECT MIN({column}) FROM {table} WHERE {column} > names.name), step + 1"

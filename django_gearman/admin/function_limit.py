@@ -17,27 +17,21 @@ from django_gearman.limiting import Standing, is_edited, reset, standings
 from django_gearman.models import FunctionLimit, JobRecord
 
 from . import format
-from .read_only import FunctionLimitModelAdmin
+from .read_only import FunctionLimitModelAdmin, Look
 
 KEYS = 20
 """Keys of one limit that are shown, those of which most is in use."""
 
 
 @admin.register(FunctionLimit)
-class FunctionLimitAdmin(FunctionLimitModelAdmin):
+class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
     list_display = ("function", "allowed", "state", "in_use", "begun")
     list_filter = ("enabled",)
     list_per_page = 100
     ordering = ("function",)
     sortable_by = ("function",)
     search_fields = ("function",)
-    show_full_result_count = False
-    view_on_site = False
-    show_facets = admin.ShowFacets.NEVER
     actions = ("enable", "disable", "reset_to_code")
-
-    class Media:
-        css = {"all": ["django_gearman/admin.css"]}
 
     def get_fieldsets(self, request: HttpRequest, obj: FunctionLimit | None = None) -> Any:
         code = ("code",) if obj and obj.declared else ()
@@ -110,7 +104,7 @@ class FunctionLimitAdmin(FunctionLimitModelAdmin):
         if not limit.enabled:
             return _("Disabled")
         try:
-            limit.limit  # noqa: B018
+            limit.limit  # noqa: B018  # it refuses
         except ValueError as error:
             return format.text(str(error))
         return _("Enabled")

@@ -17,7 +17,7 @@ from django_gearman.models import JobGroup, JobRecord
 
 from . import format
 from .filters import GroupFilter
-from .read_only import JobGroupModelAdmin, ReadOnly
+from .read_only import JobGroupModelAdmin, Look, ReadOnly
 
 
 class StandingFilter(admin.SimpleListFilter):
@@ -39,7 +39,7 @@ class StandingFilter(admin.SimpleListFilter):
 
 
 @admin.register(JobGroup)
-class JobGroupAdmin(ReadOnly, JobGroupModelAdmin):
+class JobGroupAdmin(Look, ReadOnly, JobGroupModelAdmin):
     list_display = ("id", "members", "progress", "failures", "enqueued", "finished_when")
     list_filter = (StandingFilter,)
     ordering = ("-id",)
@@ -56,12 +56,6 @@ class JobGroupAdmin(ReadOnly, JobGroupModelAdmin):
         "finished_when",
     )
     readonly_fields = fields
-    show_full_result_count = False
-    view_on_site = False
-    show_facets = admin.ShowFacets.NEVER
-
-    class Media:
-        css = {"all": ["django_gearman/admin.css"]}
 
     @admin.display(description=gettext_lazy("what is in it"))
     def members(self, group: JobGroup) -> str:

@@ -26,7 +26,7 @@ from django_gearman.results import JobResult, cancel_all
 from . import filters, format, payload
 from .change_list import JobChangeList
 from .paginator import JobPaginator
-from .read_only import JobRecordModelAdmin, ReadOnly
+from .read_only import JobRecordModelAdmin, Look, ReadOnly
 
 MATCHES = 1000
 """Jobs of one unique to find at most, newest first."""
@@ -41,7 +41,7 @@ BIGGEST_ID = 2**63 - 1
 
 
 @admin.register(JobRecord)
-class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
+class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
     list_display = (
         "id",
         "status_badge",
@@ -72,13 +72,9 @@ class JobRecordAdmin(ReadOnly, JobRecordModelAdmin):
     search_fields = ("=id",)  # shows the box; get_search_results decides
     search_help_text = gettext_lazy("Exactly an id, a handle (H:…) or a unique.")
     paginator = JobPaginator
-    show_full_result_count = False
-    view_on_site = False
-    show_facets = admin.ShowFacets.NEVER
     actions = ("cancel",)
 
-    class Media:
-        css = {"all": ["django_gearman/admin.css"]}
+    class Media(Look.Media):
         js = [Script("django_gearman/live.js", type="module")]
 
     # The list.

@@ -1,8 +1,9 @@
-"""The part that the admins of jobs and servers share: looking is allowed, changing is not."""
+"""What our admins share: how their pages look, and that jobs and servers are not changed there."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.db import models
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 else:
     JobRecordModelAdmin = ServerLeaseModelAdmin = ScheduleModelAdmin = admin.ModelAdmin
     FunctionLimitModelAdmin = JobGroupModelAdmin = admin.ModelAdmin
+
+
+class Look:
+    """How the pages of all our models look."""
+
+    show_full_result_count = False
+    view_on_site: Callable[[Any], str | None] | bool = False
+    show_facets = admin.ShowFacets.NEVER
+
+    class Media:
+        css = {"all": ["django_gearman/admin.css"]}
 
 
 class ReadOnly:

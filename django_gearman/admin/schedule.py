@@ -24,7 +24,7 @@ from django_gearman.models import Schedule
 from django_gearman.scheduler import is_edited, reset
 
 from . import format
-from .read_only import ScheduleModelAdmin
+from .read_only import Look, ScheduleModelAdmin
 
 NEXT_TIMES = 5
 
@@ -52,7 +52,7 @@ class ScheduleForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know 
 
 
 @admin.register(Schedule)
-class ScheduleAdmin(ScheduleModelAdmin):
+class ScheduleAdmin(Look, ScheduleModelAdmin):
     form = ScheduleForm
     list_display = ("name", "times", "state", "next_time", "last_time", "job")
     list_filter = ("enabled",)
@@ -60,13 +60,7 @@ class ScheduleAdmin(ScheduleModelAdmin):
     ordering = ("name",)
     sortable_by = ("name",)
     search_fields = ("name", "function")
-    show_full_result_count = False
-    view_on_site = False
-    show_facets = admin.ShowFacets.NEVER
     actions = ("enable", "disable", "enqueue_now", "reset_to_code")
-
-    class Media:
-        css = {"all": ["django_gearman/admin.css"]}
 
     def get_fieldsets(self, request: HttpRequest, obj: Schedule | None = None) -> Any:
         standing = (

@@ -10,21 +10,15 @@ from django.utils.translation import gettext_lazy
 from django_gearman.models import ServerLease
 
 from . import format
-from .read_only import ReadOnly, ServerLeaseModelAdmin
+from .read_only import Look, ReadOnly, ServerLeaseModelAdmin
 
 
 @admin.register(ServerLease)
-class ServerLeaseAdmin(ReadOnly, ServerLeaseModelAdmin):
+class ServerLeaseAdmin(Look, ReadOnly, ServerLeaseModelAdmin):
     list_display = ("name", "address", "epoch", "started", "renewed")
     ordering = ("name",)
     fields = ("name", "address", "epoch", "started", "renewed")
     readonly_fields = fields
-    show_full_result_count = False
-    view_on_site = False
-    show_facets = admin.ShowFacets.NEVER
-
-    class Media:
-        css = {"all": ["django_gearman/admin.css"]}
 
     @admin.display(description=gettext_lazy("started"))
     def started(self, server: ServerLease) -> str:

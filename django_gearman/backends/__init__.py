@@ -35,6 +35,7 @@ try:
     from django.utils.json import normalize_json
 except ImportError:
     try:
+        # Each name is defined once, whatever the type checker makes of the two places.
         from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends  # type: ignore[no-redef]
         from django_tasks.backends.base import BaseTaskBackend  # type: ignore[no-redef]
         from django_tasks.backends.dummy import DummyBackend as _DummyBackend  # type: ignore[no-redef]

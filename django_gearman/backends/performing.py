@@ -104,7 +104,7 @@ class TaskJob(Job[Any, Any]):
         attempt = result.handle, result.attempts
         if attempt not in pauses:
             task_result = result_of(self.backend, self.task, result._record)
-            pauses[attempt] = self.task.backoff(error, task_result)  # type: ignore[attr-defined]
+            pauses[attempt] = self.task.backoff(error, task_result)  # type: ignore[attr-defined]  # our ``Task``
         return cast("float | timedelta | None", pauses[attempt])
 
     def _invoke(

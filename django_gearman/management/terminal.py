@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from typing import Final, NoReturn
 
 from ..addresses import split_address
@@ -25,6 +25,16 @@ def server_list(text: str) -> tuple[str, ...]:
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
     return servers
+
+
+def add_servers(parser: ArgumentParser, what: str) -> None:
+    """The option ``--servers``; ``what`` says what they are for."""
+    parser.add_argument(
+        "--servers",
+        type=server_list,
+        metavar="HOST:PORT,...",
+        help=f"{what} (default: those of the settings).",
+    )
 
 
 def printable(text: str) -> str:

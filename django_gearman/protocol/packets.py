@@ -296,3 +296,19 @@ def encode_response(kind: PacketType, *arguments: bytes) -> bytes:
     """A packet from the server. Nothing is checked: this is the server's hot path."""
     body = b"\0".join(arguments)
     return _RESPONSE_HEADERS[kind] + _pack_size(len(body)) + body
+
+
+def atoi(number: bytes) -> int:
+    """
+    A number as C's ``atoi`` reads it: leading digits, else 0.
+
+    The digits are bounded before they become an integer: a long run of them
+    would cost time that grows with its square.
+    """
+    text = number.strip()[:20]
+    sign = -1 if text[:1] == b"-" else 1
+    digits = text[1:] if text[:1] in (b"+", b"-") else text
+    length = 0
+    while length < len(digits) and 0x30 <= digits[length] <= 0x39:
+        length += 1
+    return sign * int(digits[:length] or b"0")

@@ -27,8 +27,9 @@ from ..protocol.packets import (
 )
 
 if TYPE_CHECKING:
-    from .core import JobServer, Peer
+    from .core import JobServer
     from .jobs import Job
+    from .peers import Peer
 
 PATIENCE: Final = 2.0
 """Seconds that the jobs of a lost worker wait for its lead's word on it."""
@@ -83,7 +84,7 @@ class Crews:
             self._give_up([worker for worker in self._lost if worker.crew == peer.crew])
             for job in [job for job, lead in self._held.items() if lead is peer]:
                 del self._held[job]
-                self._server.hold(job, for_ever=False)
+                self._server.returning.hold(job, for_ever=False)
 
     def are_finishing(self) -> bool:
         """Whether workers that are about to leave have jobs in hand."""
@@ -97,7 +98,7 @@ class Crews:
         """The job that a worker runs was cancelled: who can end it hears of it."""
         listener = self._leads.get(worker.crew, worker)
         if worker.crew and listener in self._server.peers:
-            self._server.say(listener, encode_response(PacketType.OPTION_RES, CANCEL + handle))
+            self._server.send(listener, encode_response(PacketType.OPTION_RES, CANCEL + handle))
 
     def _give_up(self, workers: list[Peer]) -> None:
         for worker in workers:
@@ -110,7 +111,7 @@ class Crews:
     def _lead(self, peer: Peer, token: bytes) -> None:
         peer.crew = token[:MAX_TOKEN]
         self._leads[peer.crew] = peer
-        self._server.say(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))
+        self._server.send(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))
 
     def _leave(self, peer: Peer, nothing: bytes) -> None:
         if self._leads.get(peer.crew) is peer:
@@ -118,7 +119,11 @@ class Crews:
 
     def _hold(self, peer: Peer, handle: bytes) -> None:
         job = self._server.jobs.get(handle)
-        if job is not None and self._leads.get(peer.crew) is peer and self._server.hold(job, for_ever=True):
+        if (
+            job is not None
+            and self._leads.get(peer.crew) is peer
+            and self._server.returning.hold(job, for_ever=True)
+        ):
             self._held[job] = peer
 
     def _hold_no_more(self, peer: Peer, handle: bytes) -> None:
@@ -126,7 +131,7 @@ class Crews:
         job = self._server.jobs.get(handle)
         if job is not None and self._held.get(job) is peer:
             del self._held[job]
-            self._server.expect_no_more(job)
+            self._server.returning.give_up(job)
 
     def _worker_was_lost(self, peer: Peer, text: bytes) -> None:
         handle, _, reason = text.partition(b" ")
@@ -164,11 +169,11 @@ class Crews:
         # After a crash the store may not know of the last hand-out.
         same = number.isdigit() and int(number[:6]) - job.attempts in (0, 1)
         if same and (job.worker is None or job.worker in self._lost):
-            self._server.resume(job, peer, int(number[:6]))
+            self._server.returning.resume(job, peer, int(number[:6]))
             self._forget_idle()
         if was_held:
             # If it may not have it after all.
-            self._server.expect_no_more(job)
+            self._server.returning.give_up(job)
 
     def _job_of_crew(self, peer: Peer, handle: bytes) -> Job | None:
         """The job, if a worker of the peer's crew has it, or the peer itself."""

@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING, Final
 from .metrics import Counts
 
 if TYPE_CHECKING:
-    from .core import Answer, Peer
     from .entries import Entry
     from .limits import Gate, Limiter
+    from .peers import Answer, Peer
 
 OVERHEAD: Final = 600
 """About how many bytes a job takes beside its workload."""
 
 HIGHEST: Final = 100
 """The most urgent priority that there is."""
+
+HIGH: Final = 50
+NORMAL: Final = 0
+LOW: Final = -50
+"""Those that packets name."""
 
 UniqueKey = bytes | tuple[bytes]
 """A unique as sent, or the workload in a tuple where the unique was ``-``."""
@@ -39,6 +44,9 @@ class JobState(Enum):
     RUNNING = "running"
     GONE = "gone"
     """Ended; may still lie in a queue, where it is passed over."""
+
+
+PENDING, DELAYED, READY, RUNNING, GONE = JobState
 
 
 class Job:
@@ -354,3 +362,12 @@ class Function:
                 if job.state is JobState.READY and not job.background:
                     return job
         return None
+
+
+def unique_key(unique: bytes, workload: bytes) -> UniqueKey | None:
+    """What tells jobs of a function apart; None for jobs that are all apart."""
+    # PROTOCOL is silent on it, but gearmand (job.cc) and Perl's Job.pm agree:
+    # the unique "-" stands for the workload itself.
+    if unique == b"-":
+        return (workload,) if workload else None
+    return unique or None

@@ -27,7 +27,8 @@ from .entries import Crowd, Question, Reply, Topic
 from .jobs import Function, Job, JobState
 
 if TYPE_CHECKING:
-    from .core import JobServer, Peer
+    from .core import JobServer
+    from .peers import Peer
 
 UNUSED: Final = 1.0
 """Seconds after which a permit that no worker came for goes back."""
@@ -244,7 +245,7 @@ class Limits:
         for job in waiting:
             self.hold(job)
         for job in server.jobs.values():
-            if job.function is function and (job.state is JobState.RUNNING or server.is_returning(job)):
+            if job.function is function and (job.state is JobState.RUNNING or job in server.returning):
                 self.force(job)
 
     def _lift(self, name: bytes) -> None:

@@ -17,9 +17,13 @@ from typing import Final
 from urllib.parse import quote_plus
 
 from .. import __version__
-from .core import JobServer, Peer, Shutdown, atoi, is_printable
+from ..protocol.packets import atoi
+from .abilities import is_printable
+from .core import JobServer
 from .entries import Outcome
 from .jobs import JobState
+from .options import Shutdown
+from .peers import Peer
 
 MAX_WORDS: Final = 5
 """gearmand closes a connection whose line has more; so do we, see ``answer``."""
@@ -192,7 +196,7 @@ def _cancel(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
 def _create(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(words) != 3 or words[1].lower() != b"function":
         return _incomplete(words[0])
-    refusal = server.create_function(words[2])
+    refusal = server.abilities.create(words[2])
     if refusal is None:
         return _OK
     code, text = refusal
@@ -205,7 +209,7 @@ def _drop(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     # gearmand finds the name without looking at case, and may drop another function.
     if words[2] not in server.functions:
         return b"ERR function not found\r\n"
-    if not server.drop_function(words[2]):
+    if not server.abilities.drop(words[2]):
         return b"ERR there are still connected workers or executing clients\r\n"
     return _OK
 
@@ -217,7 +221,7 @@ def _limit(server: JobServer, peer: Peer, words: list[bytes]) -> bytes:
     if len(limits) == 1:
         limits *= 3
     high, normal, low = (*limits, 0, 0, 0)[:3]
-    server.limit_function(words[1], high, normal, low)
+    server.abilities.limit(words[1], high, normal, low)
     return _OK
 
 

@@ -24,11 +24,13 @@ from ..exceptions import ProtocolError, UnreadableStream
 from ..protocol.packets import REQUEST, RESPONSE
 from ..protocol.reader import MAX_BODY, MAX_LINE, TEXT, PacketReader
 from . import journal, text
-from .core import JobServer, Peer, Shutdown
+from .core import JobServer
 from .door import TLSDoor
 from .http import MAX_AHEAD, Conversation, MetricsConversation
 from .journal import SUBMIT_LIMIT, JobStore, Journal, JournalThread
 from .metrics import Page
+from .options import Shutdown
+from .peers import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +222,7 @@ class Connection(asyncio.Protocol):
         if answer is None:
             self._close("a line of too many words")
             return False
-        self._server.core.say(self.peer, answer)
+        self._server.core.send(self.peer, answer)
         return True
 
     def _close(self, reason: str) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 from ..protocol.packets import ROW
 
 if TYPE_CHECKING:
-    from .core import Peer
     from .entries import JobFinished
+    from .peers import Peer
 
 MOST: Final = 10_000
 """Rows that are watched at a time; who asks for more looks at the row now and then."""

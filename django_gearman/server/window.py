@@ -157,7 +157,7 @@ class Window:
                 function.left.clear()
                 function.later = 0
             for (name, priority), waiting in claim.left.items():
-                function = server.functions.get(name) or server.add_function(name)
+                function = server.functions.get(name) or server.abilities.add(name)
                 if waiting.ready:
                     function.left[priority] = waiting.ready
                 function.later += waiting.later
@@ -195,7 +195,7 @@ class Window:
     def _note_if_all_here(self, function: Function) -> None:
         if not function.away:
             self.away.pop(function, None)
-            self._server.note_if_idle(function)
+            self._server.abilities.note_if_idle(function)
             for _ in range(min(function.waiting, len(function.sleepers))):
                 # They may have waited for more urgent ones, which another server took.
                 self._server.wake(function)

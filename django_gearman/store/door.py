@@ -23,6 +23,7 @@ from .columns import AT_DOOR, READY, Status, bytes_of_unique, seconds_of, text_o
 from .database import Database
 from .lease import Lease
 from .members import Members
+from .set_operations import array
 from .statements import FUNCTIONS_AT_ONCE, INLINE
 
 CLAIM_BYTES: Final = 16 * 1024 * 1024
@@ -287,7 +288,9 @@ class Door:
         # A handle is of a row's id, which is never used twice; handles of the wire door have an epoch
         # there. A job that another server had keeps the handle that its client knows.
         jobs = {row.id: row.job for row in rows}
-        parameters = [self._row_prefix, self._lease.id, self._lease.epoch, status, *jobs]
+        ids = [array(list(jobs))] if self._db.connection.vendor == "postgresql" else jobs
+        parameters: list[Any] = [self._row_prefix, self._lease.id, self._lease.epoch, status, *ids]
+        self._db.look_up(len(jobs))
         taken = self._db.change(self._db.sql.take(len(jobs)), parameters)
         if taken < len(rows):
             still_ours = self._ours(jobs)

@@ -54,14 +54,7 @@ class Lease:
         self._looked_for_dead = 0.0
 
     def take(self, address: str) -> int:
-        """
-        Become the server of this name; whoever held the lease can write nothing from now on.
-
-        Returns:
-            The epoch, for ``ServerOptions.epoch``.
-        Raises:
-            StoreError: The database is out of reach or not migrated.
-        """
+        """As ``DatabaseStore.take_lease``; the epoch."""
         began = monotonic()
         with self._db.transaction():
             leases = ServerLease.objects.using(self._db.using)

@@ -108,13 +108,13 @@ class Statements:
             """
             if is_mysql:
                 return (
-                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "  # noqa: S608
+                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "
                     f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
                 )
-            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"  # noqa: S608
+            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"
             following = first.replace("%s", "door.name")
             return (
-                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "  # noqa: S608
+                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "
                 f"SELECT ({following}), number + 1 FROM door "
                 f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
                 f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
@@ -125,42 +125,38 @@ class Statements:
         first = f"AND {function} = door.name ORDER BY {due} LIMIT 1"
         self.functions_due = [
             # An index of MySQL's has each function's earliest first.
-            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")  # noqa: S608
+            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")
             for rows in later
         ]
         priority = columns["priority"]
         self.ready_of = (
-            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "  # noqa: S608
+            f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
         self.first_ready = (
-            f"SELECT {row} FROM {claim} "  # noqa: S608
-            f"ORDER BY {function}, {priority} DESC, {columns['id']} LIMIT %s"
+            f"SELECT {row} FROM {claim} ORDER BY {function}, {priority} DESC, {columns['id']} LIMIT %s"
         )
         self.due_of = [
-            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "  # noqa: S608
+            f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "
             f"ORDER BY {due}, {columns['id']} LIMIT %s"
             for rows in later
         ]
         self.count_ready = (
-            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"  # noqa: S608
+            f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"
         )
-        self.count_later = [
-            f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}"  # noqa: S608
-            for rows in later
-        ]
+        self.count_later = [f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}" for rows in later]
         of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
         self.held = (
-            f"SELECT {columns['id']} FROM {of_server} "  # noqa: S608
+            f"SELECT {columns['id']} FROM {of_server} "
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
         cancellations = quote(Cancellation._meta.db_table)
-        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"  # noqa: S608
-        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"  # noqa: S608
+        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"
+        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"
 
         def change(assignments: str, condition: str) -> str:
             return (
-                f"UPDATE {by(owned)} SET {assignments} "  # noqa: S608
+                f"UPDATE {by(owned)} SET {assignments} "
                 f"WHERE {server} = %s AND {status} IN ({live}) AND {condition}"
             )
 
@@ -181,7 +177,7 @@ class Statements:
             is_running,
         )
         self.leave = (
-            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "  # noqa: S608
+            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "
             f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
             f"AND {status} <> '{RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
         )
@@ -189,16 +185,19 @@ class Statements:
         # What another server had keeps its handle.
         handle = f"COALESCE({columns['handle']}, {made})"
         by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
+        is_unclaimed = f"({server} IS NULL AND {status} IN ({at_door}))"
+        if is_postgres:
+            # Not an index of the status, which all that wait have.
+            is_unclaimed += " IS TRUE"
         self._take = (
-            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "  # noqa: S608
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "
             f"{columns['server_epoch']} = %s, {status} = %s "
-            f"WHERE {server} IS NULL AND {status} IN ({at_door}) AND {columns['id']} IN "
+            f"WHERE {is_unclaimed} AND {columns['id']} "
         )
-        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "  # noqa: S608
+        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "
         key = columns["unique_key"]
-        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "  # noqa: S608
-        # The driver would look for hundreds of marks one by one.
-        self._any = "= ANY(%s::varchar[])" if connection.vendor == "postgresql" else ""
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "
+        self._has_arrays = is_postgres
         self._order = f" ORDER BY {priority} DESC, {columns['id']}"
         attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
         kept = quote(JobAttempt._meta.db_table)
@@ -207,7 +206,7 @@ class Statements:
         insert = f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, "
         # Not twice, when a batch is written again because nobody knows what became of it.
         unless_kept = (
-            f"NOT EXISTS (SELECT 1 FROM {kept} "  # noqa: S608
+            f"NOT EXISTS (SELECT 1 FROM {kept} "
             f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = "
         )
         self.keep_attempt = (
@@ -225,21 +224,25 @@ class Statements:
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
         self.leases = (
-            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "  # noqa: S608
+            f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
             f"FROM {quote(ServerLease._meta.db_table)}"
         )
         self.renew = (
-            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "  # noqa: S608
+            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
 
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
-        return f"{self._take}({', '.join(['%s'] * rows)})"
+        return self._take + self._among(rows, "bigint")
 
     def of_keys(self, keys: int) -> str:
-        """Key, id and handle of the rows that have one of so many keys; of an array of them on PostgreSQL."""
-        return self._of_keys + (self._any or f"IN ({', '.join(['%s'] * keys)})")
+        """Key, id and handle of the rows that have one of so many keys."""
+        return self._of_keys + self._among(keys, "varchar")
+
+    def _among(self, values: int, kind: str) -> str:
+        """One of so many; on PostgreSQL of one array, as the driver would look for each of the marks."""
+        return f"= ANY(%s::{kind}[])" if self._has_arrays else f"IN ({', '.join(['%s'] * values)})"
 
     def by_id(self, rows: int) -> str:
         return f"{self._by_id}({', '.join(['%s'] * rows)}){self._order}"

@@ -59,7 +59,7 @@ class _Line:
             self.connection.close()
             self.connection = None
         if pause is None:
-            pause = self.pause * random.uniform(0.5, 1.0)  # noqa: S311
+            pause = self.pause * random.uniform(0.5, 1.0)
             self.pause = min(self.pause * 2, LONGEST_PAUSE)
         self.retry_at = monotonic() + pause
 

@@ -296,7 +296,7 @@ class _Link:
             logger.warning("%s; connecting again", error)
         elif self._pause == FIRST_PAUSE:
             logger.warning("%s Trying until one does.", error)
-        self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)  # noqa: S311
+        self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
     def send(self, data: bytes) -> None:
@@ -909,7 +909,7 @@ class Worker:
     def _function(self, lane: _Lane, job: AssignedJob) -> Callable[[AssignedJob], Any]:
         function = lane.functions.get(job.function)
         if function is not None:
-            return function  # type: ignore[no-any-return]
+            return function  # type: ignore[no-any-return]  # lanes hold nothing else
         name = job.function.decode(errors="replace")
 
         def refuse(job: AssignedJob) -> bytes:

@@ -122,7 +122,7 @@ def assert_told_truly(names: set[str], trace: Trace) -> list[str]:
         assert record.worker
         moments = [record.enqueued_at, record.started_at, record.last_attempted_at, record.finished_at]
         assert None not in moments, record.pk
-        assert moments == sorted(moments), (record.pk, moments)  # type: ignore[type-var]
+        assert moments == sorted(moments), (record.pk, moments)
         assert int(record.result or b"0") > 0
     return list((counts - Counter(dict.fromkeys(counts, 1))).elements())
 

@@ -62,7 +62,7 @@ class TestFiring:
             assert record.started_at >= record.run_after, "never early"
         schedule.refresh_from_db()
         assert schedule.next_at == found[-1] + 1
-        assert schedule.last_job == JobRecord.objects.order_by("pk").last().pk  # type: ignore[union-attr]
+        assert schedule.last_job == JobRecord.objects.order_by("pk").last().pk
 
     def test_two_servers_make_one_job_for_each_time(self, transactional_db: None, trace: Trace):
         with harness.server(env=SITE) as first, harness.server(env=SITE) as second:

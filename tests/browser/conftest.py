@@ -46,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 def good(tmp_path_factory: pytest.TempPathFactory) -> list[photos.Photo]:
     """Twenty photos of ten and more megapixels."""
     try:
-        import skimage  # noqa: F401
+        import skimage  # noqa: F401  # is it there?
     except ImportError:
         missing("scikit-image, which carries the photographs, is not installed")
     return photos.photos(tmp_path_factory.mktemp("good"))

@@ -21,7 +21,7 @@ class AwaitedClient:
         self._client = AsyncClient(*args, **options)
         # Each call is an asyncio task of its own here.
         tasks: list[Task] = []
-        self._client._added = lambda: tasks  # type: ignore[method-assign]
+        self._client._added = lambda: tasks
         self.made.append(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -50,7 +50,7 @@ def client(server: harness.GearmanServerProcess) -> Iterator[AwaitedClient]:
 
 class TestForeground(test_sync.TestForeground):
     # Call-backs are no coroutines.
-    test_a_callback_may_use_the_client = None  # type: ignore[assignment]
+    test_a_callback_may_use_the_client = None
 
 
 class TestStreams(test_sync.TestStreams):
@@ -71,7 +71,7 @@ class TestReduce(test_sync.TestReduce):
 
 class TestUniqueStatus(test_sync.TestUniqueStatus):
     # Whoever waits there does so in another thread.
-    test_running_with_clients = None  # type: ignore[assignment]
+    test_running_with_clients = None
 
 
 class TestOtherServers(test_sync.TestOtherServers):
@@ -389,7 +389,7 @@ class TestCallbacks:
                 other = asyncio.create_task(client.do("held"))
                 await until(lambda: held.ran)
                 with pytest.raises(ZeroDivisionError):
-                    await client.do("tell", on_data=lambda data: 1 / 0)  # type: ignore[arg-type,return-value]
+                    await client.do("tell", on_data=lambda data: 1 / 0)
                 held.go_on.set()
                 assert await other == b"held"
 

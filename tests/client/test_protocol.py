@@ -17,7 +17,7 @@ def protocol() -> ClientProtocol:
 
 
 def submitted(protocol: ClientProtocol, handle: bytes = b"H:1", **options: object) -> JobRequest:
-    request = JobRequest(function=b"reverse", **options)  # type: ignore[arg-type]
+    request = JobRequest(function=b"reverse", **options)
     protocol.submit(request)
     protocol.receive((P.JOB_CREATED, [handle]))
     return request

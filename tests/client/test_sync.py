@@ -156,7 +156,7 @@ class TestStreams:
 
     def test_wrong_arguments_are_told_at_the_call(self, client: Client) -> None:
         with pytest.raises(TypeError, match="must be bytes"):
-            client.stream("f", "text")  # type: ignore[arg-type]
+            client.stream("f", "text")
 
 
 class TestBackground:

@@ -310,7 +310,7 @@ class ForeignWorker:
         self.prefix = f"{language}." if prefix is None else prefix
         self._server = server
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._stderr = tempfile.TemporaryFile(dir=settings.SCRATCH)  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile(dir=settings.SCRATCH)  # noqa: SIM115  # closed with the process
         if language == "tool":
             tool = [program("gearman"), "-h", "127.0.0.1", "-p", str(server.port), "-w"]
             commands = [[*tool, "-f", self.prefix + name, "--", *_SHELL[name]] for name in FUNCTIONS["tool"]]

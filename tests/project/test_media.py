@@ -27,7 +27,7 @@ def file(media: Path) -> Path:
 
 
 def body(response: HttpResponseBase) -> bytes:
-    content = response.getvalue()  # type: ignore[attr-defined]
+    content = response.getvalue()
     response.close()
     return bytes(content)
 

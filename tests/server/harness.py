@@ -8,8 +8,10 @@ from django_gearman.exceptions import ProtocolError, UnreadableStream
 from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import TEXT, PacketReader
 from django_gearman.server import text
-from django_gearman.server.core import JobServer, Peer, ServerOptions
+from django_gearman.server.core import JobServer
 from django_gearman.server.entries import Entry
+from django_gearman.server.options import ServerOptions
+from django_gearman.server.peers import Peer
 
 Heard = tuple[Any, ...]
 """(type, argument, ...); a type without arguments stands alone."""
@@ -59,7 +61,7 @@ class Caller:
             answer = text.answer(self.wire.core, self.peer, packet[1][0])
             if answer is None:
                 return None
-            self.wire.core.say(self.peer, answer)
+            self.wire.core.send(self.peer, answer)
 
     def takes(self) -> bytes:
         """The bytes that were left for the connection since it was last asked."""
@@ -83,7 +85,7 @@ class Caller:
         answer = text.answer(self.wire.core, self.peer, line)
         if answer is None:
             return None
-        self.wire.core.say(self.peer, answer)
+        self.wire.core.send(self.peer, answer)
         return self.takes()
 
     def leaves(self) -> None:

@@ -178,7 +178,7 @@ class TestResume:
 
     def test_nobody_else_gets_it_for_a_moment_after_a_restart(self) -> None:
         wire = Wire(durable=True)
-        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        wire.core.returning.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
         wire.core.adopt([StoredJob(b"H:other", b"f", b"", b"", 0, 0, None)])
         worker, other = member(wire), member(wire)
         assert taken(other) == b"H:other"
@@ -190,23 +190,23 @@ class TestResume:
         passes(wire, 10)
         assert taken(other) is None
         worker(P.WORK_COMPLETE, HANDLE, b"")
-        assert not wire.core._returning
+        assert not wire.core.returning
 
     def test_then_it_is_the_next(self) -> None:
         wire = Wire(durable=True)
         handles = [b"H:%d" % number for number in range(3)]
-        wire.core.adopt_interrupted([StoredJob(each, b"f", b"", b"", 0, 1, None) for each in handles[:2]])
+        wire.core.returning.adopt([StoredJob(each, b"f", b"", b"", 0, 1, None) for each in handles[:2]])
         wire.core.adopt([StoredJob(handles[2], b"f", b"", b"", 0, 0, None)])
         worker = member(wire)
         passes(wire, 1)
         passes(wire, 4)
-        assert set(wire.core._returning)
+        assert wire.core.returning
         passes(wire, 2)
         assert [taken(worker) for _ in range(4)] == [*handles, None]
 
     def interrupted(self) -> Wire:
         wire = Wire(durable=True)
-        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        wire.core.returning.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
         passes(wire, 1)
         return wire
 
@@ -260,12 +260,12 @@ class TestResume:
 
     def test_cancelled_before_its_worker_came_back(self) -> None:
         wire = Wire(durable=True)
-        wire.core.adopt_interrupted([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
+        wire.core.returning.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 1, None)])
         assert wire.core.cancel(HANDLE)
         passes(wire, 1)
         passes(wire, 10)
         assert taken(member(wire)) is None
-        assert not wire.core._returning
+        assert not wire.core.returning
 
     def test_attempt_that_a_crash_has_forgotten(self, wire: Wire) -> None:
         worker = member(wire)

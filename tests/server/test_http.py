@@ -16,14 +16,16 @@ import pytest
 from django_gearman.protocol.packets import RESPONSE, PacketType
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, Peer, ServerOptions
+from django_gearman.server.core import JobServer
 from django_gearman.server.http import MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
+from django_gearman.server.options import ServerOptions
+from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from tests import harness, needs
 
 from ..acceptance.conftest import program
 from .harness import Caller, Wire, handle
-from .test_transport import LIMIT, Link, in_a_loop, until
+from .test_transport import LIMIT, Link, Place, in_a_loop, served, until
 
 P = PacketType
 
@@ -320,7 +322,7 @@ class TestReplies:
         visitor = Visitor(wire)
         visitor.says(request(X_Gearman_Background="true"))
         for entry in wire.entries():
-            wire.core.rejected(entry, "The database is out of reach")  # type: ignore[arg-type]
+            wire.core.rejected(entry, "The database is out of reach")
         reply = visitor.reply()
         assert (reply.code, reply.body) == (503, b"QUEUE_ERROR: The database is out of reach\n")
 
@@ -721,15 +723,12 @@ class TestBrowsers:
 # Real sockets.
 
 
-class Site:
+class Site(Place):
     """A server with an HTTP port, and those that are connected to it."""
 
     def __init__(self, server: GearmanServer, port: int) -> None:
-        self.server = server
+        super().__init__(server)
         self.port = port
-        self.stopped = asyncio.Event()
-        self.links: list[Link] = []
-        self.serving: asyncio.Task[None]
 
     @property
     def core(self) -> JobServer:
@@ -772,24 +771,8 @@ async def site(**limits: Any) -> AsyncIterator[Site]:
     server = GearmanServer(JobServer(ServerOptions(name="test:1", epoch=7)), None, TransportLimits(**limits))
     wire_sockets, sockets = bind("127.0.0.1", 0), bind("127.0.0.1", 0)
     place = Site(server, sockets[0].getsockname()[1])
-    ready = asyncio.Event()
-    place.serving = asyncio.create_task(
-        server.serve(wire_sockets, place.stopped, http_sockets=sockets, ready=ready.set)
-    )
-    await ready.wait()
-    try:
+    async with served(place, wire_sockets, http_sockets=sockets):
         yield place
-    finally:
-        place.stopped.set()
-        async with asyncio.timeout(LIMIT):
-            await asyncio.wait([place.serving])
-        for link in place.links:
-            link.writer.close()
-            try:
-                await link.writer.wait_closed()
-            except ConnectionError:
-                pass  # closed by the server, as the test wanted
-    place.serving.result()
 
 
 class TestSockets:

@@ -18,7 +18,7 @@ DOWN = StoreError("down")
 
 
 def limited(wire: Wire, **limits: object) -> Wire:
-    wire.core.limits.learn({b"f": Limit(**limits)})  # type: ignore[arg-type]
+    wire.core.limits.learn({b"f": Limit(**limits)})
     return wire
 
 
@@ -289,11 +289,11 @@ class TestPermits:
 
 class TestStore:
     def office(self, *script: object, **limits: object) -> Office:
-        office = Office(*script)  # type: ignore[arg-type]
+        office = Office(*script)
         office.store._clock = lambda: office.wire.core.now
         office.store._monotonic = lambda: office.wire.core.clock
         office.wire.core.clock = office.now
-        office.store.book.limits = {b"f": Limit(**limits)}  # type: ignore[arg-type]
+        office.store.book.limits = {b"f": Limit(**limits)}
         self.settle(office)
         return office
 
@@ -322,7 +322,7 @@ class TestStore:
         wire = office.wire
         submit(wire, 1)
         self.settle(office)
-        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)  # type: ignore[method-assign]
+        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)
         first = worker(wire)
         for _ in range(5):
             office.trip()

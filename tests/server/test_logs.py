@@ -85,7 +85,7 @@ def test_what_was_held_back_is_recorded_though_the_job_says_nothing_more(wire: W
     assert wire.entries() == [JobProgress(HANDLE, b"2", b"9"), JobLogged(HANDLE, b"two")]
     passes(wire, 9.0)
     assert wire.entries() == []
-    assert wire.core._unsaved == {}
+    assert wire.core.results.unsaved == {}
 
 
 def test_attempt_that_came_to_nothing_keeps_its_own(wire: Wire):
@@ -113,7 +113,7 @@ def test_nothing_is_left_of_a_job_that_ended(wire: Wire):
     wire.core.cancel(HANDLE)
     says(worker, b"three")
     assert isinstance(wire.entries()[-1], JobFinished)
-    assert (wire.core._logs, wire.core._unsaved) == ({}, {})
+    assert (wire.core.results.logs, wire.core.results.unsaved) == ({}, {})
 
 
 def test_words_of_others_are_passed_over(wire: Wire):

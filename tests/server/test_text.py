@@ -7,8 +7,8 @@ import pytest
 from django_gearman import __version__
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.protocol.reader import PacketReader
-from django_gearman.server.core import Shutdown
 from django_gearman.server.entries import JobQueued, StoredJob
+from django_gearman.server.options import Shutdown
 
 from .harness import Wire, handle
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -16,9 +16,11 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import CLAIM, RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import Packet, PacketReader
 from django_gearman.server import transport as transport_module
-from django_gearman.server.core import JobServer, Peer, ServerOptions, Shutdown
+from django_gearman.server.core import JobServer
 from django_gearman.server.entries import Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
+from django_gearman.server.options import ServerOptions, Shutdown
+from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 
 from .harness import handle
@@ -84,15 +86,22 @@ class Link:
                 return b""
 
 
-class Hall:
+class Place:
     """A server that serves, and those that are connected to it."""
 
-    def __init__(self, server: GearmanServer, address: tuple[str, int]) -> None:
+    def __init__(self, server: GearmanServer) -> None:
         self.server = server
-        self.address = address
         self.stopped = asyncio.Event()
         self.links: list[Link] = []
         self.serving: asyncio.Task[None]
+
+
+class Hall(Place):
+    """One for clients and workers."""
+
+    def __init__(self, server: GearmanServer, address: tuple[str, int]) -> None:
+        super().__init__(server)
+        self.address = address
 
     async def connect(self, *, receive_buffer: int | None = None) -> Link:
         sock = socket.socket()
@@ -119,9 +128,19 @@ async def hall(
     options = ServerOptions(name="test:1", epoch=7, durable=store is not None)
     server = GearmanServer(core or JobServer(options), store, TransportLimits(**limits))
     sockets = bind("127.0.0.1", 0)
-    place = Hall(server, sockets[0].getsockname())
+    async with served(Hall(server, sockets[0].getsockname()), sockets) as place:
+        yield place
+
+
+AnyPlace = TypeVar("AnyPlace", bound=Place)
+
+
+@asynccontextmanager
+async def served(place: AnyPlace, sockets: list[socket.socket], **options: Any) -> AsyncIterator[AnyPlace]:
+    """A place whose server serves, and then ends in good order."""
     ready = asyncio.Event()
-    place.serving = asyncio.create_task(server.serve(sockets, place.stopped, ready=ready.set))
+    serve = place.server.serve(sockets, place.stopped, ready=ready.set, **options)
+    place.serving = asyncio.create_task(serve)
     await ready.wait()
     try:
         yield place

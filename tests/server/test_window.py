@@ -257,7 +257,7 @@ class TestQuestions:
         """A job that may be there is not told to be gone: who asks goes on asking."""
         office = office_of(window=1)
         client = submit(office, 3)
-        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)  # type: ignore[method-assign]
+        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)
         client(P.GET_STATUS, handle(3))
         client.line(b"cancel job " + handle(2))
         settle(office)
@@ -273,10 +273,10 @@ class TestQuestions:
         office = office_of(window=1)
         client = submit(office, 3)
         ask = office.store.ask
-        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)  # type: ignore[method-assign]
+        office.store.ask = lambda questions: (_ for _ in ()).throw(DOWN)
         client(P.GET_STATUS, handle(3))
         office.trip()
-        office.store.ask = ask  # type: ignore[method-assign]
+        office.store.ask = ask
         office.pass_time(0.5)
         settle(office)
         assert client.hears() == [(P.STATUS_RES, handle(3), b"1", b"0", b"0", b"0")]

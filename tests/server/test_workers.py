@@ -3,7 +3,7 @@
 import pytest
 
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.core import FunctionOrder
+from django_gearman.server.options import FunctionOrder
 
 from .harness import Caller, Wire, handle
 

@@ -20,6 +20,8 @@ LIMITS: Final = "django_gearman.server.limits"
 JOURNAL: Final = "django_gearman.server.journal"
 WINDOW: Final = "django_gearman.server.window"
 PERMITS: Final = "django_gearman.permits"
+RESULTS: Final = "django_gearman.server.results"
+SUBMISSIONS: Final = "django_gearman.server.submissions"
 STORE: Final = "tests.simulation.store"
 
 
@@ -38,10 +40,11 @@ class CannotApply(Exception):
 DEFECTS: Final = [
     Defect(
         "acknowledged before the commit",
-        CORE,
-        "            self.urgent = True\n            self._answer_later(peer, job)\n            return\n",
-        "            self.urgent = True\n            job.answers = []\n"
-        "            self._send(peer, encode_response(PacketType.JOB_CREATED, handle))\n            return\n",
+        SUBMISSIONS,
+        "            server.urgent = True\n            server.answer_later(peer, job)\n            return\n",
+        "            server.urgent = True\n            job.answers = []\n"
+        "            server.send(peer, encode_response(PacketType.JOB_CREATED, handle))\n"
+        "            return\n",
     ),
     Defect(
         "answers overtake one that waits",
@@ -101,13 +104,13 @@ DEFECTS: Final = [
     ),
     Defect(
         "results taken from any worker",
-        CORE,
+        RESULTS,
         "        job = peer.running.get(arguments[0])\n        if job is None:\n"
-        '            self._refuse_result(peer, arguments[0], b"Job given in work result not found")\n'
-        "            return\n        self._tell(job, PacketType.WORK_COMPLETE, arguments)",
-        "        job = self.jobs.get(arguments[0])\n        if job is None:\n"
-        '            self._refuse_result(peer, arguments[0], b"Job given in work result not found")\n'
-        "            return\n        self._tell(job, PacketType.WORK_COMPLETE, arguments)",
+        '            self._refuse(peer, arguments[0], b"Job given in work result not found")\n'
+        "            return\n        server.tell(job, PacketType.WORK_COMPLETE, arguments)",
+        "        job = server.jobs.get(arguments[0])\n        if job is None:\n"
+        '            self._refuse(peer, arguments[0], b"Job given in work result not found")\n'
+        "            return\n        server.tell(job, PacketType.WORK_COMPLETE, arguments)",
     ),
     Defect(
         "unique not freed at the end",
@@ -142,7 +145,7 @@ DEFECTS: Final = [
     ),
     Defect(
         "time of a later job not kept",
-        CORE,
+        SUBMISSIONS,
         "            job.due,\n            job.spilled,\n",
         "            0.0,\n            job.spilled,\n",
     ),
@@ -324,8 +327,8 @@ DEFECTS: Final = [
     Defect(
         "permit not given back at the end of an attempt",
         CORE,
-        "            if job.gate is not None:\n                self.limits.give_back(job)\n\n    def _fail",
-        "            job.gate = None\n\n    def _fail",
+        "            if job.gate is not None:\n                self.limits.give_back(job)\n\n    def fail",
+        "            job.gate = None\n\n    def fail",
     ),
     Defect(
         "refused permits not asked for again",

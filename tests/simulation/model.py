@@ -20,15 +20,7 @@ from django_gearman.permits import Limit
 from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, WAITS, PacketType, encode_response
 from django_gearman.server import text
 from django_gearman.server import window as window_module
-from django_gearman.server.core import (
-    HIGH,
-    LOW,
-    NORMAL,
-    FunctionOrder,
-    JobServer,
-    Peer,
-    ServerOptions,
-)
+from django_gearman.server.core import JobServer
 from django_gearman.server.entries import (
     Entry,
     JobKept,
@@ -40,9 +32,11 @@ from django_gearman.server.entries import (
     StoredJob,
     Topic,
 )
-from django_gearman.server.jobs import Job, JobState
+from django_gearman.server.jobs import HIGH, LOW, NORMAL, Job, JobState
 from django_gearman.server.journal import Batch, Journal
 from django_gearman.server.limits import Limits, key_in
+from django_gearman.server.options import FunctionOrder, ServerOptions
+from django_gearman.server.peers import Peer
 from django_gearman.server.window import Window
 
 from .store import SimulatedStore
@@ -1291,7 +1285,7 @@ class Server:
             limits = tuple(self.choose((0, 1, 2, 5)) for _ in range(3))
             self.limits.pop(function, None)
             if any(limits):
-                self.limits[function] = limits  # type: ignore[assignment]  # three of them
+                self.limits[function] = limits  # three of them
             self.command(b"maxqueue %s %d %d %d" % (function, *limits))
 
     # Time and the store.

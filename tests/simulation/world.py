@@ -18,7 +18,6 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.permits import Limit
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import core, journal, window
-from django_gearman.server.core import HIGH, LOW, NORMAL, FunctionOrder
 from django_gearman.server.entries import (
     Entry,
     JobFinished,
@@ -31,7 +30,9 @@ from django_gearman.server.entries import (
     StoredJob,
     has_key,
 )
+from django_gearman.server.jobs import HIGH, LOW, NORMAL
 from django_gearman.server.journal import Batch
+from django_gearman.server.options import FunctionOrder
 
 from .model import SUBMISSIONS, Broken, ModelJob, ModelPeer, Server, promise
 from .store import Database, Row, SimulatedStore, key_of

@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError
 from ... import conf
 from ...registry import registry
 from ..health import Unhealthy, add_arguments, look
-from ..terminal import server_list
+from ..terminal import add_servers
 
 
 class Command(BaseCommand):
@@ -24,12 +24,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         add_arguments(parser)
-        parser.add_argument(
-            "--servers",
-            type=server_list,
-            metavar="HOST:PORT,...",
-            help="Job servers to ask (default: those of the settings).",
-        )
+        add_servers(parser, "Job servers to ask")
         parser.add_argument(
             "--queues", metavar="A,B", help="Every function of these queues must be served, too."
         )

@@ -30,7 +30,8 @@ from ...jobs import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
 from ...registry import queue_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
-from ...server.core import FunctionOrder, JobServer, ServerOptions, Shutdown
+from ...server.core import JobServer
+from ...server.options import FunctionOrder, ServerOptions, Shutdown
 from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind
 from ...store import DatabaseStore
 from ...tls import TLSFilesError, server_context
@@ -277,7 +278,7 @@ def _core(
     # What earlier runs have left goes before what comes now.
     core.window.door_seen = store is None
     core.limits.learn(limits)
-    core.adopt_interrupted(interrupted)
+    core.returning.adopt(interrupted)
     return core, replayed
 
 

@@ -24,7 +24,7 @@ from ...client.admin_client import (
 )
 from ...exceptions import CommandNotSupported, GearmanError, ServerError
 from ..console import log_to_terminal
-from ..terminal import end_of_reader, printable, sentence, server_list
+from ..terminal import add_servers, end_of_reader, printable, sentence
 
 T = TypeVar("T")
 Cell = str | int | None
@@ -108,12 +108,7 @@ class Command(BaseCommand):
             metavar="SECTION",
             help=f"What to show: {', '.join(SECTIONS)} (default: {', '.join(SHOWN)}).",
         )
-        parser.add_argument(
-            "--servers",
-            type=server_list,
-            metavar="HOST:PORT,...",
-            help="Job servers to ask (default: those of the settings).",
-        )
+        add_servers(parser, "Job servers to ask")
         parser.add_argument(
             "--format", choices=["table", "json"], default="table", help="Default: %(default)s."
         )

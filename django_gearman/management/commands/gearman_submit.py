@@ -20,7 +20,7 @@ from ... import conf
 from ...client.sync import LATEST, Client
 from ...encoding import dumps, exception_of
 from ...exceptions import GearmanError, JobFailed
-from ..terminal import INTERRUPTED, end_of_reader, printable, sentence, server_list
+from ..terminal import INTERRUPTED, add_servers, end_of_reader, printable, sentence
 
 FAILED: Final = 1
 """Exit status: a worker reported that the job failed. 2, as of every command, is a wrong command line."""
@@ -42,7 +42,7 @@ class Command(BaseCommand):
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
         parser = super().create_parser(prog_name, subcommand, **kwargs)
         # Else the workload could not stand behind an option: FUNCTION --background WORKLOAD.
-        parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]
+        parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign]  # of this one parser
         return parser
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -107,12 +107,7 @@ class Command(BaseCommand):
             metavar="SECONDS",
             help="How long to wait for the end of a job (default: for ever).",
         )
-        parser.add_argument(
-            "--servers",
-            type=server_list,
-            metavar="HOST:PORT,...",
-            help="Job servers, the first that answers is taken (default: those of the settings).",
-        )
+        add_servers(parser, "Job servers, the first that answers is taken")
 
     def handle(self, *args: Any, **options: Any) -> None:
         if options["run_after"] is not None and options["priority"] != "normal":

@@ -17,7 +17,7 @@ from ... import conf
 from ...client.admin_client import AdminClient, FunctionCounters, FunctionStatus, RunningJob, WorkerStatus
 from ...exceptions import CommandNotSupported, GearmanError
 from ..console import log_to_terminal
-from ..terminal import end_of_reader, printable, sentence, server_list
+from ..terminal import add_servers, end_of_reader, printable, sentence
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -131,12 +131,7 @@ class Command(BaseCommand):
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--servers",
-            type=server_list,
-            metavar="HOST:PORT,...",
-            help="Job servers to watch (default: those of the settings).",
-        )
+        add_servers(parser, "Job servers to watch")
         parser.add_argument(
             "--interval",
             type=_seconds,

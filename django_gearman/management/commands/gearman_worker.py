@@ -179,7 +179,7 @@ class Command(BaseCommand):
             sys.stdout.flush()
             sys.stderr.flush()
             own = {HANDOVER: handover, CREW: first.token.decode()}
-            os.execve(command[0], command, os.environ | environment | own)  # noqa: S606
+            os.execve(command[0], command, os.environ | environment | own)  # noqa: S606  # our own command line
 
         show = _titles()
         show("supervisor")
@@ -429,7 +429,7 @@ def _pause_before_retry(assigned: AssignedJob, error: BaseException) -> float | 
 def _titles() -> Callable[[str], None]:
     """What shows in ``ps`` what a process does, where setproctitle is installed."""
     try:
-        from setproctitle import setproctitle  # type: ignore[import-not-found,unused-ignore]
+        from setproctitle import setproctitle  # type: ignore[import-not-found,unused-ignore]  # an extra
     except ImportError:
         return lambda text: None
     return lambda text: setproctitle(f"gearman_worker: {text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.settings import *  # noqa: F403
+from tests.settings import *  # noqa: F403  # all of them, but for what follows
 from tests.settings import DATABASES, INSTALLED_APPS
 
 INSTALLED_APPS = [*INSTALLED_APPS, "tests.acceptance.site"]
@@ -18,7 +18,7 @@ if "GEARMAN_TEST_NO_JOBS" in os.environ:
 
 if "GEARMAN_TEST_NO_CRONSIM" in os.environ:
     # As where the schedules extra is not installed.
-    sys.modules["cronsim"] = None  # type: ignore[assignment]
+    sys.modules["cronsim"] = None
 
 if "GEARMAN_TEST_CONN_MAX_AGE" in os.environ:
     # Connections that stay open between jobs, and are looked at before they are used again.

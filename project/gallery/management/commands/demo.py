@@ -69,7 +69,7 @@ class Command(BaseCommand):
         command += ["--pidfile", str(settings.VAR / "supervisord.pid")]
         if os.geteuid() == 0:
             command += ["--user", "root"]  # as it is; without this supervisord complains
-        os.execve(sys.executable, command, environment())  # noqa: S606
+        os.execve(sys.executable, command, environment())  # noqa: S606  # our own command line
 
 
 def python() -> str:

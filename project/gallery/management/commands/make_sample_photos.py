@@ -93,7 +93,7 @@ def sample_photo(number: int, size: tuple[int, int], orientation: int) -> bytes:
 def paint(number: int, size: tuple[int, int]) -> Any:
     from PIL import ImageDraw, ImageFont
 
-    chance = random.Random(number)  # noqa: S311 - the same picture every time
+    chance = random.Random(number)
     # Steps of the golden ratio: neighbours differ, and no colour comes twice.
     # From cyan over violet to orange; green skies look ill.
     hue = 0.5 + 0.6 * (number * 0.618034 % 1)
