@@ -29,10 +29,11 @@ from django.db import DatabaseError, connections
 from django.test import override_settings
 
 from . import conf
+from .attempts import attempt_assigned, pause_before_retry
 from .client.admin_client import AdminClient
 from .encoding import describe_exception
 from .exceptions import ConnectionFailed, GearmanError
-from .jobs import Job, attempt_assigned, pause_before_retry
+from .jobs import Job
 from .models import JobRecord
 from .protocol.packets import ATTEMPTS, RESPONSE, RETRY, PacketType, encode_request
 from .protocol.reader import PacketReader

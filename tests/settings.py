@@ -1,8 +1,10 @@
 """Settings of the test suite; ``DATABASE_URL`` chooses another database than SQLite."""
 
+import atexit
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,19 @@ import dj_database_url
 import django
 
 # One folder per process: parallel test processes and the servers they start share nothing.
-SCRATCH = Path(os.environ.get("GEARMAN_TEST_SCRATCH") or tempfile.mkdtemp(prefix="gearman-tests-"))
+if "GEARMAN_TEST_SCRATCH" in os.environ:
+    SCRATCH = Path(os.environ["GEARMAN_TEST_SCRATCH"])
+else:
+    # Parallel test processes have theirs in that of the one which starts them, and outlives them.
+    SCRATCH = Path(tempfile.mkdtemp(prefix="gearman-tests-", dir=os.environ.get("GEARMAN_TEST_ROOT")))
+    os.environ.setdefault("GEARMAN_TEST_ROOT", str(SCRATCH))
+
+    def _remove(maker: int) -> None:
+        # A forked child comes here too.
+        if os.getpid() == maker:
+            shutil.rmtree(SCRATCH, ignore_errors=True)
+
+    atexit.register(_remove, os.getpid())
 SECRET_KEY = "only for tests"
 DEBUG = False
 USE_TZ = True

@@ -49,17 +49,18 @@ FLOORS: dict[str, int] = {
     "submission": 5,
     "results": 6,
     "jobs": 7,
-    "groups": 8,
-    "reduction": 8,
-    "admin": 8,
-    "backends": 8,
-    "checks": 8,
-    "management": 8,
-    "apps": 9,
-    "health": 9,
-    "testing_process": 8,
-    "testing": 10,
-    "pytest_plugin": 11,
+    "attempts": 8,
+    "groups": 9,
+    "reduction": 9,
+    "admin": 9,
+    "backends": 9,
+    "checks": 9,
+    "management": 9,
+    "apps": 10,
+    "health": 10,
+    "testing_process": 9,
+    "testing": 11,
+    "pytest_plugin": 12,
 }
 """{first part of a module's name: its floor}; names on one floor do not import each other."""
 
@@ -72,6 +73,7 @@ MAY_USE: dict[str, set[str]] = {
         "worker/pool.py",
         # A job written as `async def` runs in a loop of its own, made by asyncio.run.
         "jobs.py",
+        "attempts.py",
         # Its twins for asyncio pause between two looks.
         "results.py",
         # Its functions for asyncio wait for several jobs at once.

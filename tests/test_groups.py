@@ -170,7 +170,7 @@ class TestEnqueuedGroups:
         async def use() -> None:
             made = await group(jobs.add.s(1), jobs.add.s(2)).aenqueue(on_success=jobs.total.s())
             await gearman_jobs.arun_all(check=True)
-            assert await made.aget(timeout=5) == [2, 3]
+            assert await made.aget(timeout=30) == [2, 3]
             assert [result.return_value async for result in made] == [2, 3]
             one = await chain(jobs.add.s(1)).aenqueue()
             assert await one.acancel()
@@ -203,7 +203,7 @@ class TestEnqueuedGroups:
     def test_waiting_in_a_transaction_is_refused(self, gearman_jobs: GearmanJobs) -> None:
         made = group(jobs.add.s(1)).enqueue()
         with pytest.raises(WaitInTransaction):
-            made.get(timeout=5)
+            made.get(timeout=30)
 
 
 class TestChains:

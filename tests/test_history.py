@@ -209,7 +209,7 @@ class TestBatches:
             made = History("default", lanes_of(WEEK))
             made.rows = 20
             try:
-                begin.wait(10)
+                begin.wait(30)
                 while (batch := made.prune(timezone.now())).more:
                     deleted.append(batch.deleted)
             except BaseException as error:

@@ -21,6 +21,7 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from django_gearman import JobContext, JobResult, job, rows
+from django_gearman.attempts import pause_before_retry, perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     Discard,
@@ -33,12 +34,7 @@ from django_gearman.exceptions import (
     Retry,
     WaitInTransaction,
 )
-from django_gearman.jobs import (
-    Job,
-    declared_limits,
-    pause_before_retry,
-    perform_assigned,
-)
+from django_gearman.jobs import Job, declared_limits
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.registry import queue_of

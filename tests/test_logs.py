@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from django_gearman import JobContext, job, logs, reports
-from django_gearman.jobs import perform_assigned
+from django_gearman.attempts import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.server.entries import JobLogged
 from tests.docs import block_of
@@ -106,7 +106,7 @@ both = threading.Barrier(2)
 
 
 def speak_together(context: JobContext) -> None:
-    both.wait(10)
+    both.wait(30)
     for _ in range(100):
         logger.info(context.handle)
 

@@ -592,7 +592,7 @@ class TestSynchronise:
 
         def start() -> None:
             try:
-                begin.wait(10)
+                begin.wait(30)
                 synchronise("default", said)
             except BaseException as error:
                 errors.append(error)

@@ -17,8 +17,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from django_gearman import JobContext, Retry, job, signals, tracing
-from django_gearman.jobs import Job, perform_assigned
-from django_gearman.jobs import pause_before_retry as decide
+from django_gearman.attempts import pause_before_retry as decide
+from django_gearman.attempts import perform_assigned
+from django_gearman.jobs import Job
 from django_gearman.models import JobRecord
 from tests.app import jobs
 from tests.docs import block_of

@@ -1392,7 +1392,7 @@ class TestDatabaseDoor:
             try:
                 store = DatabaseHouse(name).store
                 handles = claimed[name] = []
-                begin.wait(10)
+                begin.wait(30)
                 while True:
                     jobs = store.claim(7, {}).jobs
                     if not jobs:

@@ -41,6 +41,7 @@ from tests import needs
 needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, job
+from django_gearman.attempts import perform_assigned
 from django_gearman.backends import (
     DummyBackend,
     GearmanBackend,
@@ -59,7 +60,6 @@ from django_gearman.backends import (
     task_started,
 )
 from django_gearman.exceptions import JobFailed
-from django_gearman.jobs import perform_assigned
 from django_gearman.models import JobRecord
 from django_gearman.registry import registry
 from django_gearman.testing import GearmanJobs
@@ -633,6 +633,14 @@ class TestOptions:
             pytest.raises(InvalidTask, match=said),
         ):
             task(**options)(tasks.noop_task.func)
+
+    def test_errors_are_told_between_the_pause_and_the_next_attempt(self, gearman_jobs: GearmanJobs) -> None:
+        result = tasks.fail_first.enqueue(2)
+        gearman_jobs.run_one()
+        JobRecord.objects.update(status=JobRecord.Status.READY)
+        result.refresh()
+        assert (result.status, result.attempts) == (READY, 1)
+        assert [error.exception_class for error in result.errors] == [ValueError]
 
     def test_attempts(self, gearman_jobs: GearmanJobs) -> None:
         tasks.noted.clear()

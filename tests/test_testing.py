@@ -432,7 +432,7 @@ class TestCluster:
             timeout=60,
         )
         assert killed.returncode == -signal.SIGKILL
-        wait_until(lambda: not is_running(int(killed.stdout)), 10.0, "the end of the server")
+        wait_until(lambda: not is_running(int(killed.stdout)), 60.0, "the end of the server")
 
     def test_a_database_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if connection.vendor != "sqlite":

@@ -45,7 +45,7 @@ from tests.client.fake_server import Peer, fake_server
 
 P = PacketType
 LARGE = 8 * 1024 * 1024
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds after which a condition that should come is given up."""
 
 
@@ -165,6 +165,15 @@ def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.Abstrac
     if request.param == "asyncio":
         return None
     return needs.module("uvloop").new_event_loop
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Ours alone: asyncio warns of a slow machine."""
+    return [
+        record
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("django_gearman")
+    ]
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -321,8 +330,7 @@ class TestDoor:
                     sock.sendall(b"status\n")
                     read_all(sock)
             assert place.works(files.client())
-        lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert len(lines) == 1
+        assert len(warnings(caplog)) == 1
 
     def test_one_that_says_nothing_is_closed_in_time(
         self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
@@ -344,7 +352,7 @@ class TestDoor:
         with serving(files.server(), loop_factory) as place:
             place.plain().close()
             harness.wait_until(lambda: "closed by itself" in caplog.text)
-        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        assert warnings(caplog) == []
 
     def test_those_that_shake_hands_count(
         self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
@@ -603,6 +611,7 @@ class TestEnds:
         ):
             Connection("127.0.0.1", port, connect_timeout=LIMIT, tls=files.client())
 
+    @harness.tried_again
     def test_server_that_waits_for_plain_text(self, files: Files) -> None:
         with harness.server(store="memory") as server:
             started = time.monotonic()
@@ -614,6 +623,7 @@ class TestEnds:
             assert time.monotonic() - started < LIMIT
             assert server.status() == {}
 
+    @harness.tried_again
     def test_server_that_hangs_after_the_handshake(self, files: Files) -> None:
         def hang(peer: Peer) -> None:
             with files.server().wrap_socket(peer.socket, server_side=True) as sock:

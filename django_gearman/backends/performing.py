@@ -23,10 +23,11 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
+from ..attempts import pause_before_retry
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
-from ..jobs import Job, pause_before_retry
+from ..jobs import Job
 from ..models import JobRecord
 from ..registry import registry
 from ..results import JobResult
@@ -363,7 +364,8 @@ def _as_enqueued(task: Task[Any, Any], backend: GearmanBackend, record: JobRecor
 
 def _is_retried(record: JobRecord) -> bool:
     """Whether an attempt came to nothing, and another was or is to be made."""
-    return record.attempts > 1 or record.status == JobRecord.Status.RETRYING
+    waits = record.status in (JobRecord.Status.RETRYING, JobRecord.Status.READY)
+    return record.attempts > 1 or (record.attempts == 1 and waits)
 
 
 def _error(exception: str, message: str, traceback: str) -> TaskError:

@@ -13,6 +13,7 @@ import resource
 import signal
 import stat
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
@@ -35,10 +36,13 @@ class Background:
         sys.stdout.flush()
         sys.stderr.flush()
         reading, self._parent = os.pipe()
+        # An interrupt that comes before the parent can pass it on would leave the child alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if child:
             os.close(self._parent)
-            sys.exit(_await_ready(reading, child))
+            sys.exit(_await_ready(reading, child, before))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reading)
         os.setsid()
         _lead_nowhere(0)
@@ -62,9 +66,10 @@ class Background:
         os.close(self._parent)
 
 
-def _await_ready(reading: int, child: int) -> int:
-    """The parent's exit code."""
+def _await_ready(reading: int, child: int, signals: Iterable[int]) -> int:
+    """The parent's exit code; ``signals`` are those to be blocked from now on."""
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         with os.fdopen(reading, "rb") as stream:
             if stream.read(1):
                 return 0

@@ -18,7 +18,7 @@ from tests.needs import missing
 SITE = {"DJANGO_SETTINGS_MODULE": "tests.acceptance.site.settings"}
 """Environment of servers and workers that know the jobs of ``tests.acceptance.site``."""
 
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds after which a foreign program is given up."""
 
 

@@ -81,7 +81,7 @@ def test_a_durable_queue_that_says_what_is_not_so_is_no_figure():
     finally:
         del sys.path[0]
     there = {"kept": 7, "ended": 3}
-    table = durable.Table(lambda sql, function: there[sql], "kept", "ended")
+    table = durable.Table(lambda sql, function: there[sql], "kept", ended="ended")
     table.check_kept("f", 7)
     with pytest.raises(durable.NotDurable, match="8 jobs were acknowledged, and 7 stand"):
         table.check_kept("f", 8)

@@ -26,10 +26,13 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 
 JOBS = 1_000
 CALLERS = 8
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 """Seconds that each foreground caller gives its job."""
 
-LEASE = 2.0
+PATIENT: dict[str, Any] = {"timeout": TIMEOUT, "connect_timeout": TIMEOUT}
+"""Clients that do not give up a server which is only slow; one that was killed refuses at once."""
+
+LEASE = 6.0
 Pair = tuple[harness.GearmanServerProcess, harness.GearmanServerProcess]
 
 
@@ -76,8 +79,8 @@ class Storm:
         """The promises."""
         assert len(self.acknowledged) + len(self.refused) == JOBS
         assert self.answered + len(self.errors) == JOBS
-        # Nobody waited for longer than he said, and for connecting; the rest was told what happened.
-        assert self.longest < TIMEOUT + 1.5
+        # Nobody waited for as long as he would have: whom it concerned was told what happened.
+        assert self.longest < TIMEOUT
         assert {type(error) for error in self.errors} <= {ConnectionLost, ConnectionFailed}
         if resubmit:
             assert not self.errors
@@ -86,7 +89,7 @@ class Storm:
         assert not self.refused, "another server was there for what was not acknowledged"
         harness.wait_until(
             lambda: not JobRecord.objects.filter(status__in=JobRecord.LIVE, background=True).exists(),
-            40.0,
+            60.0,
             "the end of every background job",
         )
         with open(self._trace) as file:
@@ -102,7 +105,7 @@ class TestKilledServer:
     @pytest.mark.parametrize(("spread", "resubmit"), [IN_ORDER, SPREAD])
     def test_client(self, servers: Pair, tmp_path: Any, spread: bool, resubmit: bool) -> None:
         storm = Storm(servers[0], str(tmp_path / "trace"))
-        client = Client([each.address for each in servers], spread=spread, timeout=TIMEOUT)
+        client = Client([each.address for each in servers], spread=spread, **PATIENT)
 
         def background(number: int) -> None:
             began = storm.begins()
@@ -161,7 +164,7 @@ class TestKilledServer:
                 async with places:
                     await (foreground if number % 2 else background)(client, number // 2)
 
-            async with AsyncClient(addresses, spread=spread, timeout=TIMEOUT) as client:
+            async with AsyncClient(addresses, spread=spread, **PATIENT) as client:
                 await asyncio.gather(*[call(number) for number in range(2 * JOBS)])
 
         asyncio.run(main())
@@ -170,7 +173,7 @@ class TestKilledServer:
     @pytest.mark.parametrize(("spread", "resubmit"), [IN_ORDER])
     def test_run_tasks(self, servers: Pair, tmp_path: Any, spread: bool, resubmit: bool) -> None:
         storm = Storm(servers[0], str(tmp_path / "trace"))
-        with Client([each.address for each in servers], spread=spread, timeout=TIMEOUT) as client:
+        with Client([each.address for each in servers], spread=spread, **PATIENT) as client:
             ended: list[object] = []
 
             def end(task: object) -> None:
@@ -183,7 +186,7 @@ class TestKilledServer:
                 for number in range(JOBS)
             ]
             foreground = [client.add_task("shout", b"text %d" % number) for number in range(JOBS)]
-            client.run_tasks(timeout=30, resubmit=resubmit)
+            client.run_tasks(timeout=TIMEOUT, resubmit=resubmit)
         for number, task in enumerate(background):
             (storm.refused if task.error else storm.acknowledged).add(f"job {number}")
         for number, task in enumerate(foreground):

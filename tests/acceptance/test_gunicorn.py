@@ -60,14 +60,19 @@ class Gunicorn(harness.ManagedProcess):
         super().__init__(
             ["gunicorn", "--config", str(self._configuration)],
             started="ready",
-            env={**SITE, "GEARMAN_TEST_SERVER": ",".join(each.address for each in servers)},
+            env={
+                **SITE,
+                "GEARMAN_TEST_SERVER": ",".join(each.address for each in servers),
+                # A server that is only slow is waited for; one that is away refuses at once.
+                "GEARMAN_TEST_SETTINGS": json.dumps({"CONNECT_TIMEOUT": 60}),
+            },
         )
 
     def _command(self) -> list[str]:
         return [sys.executable, "-W", "error", "-m", *self.arguments]
 
     def get(self, view: str, **query: Any) -> dict[str, Any]:
-        with urlopen(f"http://127.0.0.1:{self.port}/{view}/?{urlencode(query)}", timeout=30) as response:
+        with urlopen(f"http://127.0.0.1:{self.port}/{view}/?{urlencode(query)}", timeout=90) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
 

@@ -195,17 +195,26 @@ class TestDaemon:
         assert "in use" in line
         assert not path.exists()
 
-    BACKGROUND = """
+    IMPORTS = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from django_gearman.management.daemon import Background
 parent = os.getpid()
-background = Background()
+"""
+    INTERRUPTED_FORK = """
+fork = os.fork
+def interrupted():
+    child = fork()
+    if child:
+        os.kill(parent, signal.SIGINT)
+    return child
+os.fork = interrupted
 """
 
-    def background(self, script: str, **options: Any) -> subprocess.Popen[str]:
+    def background(self, script: str, *, before: str = "") -> subprocess.Popen[str]:
+        code = f"{self.IMPORTS}{before}background = Background()\n{script}"
         return subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", self.BACKGROUND + script, str(harness.ROOT)],
+            [sys.executable, "-W", "error", "-c", code, str(harness.ROOT)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -231,6 +240,11 @@ background = Background()
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
         # The pipes end with the last of the two.
+        assert "ended by SIGTERM" in process.communicate(timeout=LIMIT)[1]
+        assert process.returncode == 1
+
+    def test_interrupt_right_after_the_fork_ends_both(self):
+        process = self.background("signal.pause()", before=self.INTERRUPTED_FORK)
         assert "ended by SIGTERM" in process.communicate(timeout=LIMIT)[1]
         assert process.returncode == 1
 

@@ -83,8 +83,8 @@ def test_restart_costs_at_most_the_jobs_that_were_using_it(cluster: Cluster, tra
         harness.wait_until(lambda: len(trace.names()) >= 20, 30.0)
         cluster.stop()
         cluster.start()
-        harness.wait_until(lambda: len(set(trace.names())) == len(names), 40.0, "all jobs")
-        harness.wait_until(lambda: cluster.rows(ended) == [(2 * len(names),)], 40.0, "all records")
+        harness.wait_until(lambda: len(set(trace.names())) == len(names), 60.0, "all jobs")
+        harness.wait_until(lambda: cluster.rows(ended) == [(2 * len(names),)], 60.0, "all records")
         # Of those that asked the database, so many failed as can have been at it.
         failed = cluster.rows(
             "SELECT function, count(*) FROM django_gearman_jobrecord WHERE status <> 'SUCCESSFUL' GROUP BY 1"

@@ -54,7 +54,7 @@ class Terminal:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(20)
-        self._thread.join(10)
+        self._thread.join(30)
         os.close(self._end)
 
 

@@ -46,7 +46,7 @@ class TestPutBack:
             (worker.signal_group if group else worker.signal)(signal.SIGTERM)
             harness.wait_until(lambda: "Stopping" in worker.stderr)
             (tmp_path / "quick.go").touch()
-            assert results["quick"].get(timeout=10)
+            assert results["quick"].get(timeout=30)
             assert worker.wait() == 0
             assert "1 jobs went back to the queue" in worker.stdout
         record = JobRecord.objects.get(pk=results["long"].id)
@@ -67,7 +67,7 @@ class TestPutBack:
             tell(signal.SIGTERM)
             harness.wait_until(lambda: "Stopping" in worker.stderr)
             tell(signal.SIGTERM)
-            assert worker.wait(5) == 0
+            assert worker.wait(20.0) == 0
         record = JobRecord.objects.get(pk=result.id)
         harness.wait_until(lambda: (record.refresh_from_db(), record.status == Status.READY)[1])
         assert record.attempts == 0
@@ -111,7 +111,7 @@ def test_as_process_1(site_server: Server, tmp_path: Path):
         harness.wait_until(lambda: "Stopping" in contained.stderr)
         (tmp_path / "go").touch()
         assert contained.wait() == 0
-    assert result.get(timeout=10)
+    assert result.get(timeout=30)
     assert result.attempts == 1
 
 
@@ -229,7 +229,7 @@ class TestReload:
             assert self.version() == 2
             assert worker.pid == pid
             (tmp_path / "go").touch()
-            assert held.get(timeout=10)[0] == holder
+            assert held.get(timeout=30)[0] == holder
             assert held.attempts == 1
             harness.wait_until(
                 lambda: len(worker.children()) == 2 and not set(worker.children()) & set(before)
@@ -258,7 +258,7 @@ class TestReload:
     def test_change_of_a_file(self, site_server: Server, tmp_path: Path, env: dict[str, str]):
         with harness.worker(site_server, processes=1, options=["--reload"], env=env) as worker:
             assert self.version() == 1
-            assert jobs.add.enqueue(1).get(timeout=10) == 2
+            assert jobs.add.enqueue(1).get(timeout=30) == 2
             (tmp_path / "path/changing/jobs.py").write_text(CODE.format(2))
             harness.wait_until(lambda: "has taken over" in worker.stdout, 30.0)
             harness.wait_until(lambda: self.version() == 2, 30.0)
@@ -275,6 +275,6 @@ class TestReload:
             assert harness.is_running(holder)
             children = worker.children()
             worker.signal(signal.SIGKILL)
-            harness.wait_until(lambda: not any(map(harness.is_running, children)), 2.0, "the children's end")
+            harness.wait_until(lambda: not any(map(harness.is_running, children)), 60.0, "the children's end")
             worker.wait()
             worker.forget()

@@ -106,7 +106,7 @@ class TestTerm:
             for number in signals[1:]:
                 harness.wait_until(lambda: "Stopping" in worker.stderr, what="the worker's word")
                 worker.signal(number)
-            assert worker.wait(5.0) == 0
+            assert worker.wait(20.0) == 0
             assert not harness.is_running(pid)
         harness.wait_until(lambda: site_server.status()[wait_for_file.name] == (1, 0, 0))
         held.let_go()
@@ -141,7 +141,7 @@ class TestKill:
                 lambda: len(worker.children()) == 3 and not set(worker.children()) & set(before),
                 what="three new processes",
             )
-            assert add.enqueue(1, right=2).get(timeout=10.0) == 3
+            assert add.enqueue(1, right=2).get(timeout=30) == 3
 
     def test_job_that_kills_its_worker_once(self, site_server: Server, tmp_path: Path):
         with harness.worker(site_server, processes=1, env=SITE):
@@ -174,7 +174,7 @@ class TestKill:
             assert len(children) == 2
             worker.signal(signal.SIGKILL)
             harness.wait_until(
-                lambda: not any(harness.is_running(pid) for pid in children), 2.0, "the children's end"
+                lambda: not any(harness.is_running(pid) for pid in children), 60.0, "the children's end"
             )
             assert worker.wait() == -signal.SIGKILL
             worker.forget()
@@ -206,19 +206,19 @@ class TestDatabaseConnections:
 
     def test_closed_after_each_job(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE):
-            numbers = [ask_database.enqueue().get(timeout=10.0) for _ in range(3)]
+            numbers = [ask_database.enqueue().get(timeout=30) for _ in range(3)]
             assert len(set(numbers)) == 3
             harness.wait_until(lambda: not any(map(has_connection, numbers)), what="closed connections")
 
     def test_cut_between_two_jobs(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE | {"GEARMAN_TEST_CONN_MAX_AGE": "600"}):
-            first = ask_database.enqueue().get(timeout=10.0)
-            assert ask_database.enqueue().get(timeout=10.0) == first
+            first = ask_database.enqueue().get(timeout=30)
+            assert ask_database.enqueue().get(timeout=30) == first
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_terminate_backend(%s)", [first])
             harness.wait_until(lambda: not has_connection(first), what="the connection's end")
             result = ask_database.enqueue()
-            assert result.get(timeout=10.0) != first
+            assert result.get(timeout=30) != first
             assert result.attempts == 1
 
     def test_server_goes_on_when_its_connection_is_cut(self, site_server: Server):

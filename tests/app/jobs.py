@@ -59,7 +59,7 @@ def append_line(path: str, line: str) -> None:
 def wait_for_file(path: str) -> int:
     """Run until somebody makes the file; say in ``path.pid`` who runs it."""
     Path(path + ".pid").write_text(str(os.getpid()))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not os.path.exists(path):
         if time.monotonic() > deadline:
             raise TimeoutError(path)

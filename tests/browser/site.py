@@ -87,7 +87,7 @@ class Program:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
             assert process.wait(STOP_LIMIT) == 0, f"{self.name}: {process.returncode}\n{self.output}"
-            wait_until(lambda: not self._group(), 5.0, f"the end of all processes of {self.name}")
+            wait_until(lambda: not self._group(), 60.0, f"the end of all processes of {self.name}")
             for complaint in COMPLAINTS:
                 assert complaint not in self.output, self.output
         finally:

@@ -107,7 +107,7 @@ class TestRenderAgain:
         expect(page.get_by_text("The summary is being mailed.")).to_be_visible()
         site.worker.start()
         expect(page.get_by_text("A summary was mailed")).to_be_visible()
-        wait_until(lambda: len(mails(site)) == before + 1, 10, "the mail")
+        wait_until(lambda: len(mails(site)) == before + 1, 60.0, "the mail")
         assert f"Subject: 0 of {PHOTOS} photos were rendered again" in mails(site)[-1]
 
 

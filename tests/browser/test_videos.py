@@ -111,7 +111,7 @@ class TestVideos:
         expect(status(card)).to_have_text("Cancelled")
         expect(page.locator(".messages")).to_have_text("“long.mp4” is cancelled.")
         screenshot(page, "videos-cancelled")
-        wait_until(lambda: files_of(site) == before, 15, "the end of what was half done")
+        wait_until(lambda: files_of(site) == before, 60.0, "the end of what was half done")
         admin.reload()
         expect(admin.locator(".gearman-status").first).to_have_text("Cancelled")
 

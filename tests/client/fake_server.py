@@ -98,7 +98,7 @@ def fake_server(*scripts: Script) -> Iterator[int]:
         for sock in open_sockets:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(30)
     assert not thread.is_alive()
     assert not failures, failures
 

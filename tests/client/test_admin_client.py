@@ -348,13 +348,13 @@ class TestInsight:
             peer.socket.sendall(b"a\tb\t1\t2\t3\t4\t5\t6\t7\nf\t1\n.\n")
             peer.wait_for_end()
 
-        with fake_server(tell) as port, AdminClient(f"127.0.0.1:{port}", timeout=5) as admin:
+        with fake_server(tell) as port, AdminClient(f"127.0.0.1:{port}", timeout=30) as admin:
             assert admin.running() == [RunningJob("H:1", "f", 7, 2, 90, -1, 10)]
             assert admin.counters() == [FunctionCounters("a\tb", 1, 2, 3, 4, 5, 6, 7)]
 
     @pytest.mark.foreign
     def test_gearmand_does_not_know_them(self, gearmand: str):
-        with AdminClient(gearmand, timeout=5) as admin:
+        with AdminClient(gearmand, timeout=30) as admin:
             for ask in (admin.running, admin.counters):
                 with pytest.raises(CommandNotSupported):
                     ask()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from django_gearman.client.connection import Connection
-from django_gearman.client.sync import Client, JobStatus, UniqueStatus
+from django_gearman.client.sync import NUDGE_TIMEOUT, Client, JobStatus, UniqueStatus
 from django_gearman.client.tasks import Data, Progress, Value, Warned
 from django_gearman.exceptions import (
     CommandNotSupported,
@@ -148,6 +148,7 @@ class TestStreams:
         with pytest.raises(JobFailed):
             list(client.stream("fail", timeout=10))
 
+    @harness.tried_again
     def test_who_leaves_abandons_the_job(self, server: harness.GearmanServerProcess, client: Client) -> None:
         with pytest.raises(ResponseTimeout):
             list(client.stream("nobody streams", timeout=0.05))
@@ -369,6 +370,7 @@ class TestRefusals:
 
 
 class TestTimeouts:
+    @harness.tried_again
     def test_a_job_that_takes_too_long(self, client: Client) -> None:
         with pytest.raises(ResponseTimeout, match="job nobody took longer than"):
             client.do("nobody", timeout=0.05)
@@ -379,6 +381,7 @@ class TestTimeouts:
             client.do("abandoned", timeout=0.05)
         harness.wait_until(lambda: server.status()["abandoned"] == (0, 0, 0))
 
+    @harness.tried_again
     def test_a_silent_server(self) -> None:
         with fake_server(play(None), play(None)) as port:
             client = Client([f"127.0.0.1:{port}"], timeout=0.1, circuit=0.0)
@@ -387,12 +390,13 @@ class TestTimeouts:
             with pytest.raises(ConnectionFailed, match="no answer in time"):
                 client.echo(b"x")
 
+    @harness.tried_again
     def test_a_late_answer_is_not_taken_for_the_next(self) -> None:
         late = threading.Event()
 
         def too_late(peer: Peer) -> None:
             peer.expect(P.ECHO_REQ)
-            late.wait(10)
+            late.wait(30)
             peer.send(P.ECHO_RES, b"late")
 
         with (
@@ -409,14 +413,19 @@ class TestNobodyComes:
     def test_the_time_out_says_so(self, client: Client) -> None:
         for _ in range(2):
             client.do_background("misspelt")
-        with pytest.raises(
-            NoWorker, match=r"job misspelt took longer than 0.\d+ s: 3 jobs wait for"
-        ) as caught:
-            client.do("misspelt", timeout=0.05)
-        error = caught.value
-        assert (error.function, error.waiting) == ("misspelt", 3)
-        assert "no worker offers it at 127.0.0.1" in str(error)
 
+        def check() -> None:
+            with pytest.raises(
+                NoWorker, match=r"job misspelt took longer than 0.\d+ s: 3 jobs wait for"
+            ) as caught:
+                client.do("misspelt", timeout=0.05)
+            error = caught.value
+            assert (error.function, error.waiting) == ("misspelt", 3)
+            assert "no worker offers it at 127.0.0.1" in str(error)
+
+        harness.in_one_try(check)
+
+    @harness.tried_again
     def test_what_is_told_is_what_was_allowed(
         self, server: harness.GearmanServerProcess, client: Client
     ) -> None:
@@ -437,6 +446,7 @@ class TestNobodyComes:
                 go_on.set()
         assert caught.value.timeout == 0.5
 
+    @harness.tried_again
     def test_not_when_they_are_busy(self, server: harness.GearmanServerProcess, client: Client) -> None:
         go_on = threading.Event()
 
@@ -474,13 +484,13 @@ class TestWatch:
                     None,
                 )
             ) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
         ):
             with closing(client.watch("5")) as watch:
                 assert watch.is_open
                 assert watch.told == b""
-                assert watch.wait(10)
-                assert watch.wait(10)
+                assert watch.wait(30)
+                assert watch.wait(30)
                 assert watch.told == b"what it says"
             # The same connection serves the next.
             assert client.echo(b"x") == b"x"
@@ -491,7 +501,7 @@ class TestWatch:
         )
         with (
             fake_server(script, play(P.ECHO_REQ, (P.ECHO_RES, b"x"), None)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
         ):
             with closing(client.watch("5")) as watch:
                 assert not watch.wait(0.05)
@@ -505,28 +515,28 @@ class TestWatch:
         told = [self.asked, (P.ERROR, code, b"")]
         with (
             fake_server(play(self.asked, (P.OPTION_RES, b"exceptions"), *told * asked, None)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
         ):
             for number in range(2):
                 with closing(client.watch("5")) as watch:
                     assert watch.is_open == (number < asked)
-                    assert not watch.wait(10)
+                    assert not watch.wait(30)
                     assert not watch.is_open
 
     def test_nobody_there(self) -> None:
         with Client([f"127.0.0.1:{harness.free_port()}"]) as client:
             watch = client.watch("5")
             assert not watch.is_open
-            assert not watch.wait(10)
+            assert not watch.wait(30)
             watch.close()
 
     def test_lost(self) -> None:
         with (
             fake_server(play(self.asked, (P.OPTION_RES, b"exceptions"), self.asked)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
             closing(client.watch("5")) as watch,
         ):
-            assert not watch.wait(10)
+            assert not watch.wait(30)
             assert not watch.is_open
 
 
@@ -547,6 +557,7 @@ class TestWaiting:
             assert client.wait_for(handle, timeout=10) is True
         assert client.wait_for(handle, timeout=10) is False
 
+    @harness.tried_again
     def test_time_out(self, client: Client) -> None:
         handle = client.do_background("nobody's")
         with pytest.raises(ResponseTimeout, match="job H:"):
@@ -558,9 +569,9 @@ class TestWaiting:
         script = play(
             P.OPTION_REQ, (P.OPTION_RES, b"exceptions"), P.OPTION_REQ, (P.ERROR, b"UNKNOWN_OPTION", b"")
         )
-        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
-            assert client.wait_for("H:1", timeout=5) is False
-            assert client.wait_for("H:1", timeout=5) is False
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=30) as client:
+            assert client.wait_for("H:1", timeout=30) is False
+            assert client.wait_for("H:1", timeout=30) is False
 
 
 class TestFaults:
@@ -603,16 +614,16 @@ class TestFaults:
     def test_do(self, script: Any, error: type[GearmanError], message: str) -> None:
         with (
             fake_server(script) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
             pytest.raises(error, match=message),
         ):
-            client.do("f", b"w", timeout=5)
+            client.do("f", b"w", timeout=30)
 
     @pytest.mark.parametrize("first", [play(P.SUBMIT_JOB_BG), play(b"nonsense\n", None), play()])
     def test_the_next_call_gets_a_new_connection(self, first: Any) -> None:
         with (
             fake_server(first, play(P.SUBMIT_JOB_BG, TAKEN, None)) as port,
-            Client([f"127.0.0.1:{port}"], timeout=5) as client,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
         ):
             with pytest.raises(ConnectionLost):
                 client.do_background("f")
@@ -677,7 +688,7 @@ class TestConnections:
         together = threading.Barrier(4)
 
         def call(number: int) -> bool:
-            together.wait(10)
+            together.wait(30)
             try:
                 return all(
                     client.echo(b"%d.%d" % (number, each)) == b"%d.%d" % (number, each) for each in range(200)
@@ -735,7 +746,7 @@ class TestConnections:
 
             def call(number: int) -> None:
                 with client._session([server.address]):
-                    together.wait(10)
+                    together.wait(30)
 
             list(pool.map(call, range(4)))
             harness.wait_until(lambda: count_clients(server) == before + 2)
@@ -848,7 +859,8 @@ class TestClaim:
         client = Client([f"127.0.0.1:{harness.free_port()}"])
         started = time.monotonic()
         assert [client.claim() for _ in range(1000)] == [False] * 1000
-        assert time.monotonic() - started < 1
+        # To wait at each, as for a server that drops packets, would take minutes.
+        assert time.monotonic() - started < 1000 * NUDGE_TIMEOUT / 8
 
     def test_a_server_that_takes_no_connection(self) -> None:
         """Its queue of connections is full, as when it hangs: packets are dropped."""
@@ -861,7 +873,8 @@ class TestClaim:
             client = Client([f"127.0.0.1:{listener.getsockname()[1]}"])
             started = time.monotonic()
             answers = [client.claim() for _ in range(100)]
-            assert time.monotonic() - started < 2
+            # One has waited, if any.
+            assert time.monotonic() - started < 100 * NUDGE_TIMEOUT / 2
             assert answers[-1] is False
 
     def test_a_server_that_is_slow_to_take_connections(self) -> None:
@@ -908,7 +921,7 @@ class TestClaim:
                     connection._socket.send(bytes(65536))
                 started = time.monotonic()
                 assert client.claim() is False
-                assert time.monotonic() - started < 5
+                assert time.monotonic() - started < 25
             finally:
                 stop.set()
                 client.close()

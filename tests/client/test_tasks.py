@@ -134,9 +134,9 @@ class TestTasks:
             peer.send(P.WORK_COMPLETE, b"H:1", b"r")
             peer.wait_for_end()
 
-        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=30) as client:
             task = getattr(client, add)("f", b"w", unique="u")
-            client.run_tasks(timeout=5)
+            client.run_tasks(timeout=30)
         assert seen == [[b"f", b"u", b"w"]]
         assert task.result() == (b"" if "background" in add else b"r")
 
@@ -181,7 +181,7 @@ class TestTasks:
                     peer.send(P.WORK_COMPLETE, b"H:%d" % number, b"")
             peer.wait_for_end()
 
-        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=30) as client:
             for _ in range(20):
                 client.add_task("f")
             assert all(task.is_done for task in client.run_tasks(timeout=10, limit=2))
@@ -194,19 +194,24 @@ class TestTasks:
         assert {task.result() for task in client.run_tasks(timeout=60)} == {bytes(range(256))[::-1] * 4096}
 
     def test_time_out(self, server: harness.GearmanServerProcess, client: Any) -> None:
+        limits = iter((0.3, 1.0, 3.0, 9.0))
+        harness.in_one_try(lambda: self.check_time_out(client, next(limits)), tries=4)
+        # Nobody waits for it any more, and nobody will run it.
+        harness.wait_until(lambda: server.status()["nobody takes this"] == (0, 0, 0))
+
+    def check_time_out(self, client: Any, limit: float) -> None:
         log = Log()
         late = client.add_task("nobody takes this", context="late")
         client.add_task("reverse", b"ab", context="in time")
         began = time.monotonic()
-        client.run_tasks(timeout=0.3, **log.callbacks)
-        assert time.monotonic() - began < 5
+        client.run_tasks(timeout=limit, **log.callbacks)
+        assert time.monotonic() - began < 25
         assert log.of("late") == [("created", True, True), ("fail", NoWorker)]
         assert log.of("in time")[-1] == ("complete", b"ba")
         with pytest.raises(
-            ResponseTimeout, match=r"took longer than 0.\d+ s: 1 job waits for nobody takes this"
+            ResponseTimeout, match=r"took longer than [\d.]+ s: 1 job waits for nobody takes this"
         ):
             late.result()
-        harness.wait_until(lambda: server.status()["nobody takes this"] == (0, 0, 0))
 
     def test_a_callback_that_fails(self, client: Any) -> None:
         client.add_task("tell", on_data=lambda task: 1 / 0)
@@ -251,7 +256,7 @@ class TestLostTasks:
     def test_nobody_listens(self) -> None:
         with Client([f"127.0.0.1:{harness.free_port()}"]) as client:
             tasks = [client.add_task("f") for _ in range(3)]
-            client.run_tasks(timeout=5)
+            client.run_tasks(timeout=30)
         for task in tasks:
             with pytest.raises(ConnectionFailed):
                 task.result()
@@ -259,10 +264,10 @@ class TestLostTasks:
     def test_the_server_goes_away(self) -> None:
         """One server: what it had is nobody's."""
         script = play(P.SUBMIT_JOB_BG, TAKEN, P.SUBMIT_JOB)
-        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=5) as client:
+        with fake_server(script) as port, Client([f"127.0.0.1:{port}"], timeout=30) as client:
             kept = client.add_task_background("f")
             lost = client.add_task("f")
-            client.run_tasks(timeout=5)
+            client.run_tasks(timeout=30)
         assert (kept.handle, kept.result()) == ("H:1", b"")
         with pytest.raises(ConnectionLost):
             lost.result()
@@ -272,7 +277,7 @@ class TestLostTasks:
             tasks = [client.add_task_background("f") for _ in range(3)]
             began = time.monotonic()
             client.run_tasks()
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 25
         for task in tasks:
             with pytest.raises(ResponseTimeout):
                 task.result()

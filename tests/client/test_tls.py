@@ -90,6 +90,7 @@ class TestAsyncClient:
             with pytest.raises(ConnectionFailed, match=r"it does not speak TLS|during the TLS handshake"):
                 run(caller.echo(b"x"))
 
+    @harness.tried_again
     def test_a_server_that_hangs(self, files: Files, run: Run) -> None:
         with fake_server(play(None)) as port:
             caller = AsyncClient([f"127.0.0.1:{port}"], tls=files.client(), connect_timeout=0.3)

@@ -28,7 +28,7 @@ from .gearmand import Gearmand
 
 PROGRAMS: Final = Path(__file__).parent / "programs"
 SITE: Final = {"DJANGO_SETTINGS_MODULE": "tests.interop.site.settings"}
-LIMIT: Final = 30.0
+LIMIT: Final = 60.0
 """Seconds in which a job that is expected to end does."""
 
 Server = harness.GearmanServerProcess | Gearmand

@@ -34,7 +34,7 @@ class Scene:
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
         client = OurClient()
-        self.worker = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+        self.worker = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
         for function in (b"alpha", b"beta"):
             self.worker.sendall(encode_request(PacketType.CAN_DO, function))
         self.worker.sendall(encode_request(PacketType.SET_CLIENT_ID, b"some worker"))
@@ -66,7 +66,7 @@ class Scene:
 
     def say(self, line: bytes) -> bytes:
         """The reply to a line, byte for byte."""
-        with socket.create_connection(("127.0.0.1", self.server.port), timeout=10) as sock:
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=30) as sock:
             # The version is asked behind it, to know where the reply ends.
             sock.sendall(line + b"\r\nversion\r\n")
             received = b""

@@ -170,9 +170,15 @@ class TestTutorials:
         else:
             our_worker()
         for client in ("tasks_client.php", "threads_client.py", "tasks_client.py"):
-            printed = page.run(client, django=client == "tasks_client.py")
-            (seconds,) = re.findall(r"Got user info in: (\d+\.\d+) seconds", printed)
-            assert 0.9 < float(seconds) < 3
+            printed = ""
+
+            def check(client: str = client) -> None:
+                nonlocal printed
+                printed = page.run(client, django=client == "tasks_client.py")
+                (seconds,) = re.findall(r"Got user info in: (\d+\.\d+) seconds", printed)
+                assert 0.9 < float(seconds) < 3
+
+            harness.in_one_try(check)
             assert "(joe@joe.com) is 7 feet tall and awkward" in printed
             assert "(joe@joe.com) is 1 degree away from Kevin Bacon" in printed
             assert "(joe@joe.com) has no posts, sorry!" in printed

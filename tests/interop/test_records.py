@@ -111,7 +111,7 @@ class TestGearmanAsWorker:
         wait_for_worker(site_server, "upper")
 
         with Client([site_server.address]) as client:
-            assert client.do("upper", b"hello", timeout=10) == b"HELLO"
+            assert client.do("upper", b"hello", timeout=30) == b"HELLO"
             handle = client.do_background("upper", b"later")
         record = wait_for_end(handle=handle)
         assert (record.status, bytes(record.result or b"")) == (Status.SUCCESSFUL, b"LATER")

@@ -10,8 +10,8 @@ import pytest
 from django.test import Client
 from PIL import Image, ImageStat
 
+from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
-from django_gearman.jobs import perform_assigned
 from project.gallery import views
 from project.gallery.forms import PreviewForm
 from project.gallery.jobs import make_preview, make_thumbnails
@@ -99,7 +99,8 @@ class TestPage:
 
 @pytest.mark.django_db(transaction=True)
 class TestWithServer:
-    def test_worker_makes_it(self, client: Client, database_server: Any):
+    def test_worker_makes_it(self, client: Client, database_server: Any, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(views, "PREVIEW_TIMEOUT", 60.0)
         photo = ready()
         functions = {make_preview.name: partial(perform_assigned, make_preview)}
         with worker_thread(functions, database_server, describe=describe_exception):

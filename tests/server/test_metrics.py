@@ -263,7 +263,7 @@ def server(transactional_db: None, port: int) -> Iterator[harness.GearmanServerP
 @pytest.mark.django_db(transaction=True)
 def test_process(server: harness.GearmanServerProcess, port: int):
     def scrape() -> Samples:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
             connection.request("GET", "/metrics")
             reply = connection.getresponse()
@@ -273,7 +273,7 @@ def test_process(server: harness.GearmanServerProcess, port: int):
             connection.close()
 
     assert scrape()["connections", ()] == 1, "the one that asks"
-    with Client([server.address], timeout=10) as client:
+    with Client([server.address], timeout=30) as client:
         handles = [client.do_background("reverse", b"abc") for _ in range(20)]
         assert len(set(handles)) == 20
         found = scrape()

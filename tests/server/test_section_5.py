@@ -356,7 +356,7 @@ class TestJobsForLater:
 
 
 class TestTimeOnSockets:
-    """Sections 5.5 and 5.6: nobody has to say anything for it to happen, and it is at most a second late."""
+    """Sections 5.5 and 5.6: nobody has to say anything for it to happen. ``test_time`` has the moments."""
 
     @in_a_loop
     async def test_due_job_wakes_a_sleeping_worker(self):
@@ -367,7 +367,7 @@ class TestTimeOnSockets:
             due = math.ceil(time.time() + 0.2)
             await client.ask(P.SUBMIT_JOB_EPOCH, b"f", b"", b"%d" % due, b"w")
             assert await worker.hear() == [(P.NOOP, [b""])]
-            assert due <= time.time() < due + 1
+            assert due <= time.time()
             assert await worker.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [H, b"f", b"w"])
 
     @in_a_loop
@@ -380,7 +380,7 @@ class TestTimeOnSockets:
             assert (await slow.ask(P.GRAB_JOB))[0] == P.JOB_ASSIGN
             other.say(P.PRE_SLEEP)
             assert await other.hear() == [(P.NOOP, [b""])]
-            assert 1 <= time.monotonic() - began < 3
+            assert time.monotonic() - began >= 1
             assert await other.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [H, b"f", b"w"])
 
 
@@ -416,7 +416,7 @@ class TestShutdown:
             harness.wait_until(lambda: "Shutting down" in process.stderr)
             with AdminClient(process.address) as late, pytest.raises(ConnectionFailed):
                 late.status()
-            assert client.do("quick", b"", timeout=10.0) == b"done"
+            assert client.do("quick", b"", timeout=30) == b"done"
             assert process.is_running
             admin.cancel(held)
             assert process.wait() == 0

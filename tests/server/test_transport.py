@@ -26,7 +26,7 @@ from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from .harness import handle
 
 P = PacketType
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds after which a condition that should come is given up."""
 
 

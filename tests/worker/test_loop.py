@@ -31,7 +31,7 @@ def server() -> Iterator[harness.GearmanServerProcess]:
 
 @pytest.fixture
 def client(server: harness.GearmanServerProcess) -> Iterator[Client]:
-    with Client([server.address], timeout=10) as made:
+    with Client([server.address], timeout=30) as made:
         yield made
 
 
@@ -55,7 +55,7 @@ class TestJobs:
             return b""
 
         with harness.worker_thread({"see": work}, server):
-            client.do("see", b"\0w", unique="key", timeout=10)
+            client.do("see", b"\0w", unique="key", timeout=30)
         (job,) = seen
         assert (job.function, job.unique, job.workload) == (b"see", b"key", b"\0w")
         assert job.handle.startswith(b"H:")
@@ -71,7 +71,7 @@ class TestJobs:
     def test_many(self, server: harness.GearmanServerProcess, client: Client) -> None:
         with harness.worker_thread({"reverse": reverse}, server) as worker:
             for number in range(500):
-                assert client.do("reverse", b"a%d" % number, timeout=10) == (b"a%d" % number)[::-1]
+                assert client.do("reverse", b"a%d" % number, timeout=30) == (b"a%d" % number)[::-1]
         assert worker.jobs_done == 500
 
     def test_a_job_as_large_as_allowed(self, server: harness.GearmanServerProcess) -> None:
@@ -80,11 +80,11 @@ class TestJobs:
         size = 1_000_000
         with (
             harness.worker_thread({function: reverse}, server, max_packet=size),
-            Client([server.address], timeout=10, max_packet=size) as client,
+            Client([server.address], timeout=30, max_packet=size) as client,
         ):
             for spare in (8, 100):
                 workload = bytes(size - len(function) - len(unique) - spare)
-                assert client.do(function, workload, unique=unique, timeout=10) == workload
+                assert client.do(function, workload, unique=unique, timeout=30) == workload
 
 
 class TestFailures:
@@ -102,9 +102,9 @@ class TestFailures:
             def outcome(function: Any) -> bytes:
                 doing.append(function)
                 try:
-                    return client.do("do", timeout=10)
+                    return client.do("do", timeout=30)
                 except JobFailed as error:
-                    assert client.do("reverse", b"ab", timeout=10) == b"ba"
+                    assert client.do("reverse", b"ab", timeout=30) == b"ba"
                     return b"failed: " + error.data
 
             yield outcome
@@ -161,7 +161,7 @@ class TestFailures:
     def test_a_result_too_large(self, server: harness.GearmanServerProcess, client: Client) -> None:
         with harness.worker_thread({"large": lambda job: bytes(1000)}, server, max_packet=1000):
             with pytest.raises(JobFailed) as caught:
-                client.do("large", timeout=10)
+                client.do("large", timeout=30)
             assert caught.value.data == b"TooLarge('the result of large', 1000, 1000)"
 
     def test_a_function_that_was_not_offered(self) -> None:
@@ -215,18 +215,18 @@ class TestStop:
         caller.start()
         waiting = client_handle = None
         try:
-            assert has_begun.wait(10)
+            assert has_begun.wait(30)
             with Client([server.address]) as other:
                 client_handle = other.do_background("hold")
                 os.write(control_write, b"x")
                 go_on.set()
-                thread.join(10)
-                caller.join(10)
+                thread.join(30)
+                caller.join(30)
                 waiting = other.job_status(client_handle)
         finally:
             go_on.set()
             os.close(control_write)
-            thread.join(10)
+            thread.join(30)
             os.close(control_read)
         assert results == [b"done"]
         assert not thread.is_alive()
@@ -236,7 +236,7 @@ class TestStop:
 
     def test_from_within_a_function(self, server: harness.GearmanServerProcess, client: Client) -> None:
         with harness.worker_thread({"last": lambda job: b"" if worker.stop() else b"bye"}, server) as worker:
-            assert client.do("last", timeout=10) == b"bye"
+            assert client.do("last", timeout=30) == b"bye"
             harness.wait_until(lambda: "last\t0\t0\t0" in server.ask("status"))
 
 
@@ -245,9 +245,9 @@ class TestReconnect:
         with (
             harness.server(store="memory") as server,
             harness.worker_thread({"reverse": reverse}, server),
-            Client([server.address], timeout=10) as client,
+            Client([server.address], timeout=30) as client,
         ):
-            assert client.do("reverse", b"ab", timeout=10) == b"ba"
+            assert client.do("reverse", b"ab", timeout=30) == b"ba"
             for end in (server.stop, server.kill):
                 end()
                 server.start()
@@ -295,15 +295,15 @@ class TestReconnect:
     def test_two_servers(self, server: harness.GearmanServerProcess, client: Client) -> None:
         with (
             harness.server(store="memory") as other,
-            Client([other.address], timeout=10) as other_client,
+            Client([other.address], timeout=30) as other_client,
             harness.worker_thread({"reverse": reverse}, server, other),
         ):
             for _ in range(3):
-                assert client.do("reverse", b"ab", timeout=10) == b"ba"
-                assert other_client.do("reverse", b"ab", timeout=10) == b"ba"
+                assert client.do("reverse", b"ab", timeout=30) == b"ba"
+                assert other_client.do("reverse", b"ab", timeout=30) == b"ba"
             other.kill()
             for _ in range(3):
-                assert client.do("reverse", b"ab", timeout=10) == b"ba"
+                assert client.do("reverse", b"ab", timeout=30) == b"ba"
             other.start()
             other_client.close()
             assert other_client.do("reverse", b"ab", timeout=20) == b"ba"
@@ -325,7 +325,7 @@ class TestReconnect:
         with (
             harness.server(store="memory") as server,
             harness.worker_thread({"work": work}, server),
-            Client([server.address], timeout=10) as client,
+            Client([server.address], timeout=30) as client,
         ):
             client.do_background("work", b"1")
             assert is_back.wait(30)
@@ -373,7 +373,7 @@ class TestReconnect:
             peer.wait_for_end()
 
         with fake_server(script) as port, harness.worker_thread({"f": reverse}, port):
-            assert asked.wait(10)
+            assert asked.wait(30)
 
     def test_a_hung_server_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.05)
@@ -387,7 +387,7 @@ class TestReconnect:
             peer.wait_for_end()
 
         with fake_server(hung, good) as port, harness.worker_thread({"f": reverse}, port):
-            assert again.wait(10)
+            assert again.wait(30)
 
 
 class TestWaiting:
@@ -498,7 +498,7 @@ class TestLogs:
             return b""
 
         with harness.worker_thread({"log": log}, port, logs=True):
-            assert self.is_over.wait(10)
+            assert self.is_over.wait(30)
         return seen[0]
 
     def test_server_that_keeps_them(self) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def hand_out(
         greeted.set()
     peer.expect(P.GRAB_JOB_UNIQ)
     if after is not None:
-        assert after.wait(10)
+        assert after.wait(30)
     peer.send(P.JOB_ASSIGN_UNIQ, handle, b"say", b"", workload)
 
 
@@ -147,13 +148,15 @@ def test_the_last_word_does_not_wait_for_another(server: harness.GearmanServerPr
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str) -> None:
     count = 20_000
+    parts = 10
     spent: list[float] = []
 
     def say(job: AssignedJob) -> bytes:
-        began = time.thread_time()
-        for _ in range(count):
-            job.send_data(b"some data")
-        spent.append(time.thread_time() - began)
+        for _ in range(parts):
+            began = time.thread_time()
+            for _ in range(count // parts):
+                job.send_data(b"some data")
+            spent.append(time.thread_time() - began)
         return b""
 
     def hear(peer: Peer) -> None:
@@ -161,7 +164,7 @@ def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str
         answer_until_end(peer)
 
     with fake_server(hear) as port, pool(kind, say, port):
-        harness.wait_until(lambda: spent, 20)
+        harness.wait_until(lambda: len(spent) == parts)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()) as ours,
@@ -171,10 +174,11 @@ def test_a_call_costs_no_more_than_a_few_system_calls_that_wake_nobody(kind: str
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
             ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             began = time.thread_time()
-            for _ in range(count // 10):
+            for _ in range(count // parts):
                 ours.send(b"some data")
-            one_by_one = (time.thread_time() - began) * 10
-    assert spent[0] < 2.5 * one_by_one
+            one_by_one = time.thread_time() - began
+    # The caches are others' too: not each part has the processor for itself.
+    assert median(spent) < 2.5 * one_by_one
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -226,10 +230,10 @@ def test_server_that_takes_nothing_is_given_up(kind: str, monkeypatch: pytest.Mo
 
     def hear(peer: Peer) -> None:
         hand_out(peer, b"H:x:1")
-        assert done.wait(10)
+        assert done.wait(30)
 
     with fake_server(hear) as port, pool(kind, say, port):
-        assert done.wait(10)
+        assert done.wait(30)
 
 
 def test_who_waits_for_the_server_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,12 +264,12 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         if job.workload == b"large":
             return bytes(30_000_000)
         begun.set()
-        return b"%d" % arrived.wait(10)
+        return b"%d" % arrived.wait(30)
 
     def slow(peer: Peer) -> None:
         # Asked again, it would not answer: the other is to be there by then.
         hand_out(peer, b"H:x:1", b"large", after=greeted)
-        assert begun.wait(10)
+        assert begun.wait(30)
         assert len(receive(peer)[1][1]) == 30_000_000
         arrived.set()
         answer_until_end(peer)
@@ -280,4 +284,4 @@ def test_result_that_is_slow_to_leave_does_not_wait_for_the_next_job() -> None:
         fake_server(other) as second,
         harness.worker_thread({"say": say}, first, second),
     ):
-        assert arrived.wait(10)
+        assert arrived.wait(30)

@@ -25,9 +25,10 @@ from django.utils.autoreload import StatReloader, autoreload_started
 
 from ... import conf
 from ...addresses import split_address
+from ...attempts import aperform_assigned, pause_before_retry, perform_assigned
 from ...encoding import describe_exception
 from ...exceptions import WorkerCannotStart
-from ...jobs import Job, aperform_assigned, pause_before_retry, perform_assigned
+from ...jobs import Job
 from ...registry import registry
 from ...worker.foreman import Foreman
 from ...worker.loop import AssignedJob, Worker

@@ -31,7 +31,7 @@ def insist(request: HttpRequest) -> JsonResponse:
     """Run a job that may run twice, for as long as a user would wait."""
     text = request.GET["text"].encode()
     try:
-        answer = shout.using(run_timeout=10.0, resubmit=True).run(text)
+        answer = shout.using(run_timeout=60.0, resubmit=True).run(text)
     except GearmanError as error:
         return JsonResponse({"error": f"{type(error).__name__}: {error}"}, status=503)
     return JsonResponse({"answer": answer.decode(), "pid": os.getpid()})

@@ -1,0 +1,227 @@
+"""
+One attempt at a job, as a worker's process makes it.
+
+What is around the function: database connections, context, log, trace and
+signals; and what becomes of the job when it raises. How a job reads its
+workload is in ``jobs.py``, how the worker interrupts it in ``worker/pool.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager, closing
+from datetime import timedelta
+from typing import Any, Protocol
+
+from asgiref.sync import sync_to_async
+from django.db import close_old_connections, connections, reset_queries
+from django.dispatch import Signal
+
+from . import conf, logs, signals, tracing
+from .context import JobContext, Reports
+from .exceptions import Discard, JobCancelled, JobTimedOut, Retry
+from .jobs import Job, exponential
+from .models import JobRecord
+from .registry import registry
+from .results import JobResult
+
+logger = logging.getLogger(__name__)
+
+
+class Assigned(Reports, Protocol):
+    """A job as the worker's loop hands it over."""
+
+    @property
+    def handle(self) -> bytes: ...
+    @property
+    def unique(self) -> bytes: ...
+    @property
+    def workload(self) -> bytes: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def max_attempts(self) -> int | None: ...
+    @property
+    def may_return(self) -> bool: ...
+    def as_told(self, error: BaseException) -> BaseException: ...
+
+    decision: tuple[float | None] | None
+    """What ``pause_before_retry`` has said of it; None before."""
+
+
+def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned job, with the database connections tended as around a request."""
+    # As reset_queries() and close_old_connections(), with one look at them: most jobs use none.
+    for connection in connections.all(initialized_only=True):
+        connection.queries_log.clear()
+        connection.close_if_unusable_or_obsolete()
+    try:
+        return attempt_assigned(job, assigned)
+    except (JobTimedOut, JobCancelled):
+        # It may have been in the middle of a query.
+        connections.close_all()
+        raise
+    finally:
+        close_old_connections()
+
+
+def attempt_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """Run an assigned job, on the database connections as they are."""
+    attempt = _Attempt(job, assigned)
+    with closing(attempt.context), logs.logging_as(attempt.context), attempt.traced():
+        attempt.tell_start()
+        try:
+            result = job.perform(assigned.workload, attempt.context, run=_run_on_kept_loop)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            attempt.tell_failure(error)
+            raise
+        attempt.tell_success()
+        return result
+
+
+class _Attempt:
+    """
+    What is around one run of an assigned job: its context, its log and trace, and its signals.
+
+    At the end of the context all that was held back leaves.
+    """
+
+    def __init__(self, job: Job[Any, Any], assigned: Assigned) -> None:
+        self._job = job
+        self._assigned = assigned
+        # Who listens for one function names it by the decorated one.
+        self._sender = registry.get(job.name, job)
+        self._began = 0.0
+        logs.install()
+        self.context = JobContext(
+            assigned.handle.decode(errors="replace"),
+            assigned.unique.decode(errors="replace"),
+            assigned,
+            assigned.attempt,
+            assigned.max_attempts or job.max_attempts,
+            job.name,
+        )
+
+    def traced(self) -> AbstractContextManager[object]:
+        """A span of the trace that the job comes with."""
+        workload = b"" if self._job.raw else self._assigned.workload
+        return tracing.continued(self._job.name, workload, self.context.handle)
+
+    def tell_start(self) -> None:
+        self._began = time.monotonic()
+        signals.job_started.send_robust(self._sender, context=self.context)
+
+    def tell_success(self) -> None:
+        self._tell(signals.job_finished, exception=None)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Decide on another attempt, once and for all, and tell; inside of ``except``."""
+        error = self._assigned.as_told(error)
+        pause = None
+        if self._assigned.may_return and not isinstance(error, JobCancelled):
+            pause = pause_before_retry(self._job, self._assigned, error)
+        self._assigned.decision = (pause,)
+        if pause is None:
+            self._tell(signals.job_finished, exception=error)
+        else:
+            self._tell(signals.job_retried, exception=error, pause=pause)
+
+    def _tell(self, signal: Signal, **arguments: Any) -> None:
+        seconds = time.monotonic() - self._began
+        signal.send_robust(self._sender, context=self.context, seconds=seconds, **arguments)
+
+
+async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
+    """
+    Run an assigned ``async def``, with the connections tended that its ``sync_to_async`` uses.
+
+    Receivers of signals, and what decides on another attempt, may query: they run beside the event loop.
+    """
+    attempt = _Attempt(job, assigned)
+    await sync_to_async(_tend_connections)()
+    try:
+        with closing(attempt.context), logs.logging_as(attempt.context), attempt.traced():
+            await sync_to_async(attempt.tell_start)()
+            try:
+                result = await job.aperform(assigned.workload, attempt.context)
+            except BaseException as error:
+                await sync_to_async(attempt.tell_failure)(error)
+                raise
+            await sync_to_async(attempt.tell_success)()
+            return result
+    finally:
+        await sync_to_async(_tend_connections)()
+
+
+def _tend_connections() -> None:
+    reset_queries()
+    for connection in connections.all(initialized_only=True):
+        # Of the jobs that share this thread, one may be in the middle of a transaction.
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
+
+
+_kept = threading.local()
+
+
+def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run an ``async def`` on the event loop of the thread, so that jobs can share what they open there."""
+    loop: asyncio.AbstractEventLoop | None = getattr(_kept, "loop", None)
+    if loop is None:
+        loop = _kept.loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        if not task.done():
+            # The loop was interrupted: the function is to hear of it, too.
+            task.cancel()
+            loop.run_until_complete(asyncio.wait([task]))
+        raise
+
+
+def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
+    """
+    What becomes of a job that raised: seconds until its next attempt, or None when it has failed.
+
+    The job's own ``max_attempts`` counts; only ``Retry`` has attempts without.
+    """
+    if assigned.decision is not None:
+        # Receivers of signals were told.
+        return assigned.decision[0]
+    if isinstance(error, Discard):
+        return None
+    budget = assigned.max_attempts or job.max_attempts
+    if budget is None:
+        budget = conf.settings_for().job_retries if isinstance(error, Retry) else 1
+    if 0 < budget <= assigned.attempt:
+        return None
+    if isinstance(error, Retry) and error.after is not None:
+        return max(error.after, 0.0)
+    if job.backoff is None:
+        return exponential(assigned.attempt)
+    try:
+        pause = job.backoff(error, _result_of(job, assigned))
+        if isinstance(pause, timedelta):
+            pause = pause.total_seconds()
+        return None if pause is None else max(float(pause), 0.0)
+    except Exception:
+        logger.exception("The backoff of %s failed; its default is taken", job.name)
+        return exponential(assigned.attempt)
+
+
+def _result_of(job: Job[Any, Any], assigned: Assigned) -> JobResult[Any]:
+    handle = assigned.handle.decode(errors="replace")
+    record = JobRecord.objects.using(conf.settings_for().database).filter(handle=handle).first()
+    if record is None:
+        # It came over the wire, to a server that keeps no records here.
+        record = JobRecord(function=job.name, handle=handle)
+    # The server writes it a moment later.
+    record.attempts = assigned.attempt
+    return JobResult(record)
