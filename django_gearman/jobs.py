@@ -55,7 +55,7 @@ from asgiref.sync import sync_to_async
 from django.db import transaction
 from django.utils import timezone
 
-from . import conf, continuations, permits, schedules, signals, tracing
+from . import conf, continuations, permits, rows, schedules, signals, tracing
 from .client.core import Priority
 from .client.tasks import Part, Value
 from .context import JobContext
@@ -435,7 +435,7 @@ class Job(Generic[P, R]):
         if options.enqueue == "wire":
             self._refuse_lost_key(args, kwargs)
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
-        return JobRecord(
+        return rows.new(
             function=self.name,
             queue_name=self.queue_name,
             workload=workload,

@@ -1,5 +1,5 @@
 """
-One record's row: inserted, and looked at again, by statements that are written once.
+One record: made, inserted, and looked at again, by statements that are written once.
 
 The ORM would prepare each of them anew, which takes longer than the database
 does. Where a project listens to the model's own signals, the ORM does it.
@@ -7,20 +7,32 @@ does. Where a project listens to the model's own signals, the ORM does it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from datetime import datetime
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 from django.db import connections, router, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field
+from django.db.models.base import ModelState
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 
 from .models import JobRecord
 
 _SIGNALS_OF_SAVE = (pre_save, post_save)
-_SIGNALS_OF_READ = (pre_init, post_init)
+_SIGNALS_OF_INIT = (pre_init, post_init)
 
 AnyField: TypeAlias = "Field[Any, Any]"
+
+
+def new(*, enqueued_at: datetime, **values: Any) -> JobRecord:
+    """An unsaved record, as ``JobRecord(**values)`` makes it, of values by the names of their columns."""
+    if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_INIT):
+        return JobRecord(enqueued_at=enqueued_at, **values)
+    record = JobRecord.__new__(JobRecord)
+    record.__dict__.update(_defaults(), enqueued_at=enqueued_at, **values)
+    record._state = ModelState()
+    return record
 
 
 def insert(record: JobRecord, using: str) -> None:
@@ -35,7 +47,13 @@ def insert(record: JobRecord, using: str) -> None:
         return
     connection = connections[using]
     sql, fields, returns = _insertion(using)
-    values = [field.get_db_prep_save(getattr(record, field.attname), connection) for field in fields]
+    values = []
+    for field in fields:
+        value = getattr(record, field.attname)
+        # Nothing and plain text go as they are; to ask each field would take as long as to insert the row.
+        if value is not None and type(value) is not str:
+            value = field.get_db_prep_save(value, connection)
+        values.append(value)
     with transaction.mark_for_rollback_on_error(using=using), connection.cursor() as cursor:
         cursor.execute(sql, values)
         if returns:
@@ -52,7 +70,7 @@ def refresh(record: JobRecord, names: tuple[str, ...]) -> None:
     Raises:
         JobRecord.DoesNotExist: It is gone.
     """
-    if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_READ):
+    if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_INIT):
         record.refresh_from_db(fields=names)
         return
     connection = connections[record._state.db or router.db_for_read(JobRecord, instance=record)]
@@ -73,6 +91,12 @@ def _converted(field: AnyField, value: Any, connection: BaseDatabaseWrapper) -> 
     for convert in (*connection.ops.get_db_converters(expression), *field.get_db_converters(connection)):
         value = convert(value, expression, connection)
     return value
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """{column: value} of a new record that nothing is told of, but for the moment."""
+    return {field.attname: field.get_default() for field in JobRecord._meta.concrete_fields}
 
 
 @lru_cache

@@ -30,7 +30,8 @@ from django_gearman.exceptions import (
     TooLarge,
 )
 from django_gearman.models import JobRecord
-from django_gearman.results import Patience
+from django_gearman.results import _STANDING, Patience
+from django_gearman.server import watchers
 from django_gearman.submission import async_client_for, client_for
 from tests import harness
 
@@ -343,6 +344,39 @@ class TestCancelAndRetry:
             with pytest.raises(JobFailed, match="cancelled"):
                 result.get(timeout=30)
             assert result.retry().get(timeout=20) > 1
+
+
+@pytest.mark.django_db(transaction=True)
+class TestTold:
+    """What a job server tells of an end in place of the record."""
+
+    @pytest.mark.parametrize("way", ["get", "aget"])
+    def test_what_the_record_says(self, way: str, database_server: harness.GearmanServerProcess) -> None:
+        looks: list[str] = []
+
+        def wait(result: JobResult[Any]) -> Any:
+            return result.get(timeout=20) if way == "get" else async_to_sync(result.aget)(timeout=20)
+
+        def note(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            looks.append(sql)
+            return execute(sql, params, many, context)
+
+        with harness.worker(database_server, processes=1):
+            for _ in range(50):
+                result = jobs.add.enqueue(1, right=2)
+                looks.clear()
+                with connection.execute_wrapper(note):
+                    assert wait(result) == 3
+                told = {name: getattr(result._record, name) for name in _STANDING}
+                result.refresh()
+                assert told == {name: getattr(result._record, name) for name in _STANDING}
+                if len(looks) == 1:
+                    break
+            else:
+                pytest.fail("it looked at the record, each time")
+            # What else a record says is looked up.
+            assert wait(jobs.report.enqueue(2))[0].startswith("H:")
+            assert len(wait(jobs.shout.enqueue(bytes(watchers.LARGEST + 1)))) > watchers.LARGEST
 
 
 @pytest.mark.django_db(transaction=True)

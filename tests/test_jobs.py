@@ -20,7 +20,7 @@ from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, JobResult, job
+from django_gearman import JobContext, JobResult, job, rows
 from django_gearman.attempts import pause_before_retry, perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
@@ -345,6 +345,17 @@ class TestArguments:
 @pytest.mark.django_db
 @pytest.mark.usefixtures("nudges")
 class TestEnqueue:
+    def test_a_record_is_as_the_model_makes_it(self) -> None:
+        values = {"function": "f", "workload": b"w", "priority": 3, "enqueued_at": timezone.now()}
+        made, ours = JobRecord(**values), rows.new(**values)
+        for field in JobRecord._meta.concrete_fields:
+            mine, its = getattr(ours, field.attname), getattr(made, field.attname)
+            assert (type(mine), mine) == (type(its), its), field
+        assert (ours._state.adding, ours._state.db, ours.server) == (True, None, None)
+        assert ours._state is not rows.new(**values)._state
+        ours.save()
+        assert JobRecord.objects.get(pk=ours.pk).priority == 3
+
     def test_the_row(self) -> None:
         before = timezone.now()
         result = jobs.report.enqueue(steps=3)

@@ -298,6 +298,8 @@ class AsyncWatch:
         self._what = what
         self._asked: list[tuple[_Link, JobRequest]] = []
         self._is_told = False
+        self.told = b""
+        """What a server said of the row; empty when it is to be looked at."""
 
     async def ask(self, servers: list[str]) -> None:
         """Ask the first of the servers that answers; never raises and never takes long."""
@@ -341,7 +343,8 @@ class AsyncWatch:
         for link, request in self._asked.copy():
             if request.error is not None and request.error[0] != b"JOB_NOT_FOUND":
                 self._client._deaf.add(link.server)
-            self._is_told = self._is_told or request.outcome is not None
+            if request.outcome is not None:
+                self._is_told, self.told = True, request.data
             if request.is_settled or link.lost is not None:
                 self._asked.remove((link, request))
                 self._let_go(link, request)

@@ -166,6 +166,11 @@ class Watch:
                 self.close()
         return self._request.outcome is not None
 
+    @property
+    def told(self) -> bytes:
+        """What the server said of the row; empty when it is to be looked at."""
+        return self._request.data
+
     def close(self) -> None:
         session, self._session = self._session, None
         if session is None:

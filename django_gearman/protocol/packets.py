@@ -36,8 +36,10 @@ ROW = b"row "
 OPTION_REQ ``listen row NUMBER``, to a job server that keeps its jobs in a database: hear of a row's end.
 
 For who inserted the row and cannot know its handle yet. Answered by OPTION_RES at once, and by
-WORK_COMPLETE of ``row NUMBER``, with nothing in it, when the row says how its job ended, whichever way.
-Nothing follows when another server has it; who waits looks at the row now and then.
+WORK_COMPLETE of ``row NUMBER`` when the row says how its job ended, whichever way. Its data are what
+the row says of a job that succeeded at once: handle, begin and end in seconds since 1970, and the
+value, with a NUL between each; and nothing of any other job, or of a large value. Nothing follows
+when another server has it; who waits looks at the row now and then.
 """
 
 GROUP = b"group "
@@ -55,6 +57,16 @@ An option of our job server: the worker speaks of attempts.
 It is then sent OPTION_RES ``attempt N M`` ahead of each job that is not simply
 handed out for the first time: the N-th of M attempts, M 0 when the job has no
 number of its own. No other server knows the option; all answer UNKNOWN_OPTION.
+"""
+
+WAITS = b"waits"
+"""
+An option of our job server, for workers of its own machine.
+
+Who then asks with GRAB_JOB_UNIQ and is told NO_JOB is asleep, without PRE_SLEEP; a job for it comes
+as JOB_ASSIGN_UNIQ, without NOOP and another question. Workers of other machines are answered
+UNKNOWN_OPTION, as by all other servers: when a machine is gone nobody says so, and what it was
+handed would be gone as long.
 """
 
 RETRY = b"retry "
@@ -112,7 +124,7 @@ RETURN = b"return "
 """
 OPTION_REQ ``return HANDLE``, from a lead or the job's own worker: it goes back to the queue.
 
-That attempt does not count. From a worker, without a handle: all that it was handed.
+That attempt does not count. From a worker, without a handle: all that it was handed; it ``waits`` no more.
 """
 
 RESUME = b"resume "

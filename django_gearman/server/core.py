@@ -35,6 +35,7 @@ from ..protocol.packets import (
     LOGS,
     RETRY,
     ROW,
+    WAITS,
     PacketType,
     atoi,
     encode_response,
@@ -47,6 +48,7 @@ from .entries import (
     JobDue,
     JobFinished,
     JobKept,
+    JobLogged,
     JobQueued,
     JobRequeued,
     JobStarted,
@@ -64,7 +66,7 @@ from .results import Results
 from .returning import Returning
 from .status import StatusRequests
 from .submissions import Submissions
-from .watchers import Watchers
+from .watchers import Watchers, told_of_row
 from .window import Window
 
 ENDED_LIMIT: Final = 1_000
@@ -86,7 +88,7 @@ class JobServer:
     """
     The state of one job server, and what each event does to it.
 
-    After every call, and before the next wait: send ``output`` of the ``dirty``
+    After every call ``serve_woken``. Before the next wait: send ``output`` of the ``dirty``
     peers, give ``entries`` and ``questions`` to the journal, and look at ``claim_wanted`` and
     ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic seconds, for time limits)
     before events are handed in.
@@ -107,6 +109,8 @@ class JobServer:
         self.ready: dict[Function, None] = {}
         """Functions with jobs to hand out."""
         self.dirty: list[Peer] = []
+        self.woken: list[Peer] = []
+        """Who slept and is to be handed a job: see ``packets.WAITS``."""
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
@@ -200,9 +204,19 @@ class JobServer:
                         self.admit(job)
 
     def _tell_watchers(self, entries: list[Entry]) -> None:
+        begun: dict[bytes, float] = {}
         for entry in entries:
-            if type(entry) is JobFinished:
-                self._tell_each(*self._watchers.ended(entry.handle))
+            if type(entry) is JobStarted and entry.attempts == 1:
+                begun[entry.handle] = entry.at
+            elif type(entry) is JobFinished:
+                row, peers = self._watchers.ended(entry.handle)
+                told = b""
+                if peers and entry.handle in begun and entry.outcome is SUCCESSFUL:
+                    told = told_of_row(entry, begun[entry.handle])
+                self._tell_each(row, peers, told)
+            elif type(entry) is not JobLogged:
+                # It is not all of what the row says.
+                begun.pop(entry.handle, None)
 
     def groups_ended(self, groups: Iterable[int]) -> None:
         """The journal has written the ends of the last members of these, or tried to."""
@@ -210,9 +224,9 @@ class JobServer:
             for id in groups:
                 self._tell_each(*self._watchers.group_ended(id))
 
-    def _tell_each(self, what: bytes, peers: list[Peer]) -> None:
+    def _tell_each(self, what: bytes, peers: list[Peer], told: bytes = b"") -> None:
         for peer in peers:
-            self.send(peer, encode_response(PacketType.WORK_COMPLETE, what, b""))
+            self.send(peer, encode_response(PacketType.WORK_COMPLETE, what, told))
 
     def rejected(self, entry: JobQueued | JobKept, reason: str, *, perhaps_kept: bool = False) -> None:
         """
@@ -404,7 +418,10 @@ class JobServer:
 
     def _grab_job_uniq(self, peer: Peer, arguments: list[bytes]) -> None:
         job = self._hand_out(peer)
-        if job is not None:
+        if job is None:
+            if peer.waits:
+                self._pre_sleep(peer, arguments)
+        else:
             self.send(
                 peer,
                 encode_response(
@@ -430,6 +447,22 @@ class JobServer:
                 PacketType.JOB_ASSIGN_UNIQ, job.handle, job.function.name, job.unique, job.workload
             )
         self.send(peer, packet)
+
+    def serve_woken(self) -> None:
+        """Hand out jobs to those who were woken and need not be told, as if they had grabbed."""
+        woken, self.woken = self.woken, []
+        for peer in woken:
+            if peer.woken_for is None:
+                continue  # it is gone
+            if peer.line is not None:
+                # The job could not be sent yet.
+                self.send(peer, _NOOP)
+            elif self._best_function(peer) is not None:
+                self._grab_job_uniq(peer, [])
+            else:
+                # Somebody was quicker, or nobody may have it for now.
+                peer.woken_for = None
+                self._pre_sleep(peer, [])
 
     def _hand_out(self, peer: Peer) -> Job | None:
         peer.asleep = False
@@ -549,6 +582,9 @@ class JobServer:
                 return
             self.send(peer, encode_response(PacketType.OPTION_RES, option))
             self.listen(peer, job)
+        elif option == WAITS and peer.local:
+            peer.waits = True
+            self.send(peer, encode_response(PacketType.OPTION_RES, option))
         elif peer.attempts and self.crews.hear(peer, option):
             pass
         elif arguments[0].rstrip(b"\0").lower() == b"exceptions":
@@ -654,7 +690,7 @@ class JobServer:
 
     def wake(self, function: Function) -> None:
         """
-        NOOP to one worker that sleeps on the function, the last to fall asleep.
+        NOOP to one worker that sleeps on the function, the last to fall asleep; or the job, if it waits.
 
         One for each job that becomes ready is enough, since a woken worker grabs
         until nothing is left; gearmand wakes all.
@@ -666,8 +702,17 @@ class JobServer:
             if peer.asleep:
                 peer.asleep = False
                 peer.woken_for = function
-                self.send(peer, _NOOP)
+                if peer.waits:
+                    self.woken.append(peer)
+                else:
+                    self.send(peer, _NOOP)
                 return
+
+    def wait_no_more(self, peer: Peer) -> None:
+        """A worker is about to leave: no job is handed to it unasked from now on."""
+        if peer.waits:
+            peer.waits = peer.asleep = False
+            self.pass_on_wake(peer, None)
 
     def pass_on_wake(self, peer: Peer, taken: Function | None) -> None:
         """A woken worker left, or takes another function's job: somebody else must wake for its own."""

@@ -149,6 +149,7 @@ class Crews:
             job = self._job_of_crew(peer, handle)
             jobs = [] if job is None else [job]
         else:
+            self._server.wait_no_more(peer)
             jobs = list(peer.running.values())
         for job in reversed(jobs):
             self._server.give_back(job)

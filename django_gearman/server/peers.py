@@ -47,6 +47,7 @@ class Peer:
         "running",
         "shell",
         "timeouts",
+        "waits",
         "woken_for",
     )
 
@@ -78,8 +79,10 @@ class Peer:
         """What the shell is to send."""
         self.line: deque[bytes | Answer] | None = None
         """Replies behind one that waits for its commit, which is the first; None when none waits."""
+        self.waits = False
+        """Whether it takes a job without asking again: the extension that ``packets.WAITS`` tells of."""
         self.woken_for: Function | None = None
-        """Whose job it was sent NOOP for, until it grabs."""
+        """Whose job it was woken for, until it grabs."""
         self.shell = shell
         """The transport's own; the core does not look at it."""
 

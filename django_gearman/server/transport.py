@@ -155,6 +155,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.forget(self)
         self._server.core.disconnected(self.peer)
+        self._server.core.serve_woken()
         self._server.schedule_turn()
 
     def data_received(self, data: bytes) -> None:
@@ -184,6 +185,8 @@ class Connection(asyncio.Protocol):
                     break
                 if packet[0] != TEXT:
                     core.receive(self.peer, packet)
+                    if core.woken:
+                        core.serve_woken()
                 elif not self._answer_text(packet[1][0]):
                     break
             else:
@@ -327,6 +330,7 @@ class HTTPConnection(Connection):
             packet = self._conversation.take()
             if packet is not None:
                 core.receive(self.peer, packet)
+                core.serve_woken()
         except Exception:
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a request of %s; its connection is closed", self.peer.address)
@@ -634,6 +638,7 @@ class GearmanServer:
             for connection in list(self.connections):
                 connection.close_if_stale(now)
             core.tick()
+            core.serve_woken()
             self._journal.refuse_overdue()
             self.schedule_turn()
 
@@ -667,6 +672,7 @@ class GearmanServer:
         if (
             self._turn_scheduled
             or core.urgent
+            or core.woken
             or core.questions
             or core.claim_wanted
             or core.shutdown_wanted is not None
@@ -676,6 +682,9 @@ class GearmanServer:
         ):
             self.schedule_turn()
             return
+        if core.dirty[0] is peer:
+            # Who spoke has time: the other gets a job, or the end of one.
+            core.dirty.reverse()
         self._send()
         if core.entries and not self._late_turn_scheduled:
             self._late_turn_scheduled = True
@@ -703,6 +712,8 @@ class GearmanServer:
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
+        if core.woken:
+            core.serve_woken()
         if core.limits.limiters:
             self._settle_limits()
         self._send()

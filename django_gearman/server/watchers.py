@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..protocol.packets import GROUP, ROW
 
 if TYPE_CHECKING:
+    from .entries import JobFinished
     from .peers import Peer
 
 MOST: Final = 10_000
@@ -21,6 +22,17 @@ MOST: Final = 10_000
 
 LONGEST: Final = 60.0
 """Seconds after which a row is forgotten, unless it is asked for again: its job may be another server's."""
+
+
+LARGEST: Final = 64 * 1024
+"""Bytes of a value that is told along; who waits reads a larger one from the row."""
+
+
+def told_of_row(end: JobFinished, began: float) -> bytes:
+    """What the row of a job says that has succeeded at its first attempt; nothing where that is too much."""
+    if len(end.data) > LARGEST:
+        return b""
+    return b"\0".join([end.handle, repr(began).encode(), repr(end.at).encode(), end.data])
 
 
 class Watchers:

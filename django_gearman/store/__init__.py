@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from math import inf
 from time import monotonic
 from typing import Final
@@ -84,7 +85,7 @@ class DatabaseStore:
         history: History | None = None,
         max_workload: float = math.inf,
     ) -> None:
-        self._queue_of = queue_of or (lambda function: "default")
+        self._queue_of = lru_cache(maxsize=1_000)(queue_of or (lambda function: "default"))
         self._row_prefix = f"{handle_prefix or f'H:{name}'}:r"
         self._db = Database(using)
         self._lease = Lease(self._db, name, lease)

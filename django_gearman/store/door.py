@@ -99,8 +99,17 @@ class Door:
         """What is to be taken from the door, and what is known of the rest."""
         look = Look()
         now = timezone.now()
-        found = self._functions(self._db.sql.functions_ready, self._first_function)
-        ready = [str(name) for name, *_ in found]
+        first: list[DoorRow] | None = None
+        if not full and not crowded:
+            # Mostly one job waits, or none: then this statement has told all.
+            first = self._rows_of(self._db.sql.first_ready, [2])
+            if len(first) > 1:
+                first = None
+        if first is not None:
+            ready = [row.job.function.decode() for row in first]
+        else:
+            found = self._functions(self._db.sql.functions_ready, self._first_function)
+            ready = [str(name) for name, *_ in found]
         look.is_partial = (
             bool(full) or bool(crowded) or len(ready) == FUNCTIONS_AT_ONCE or bool(self._first_function)
         )
@@ -114,7 +123,10 @@ class Door:
             above = full.get(name.encode(), -1000)
             crowd = crowded.get(name.encode())
             rows = []
-            if name in ready:
+            if first and name in ready:
+                rows = first
+                look.emptied.add(name.encode())
+            elif name in ready:
                 statement, but = self._but(self._db.sql.ready_of, crowd)
                 rows = self._rows_of(statement, [name, above, *but, share])
                 if len(rows) < share and name.encode() not in full and crowd is None:
@@ -279,9 +291,7 @@ class Door:
         ids = [array(list(jobs))] if self._db.connection.vendor == "postgresql" else jobs
         parameters: list[Any] = [self._row_prefix, self._lease.id, self._lease.epoch, status, *ids]
         self._db.look_up(len(jobs))
-        with self._db.connection.cursor() as cursor:
-            cursor.execute(self._db.sql.take(len(jobs)), parameters)
-            taken = cursor.rowcount
+        taken = self._db.change(self._db.sql.take(len(jobs)), parameters)
         if taken < len(rows):
             still_ours = self._ours(jobs)
             jobs = {id: job for id, job in jobs.items() if id in still_ours}

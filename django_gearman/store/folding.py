@@ -8,7 +8,6 @@ rows' in ``models.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 
 from ..models import unique_key_of
 from ..server.entries import (
@@ -54,7 +53,7 @@ class Folded:
         self.queued: dict[bytes, Row] = {}
         self.changed: dict[bytes, Row] = {}
         self.attempts: list[JobRequeued] = []
-        self._queue_of = cache(queue_of)
+        self._queue_of = queue_of
         for entry in entries:
             if type(entry) is JobQueued:
                 self.queued[entry.handle] = self._new_row(entry)

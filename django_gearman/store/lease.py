@@ -89,10 +89,8 @@ class Lease:
     def _prove(self) -> None:
         """Renew the lease; in every transaction, so that a server that was replaced commits nothing."""
         began = monotonic()
-        with self._db.connection.cursor() as cursor:
-            cursor.execute(self._db.sql.renew, [self.id, self.epoch])
-            if not cursor.rowcount:
-                raise LeaseLost(self._name)
+        if not self._db.change(self._db.sql.renew, [self.id, self.epoch]):
+            raise LeaseLost(self._name)
         self.renewed = began
 
     def all_now(self) -> tuple[dict[int, LeaseNow], float]:

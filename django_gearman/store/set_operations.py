@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, repeat
 from typing import Any, Final
 
@@ -180,14 +180,18 @@ class SetOperations:
         value would cost more than the statement. Many entries share a moment.
         """
         binary = self._db.connection.Database.Binary  # type: ignore[attr-defined]  # each backend has it
-        adapt = cache(self._db.connection.ops.adapt_datetimefield_value)
+        adapt = self._db.connection.ops.adapt_datetimefield_value
+        adapted: dict[datetime | None, Any] = {None: None}
 
         def prepare(name: str, values: list[Any]) -> list[Any]:
             match self._kinds[name]:
                 case "BinaryField":
                     return [value if value is None else binary(value) for value in values]
                 case "DateTimeField":
-                    return [value if value is None else adapt(value) for value in values]
+                    for value in values:
+                        if value not in adapted:
+                            adapted[value] = adapt(value)
+                    return [adapted[value] for value in values]
             return values
 
         return prepare
@@ -219,11 +223,11 @@ class SetOperations:
     def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        with self._bad_rows(), self._db.connection.cursor() as cursor:
+        with self._bad_rows():
             if self._db.packet_limit < math.inf:
                 for row in rows:
                     self._length(row)
-            cursor.executemany(sql, rows)
+            self._db.change_each(sql, rows)
 
     def _execute_in_hundreds(self, sql: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """

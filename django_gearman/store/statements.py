@@ -133,6 +133,9 @@ class Statements:
             f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
         )
+        self.first_ready = (
+            f"SELECT {row} FROM {claim} ORDER BY {function}, {priority} DESC, {columns['id']} LIMIT %s"
+        )
         self.due_of = [
             f"SELECT {row} FROM {rows} AND {function} = %s AND {due} <= %s "
             f"ORDER BY {due}, {columns['id']} LIMIT %s"

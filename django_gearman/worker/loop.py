@@ -34,6 +34,7 @@ from ..protocol.packets import (
     RESUME,
     RETRY,
     RETURN,
+    WAITS,
     PacketType,
     encode_request,
 )
@@ -216,6 +217,8 @@ class _Link:
         """When it was asked for a job and has not answered yet."""
         self.asleep_since: float | None = None
         """When it last had no job for us; None when it is worth asking."""
+        self.waits = False
+        """Whether it sends a job, once it has one, to who it said had none."""
         self.heard_at = 0.0
         self.echo_at: float | None = None
         """When it was sent ECHO_REQ and has not answered yet."""
@@ -260,7 +263,7 @@ class _Link:
         self.heard_at = monotonic()
         self._marks.clear()
         self._confirmed = 0
-        self.tells_attempts = self.takes_logs = False
+        self.tells_attempts = self.takes_logs = self.waits = False
         packets = [introduction]
         if self.was_ours:
             for job in (*self.unconfirmed, *self.lane.in_hand(self)):
@@ -610,9 +613,10 @@ class Worker:
         if any(lane.jobs for lane in self._lanes):
             return False
         for link in self._links:
-            if link.asked_at is not None and link.tells_attempts:
+            is_asleep = link.waits and link.asleep_since is not None
+            if is_asleep or (link.asked_at is not None and link.tells_attempts):
                 # Whatever it hands out on that question goes back.
-                link.asked_at = None
+                link.asked_at = link.asleep_since = None
                 link.send(_RETURN_ALL)
         if not any(link.unconfirmed or link.unsent or link.asked_at is not None for link in self._links):
             return True
@@ -682,6 +686,9 @@ class Worker:
             packets.append(encode_request(PacketType.OPTION_REQ, ATTEMPTS))
             if self._crew:
                 packets.append(encode_request(PacketType.OPTION_REQ, CREW + self._crew))
+            if len(lane.links) == 1:
+                # A place that one server may fill is no other's.
+                packets.append(encode_request(PacketType.OPTION_REQ, WAITS))
         if self._logs:
             packets.append(encode_request(PacketType.OPTION_REQ, LOGS))
         packets += [encode_request(PacketType.CAN_DO, name) for name in lane.functions]
@@ -767,7 +774,7 @@ class Worker:
             elif link.asked_at is not None:
                 patience = PATIENCE if self._has_another(link) else ANSWER_LIMIT
                 moments.append(link.asked_at + patience)
-            elif link.asleep_since is not None:
+            elif link.asleep_since is not None and not link.waits:
                 moments.append(link.asleep_since + RECHECK)
             else:
                 moments.append((link.echo_at or link.heard_at) + (ANSWER_LIMIT if link.echo_at else RECHECK))
@@ -801,7 +808,7 @@ class Worker:
                     link.send(_RETURN_ALL if link.tells_attempts and not link.lane.in_hand(link) else b"")
                     if link.connection is not None:
                         link.lost(ResponseTimeout(f"the answer of the job server at {link}", waited))
-            elif link.asleep_since is not None:
+            elif link.asleep_since is not None and not link.waits:
                 if now - link.asleep_since >= RECHECK:
                     link.asleep_since = None
             elif link.echo_at is not None:
@@ -829,14 +836,17 @@ class Worker:
         link.answered()
         link.heard_at = monotonic()
         if kind == PacketType.JOB_ASSIGN_UNIQ:
-            link.asked_at = None
-            link.confirm()
+            if link.asked_at is not None:
+                link.asked_at = None
+                link.confirm()
+            link.asleep_since = None
             self._assigned(link, *arguments)
         elif kind == PacketType.NO_JOB:
             link.asked_at = None
             link.confirm()
-            link.asleep_since = monotonic()
-            link.send(_PRE_SLEEP)
+            link.asleep_since = link.heard_at
+            if not link.waits:
+                link.send(_PRE_SLEEP)
         elif kind == PacketType.NOOP:
             link.asleep_since = None
         elif kind == PacketType.ECHO_RES:
@@ -852,6 +862,8 @@ class Worker:
     def _hear_option(self, link: _Link, option: bytes) -> None:
         if option == ATTEMPTS:
             link.tells_attempts = link.was_ours = True
+        elif option == WAITS:
+            link.waits = True
         elif option == LOGS:
             link.takes_logs = True
         elif option.startswith(CANCEL):

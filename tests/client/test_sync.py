@@ -478,7 +478,7 @@ class TestWatch:
                     (P.OPTION_RES, b"exceptions"),
                     self.asked,
                     (P.OPTION_RES, b"listen row 5"),
-                    (P.WORK_COMPLETE, b"row 5", b""),
+                    (P.WORK_COMPLETE, b"row 5", b"what it says"),
                     P.ECHO_REQ,
                     (P.ECHO_RES, b"x"),
                     None,
@@ -488,8 +488,10 @@ class TestWatch:
         ):
             with closing(client.watch("5")) as watch:
                 assert watch.is_open
+                assert watch.told == b""
                 assert watch.wait(30)
                 assert watch.wait(30)
+                assert watch.told == b"what it says"
             # The same connection serves the next.
             assert client.echo(b"x") == b"x"
 

@@ -65,6 +65,7 @@ class Caller:
 
     def takes(self) -> bytes:
         """The bytes that were left for the connection since it was last asked."""
+        self.wire.core.serve_woken()
         if self.peer.output:
             assert self.peer in self.wire.core.dirty, "the shell would not know that there is output"
         output, self.peer.output = self.peer.output, []

@@ -90,6 +90,38 @@ class TestListenToARow:
         assert listener.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
         assert not wire.core._watchers
 
+    @pytest.mark.parametrize("size", [1, watchers.LARGEST, watchers.LARGEST + 1])
+    def test_what_the_row_says_of_a_success(self, size: int):
+        """If it is told within one batch, so that there is nothing else to know."""
+        wire = Wire(durable=True)
+        listener = watching(wire)
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, 0, None)])
+        worker = wire.worker(b"f")
+        wire.core.now = 1000.25
+        worker(P.GRAB_JOB)
+        wire.core.now = 1001.5
+        value = b"\0" * size
+        worker(P.WORK_COMPLETE, NAME, value)
+        wire.commit()
+        told = b"\0".join([NAME, b"1000.25", b"1001.5", value])
+        assert listener.hears() == [(P.WORK_COMPLETE, ROW_5, told if size <= watchers.LARGEST else b"")]
+
+    @pytest.mark.parametrize("what", ["progress", "second attempt", "begun before"])
+    def test_nothing_of_what_a_success_leaves_open(self, what: str):
+        wire = Wire(durable=True)
+        listener = watching(wire)
+        attempts = int(what == "second attempt")
+        wire.core.adopt([StoredJob(NAME, b"f", b"", b"w", 0, attempts, None)])
+        worker = wire.worker(b"f")
+        worker(P.GRAB_JOB)
+        if what == "begun before":
+            wire.commit()
+        elif what == "progress":
+            worker(P.WORK_STATUS, NAME, b"1", b"2")
+        worker(P.WORK_COMPLETE, NAME, b"r")
+        wire.commit()
+        assert listener.hears() == [(P.WORK_COMPLETE, ROW_5, b"")]
+
     @pytest.mark.parametrize("how", ["failed", "cancelled"])
     def test_whichever_end(self, how: str):
         wire = Wire(durable=True)

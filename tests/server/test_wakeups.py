@@ -2,9 +2,9 @@
 
 import pytest
 
-from django_gearman.protocol.packets import PacketType
+from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType
 
-from .harness import Caller, Wire, handle
+from .harness import Caller, Heard, Wire, handle
 
 P = PacketType
 NOOP = [(P.NOOP,)]
@@ -227,3 +227,97 @@ class TestNoWakeUpIsLost:
         leaves.leaves()
         submit(wire, b"f")
         assert woken(stays, leaves) == [stays]
+
+
+class TestWaiting:
+    """``packets.WAITS``: who was told NO_JOB gets a job without asking again."""
+
+    def worker(self, wire: Wire, *functions: bytes) -> Caller:
+        worker = wire.worker(*functions)
+        assert worker(P.OPTION_REQ, WAITS) == [(P.OPTION_RES, WAITS)]
+        return worker
+
+    def waiting(self, wire: Wire, *functions: bytes) -> Caller:
+        worker = self.worker(wire, *functions)
+        assert worker(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
+        return worker
+
+    def assigned(self, number: int, function: bytes = b"f") -> list[Heard]:
+        return [(P.JOB_ASSIGN_UNIQ, handle(number), function, b"", b"")]
+
+    def test_one_job_comes_for_one_question(self):
+        wire = Wire()
+        worker = self.waiting(wire, b"f")
+        submit(wire, b"f")
+        submit(wire, b"f")
+        assert worker.hears() == self.assigned(1)
+        wire.core.tick()
+        assert worker.hears() == []
+        assert worker(P.GRAB_JOB_UNIQ) == self.assigned(2)
+
+    def test_last_to_fall_asleep_is_first(self):
+        wire = Wire()
+        first, last = self.waiting(wire, b"f"), self.waiting(wire, b"f")
+        submit(wire, b"f")
+        assert (first.hears(), last.hears()) == ([], self.assigned(1))
+        submit(wire, b"f")
+        assert first.hears() == self.assigned(2)
+
+    def test_not_before_the_first_question(self):
+        wire = Wire()
+        worker = self.worker(wire, b"f")
+        submit(wire, b"f")
+        assert worker.hears() == []
+        assert worker(P.GRAB_JOB_UNIQ) == self.assigned(1)
+        submit(wire, b"f")
+        assert worker.hears() == []
+
+    def test_job_that_is_gone_already(self):
+        """Then it sleeps on."""
+        wire = Wire(worker_wakeup=0)
+        workers = [self.waiting(wire, b"f") for _ in range(3)]
+        submit(wire, b"f")
+        assert [worker.hears() for worker in workers].count(self.assigned(1)) == 1
+        submit(wire, b"f")
+        submit(wire, b"f")
+        heard = [packet for worker in workers for packet in worker.hears()]
+        assert sorted(heard) == [*self.assigned(2), *self.assigned(3)]
+
+    def test_attempt_is_told_ahead(self):
+        wire = Wire()
+        waiting = self.waiting(wire, b"f")
+        submit(wire, b"f")
+        assert waiting.hears() == self.assigned(1)
+        again = self.waiting(wire, b"f")
+        again(P.OPTION_REQ, ATTEMPTS)
+        waiting.leaves()
+        assert again.hears() == [(P.OPTION_RES, b"attempt 2 0"), *self.assigned(1)]
+
+    def test_who_gives_back_all_gets_nothing_more(self):
+        wire = Wire()
+        stays, leaves = self.waiting(wire, b"f"), self.waiting(wire, b"f")
+        leaves(P.OPTION_REQ, ATTEMPTS)
+        submit(wire, b"f")
+        assert leaves.hears() == self.assigned(1)
+        assert leaves(P.GRAB_JOB_UNIQ) == [(P.NO_JOB,)]
+        assert leaves(P.OPTION_REQ, RETURN) == []
+        assert stays.hears() == self.assigned(1)
+        submit(wire, b"f")
+        assert leaves.hears() == []
+
+    def test_behind_an_answer_that_waits_it_is_told_by_noop(self):
+        """What stands in its line reaches it later: a job is not to stand there too."""
+        wire = Wire(durable=True)
+        worker = self.waiting(wire, b"f")
+        worker(P.SUBMIT_JOB_BG, b"g", b"", b"")
+        wire.connect()(P.SUBMIT_JOB, b"f", b"", b"")
+        assert worker.hears() == []
+        wire.core.committed(wire.core.entries)
+        assert worker.hears() == [(P.JOB_CREATED, handle(1)), (P.NOOP,)]
+        assert worker(P.GRAB_JOB_UNIQ) == self.assigned(2)
+
+    def test_only_on_the_server_s_machine(self):
+        wire = Wire()
+        worker = wire.connect("192.0.2.1")
+        ((kind, code, _),) = worker(P.OPTION_REQ, WAITS)
+        assert (kind, code) == (P.ERROR, b"UNKNOWN_OPTION")

@@ -65,6 +65,24 @@ DEFECTS: Final = [
         "            for _ in ():\n",
     ),
     Defect(
+        "worker that waits is woken for nothing",
+        CORE,
+        "                self._grab_job_uniq(peer, [])\n            else:\n",
+        "                pass\n            else:\n",
+    ),
+    Defect(
+        "worker that waits stays awake where it got nothing",
+        CORE,
+        "                peer.woken_for = None\n                self._pre_sleep(peer, [])\n",
+        "                peer.woken_for = None\n",
+    ),
+    Defect(
+        "job handed to a worker that has given back all",
+        CORE,
+        "            peer.waits = peer.asleep = False\n",
+        "            pass\n",
+    ),
+    Defect(
         "job handed to two workers",
         JOBS,
         "        return self.levels[priority].popleft()",

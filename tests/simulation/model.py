@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from django_gearman.exceptions import StoreError
 from django_gearman.permits import Limit
-from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, PacketType, encode_response
+from django_gearman.protocol.packets import ATTEMPTS, RESUME, RETURN, WAITS, PacketType, encode_response
 from django_gearman.server import text
 from django_gearman.server import window as window_module
 from django_gearman.server.core import JobServer
@@ -100,6 +100,7 @@ class ModelPeer:
         "tells_attempts",
         "touched",
         "trade",
+        "waits",
     )
 
     def __init__(self, number: int, trade: list[bytes]) -> None:
@@ -111,7 +112,8 @@ class ModelPeer:
         self.line: deque[Slot | bytes] = deque()
         self.asleep = False
         self.naps = 0
-        """PRE_SLEEPs that were not yet answered by a NOOP: each may be once."""
+        """PRE_SLEEPs that were not yet answered by a NOOP: each may be once, or by a job for who waits."""
+        self.waits = False
         self.exceptions = False
         self.excused: bytes | None = None
         self.cancelled: dict[bytes, None] = {}
@@ -335,6 +337,8 @@ class Server:
         self.peers: list[ModelPeer] = []
         self.touched: list[ModelPeer] = []
         self.to_wake: list[tuple[bytes, list[ModelPeer]]] = []
+        self.woken_in_vain: list[ModelPeer] = []
+        """Those who were woken in this event, and sleep on."""
         self.jobs: dict[bytes, ModelJob] = {}
         self.uniques: dict[tuple[bytes, tuple[bytes, ...]], ModelJob] = {}
         self.queues: dict[bytes, dict[int, list[ModelJob]]] = {
@@ -754,6 +758,8 @@ class Server:
             self.say(peer, P.SET_CLIENT_ID, b"w%d" % peer.number)
             if self.shape.give_back:
                 self.tell_attempts(peer)
+            if self.random() < self.shape.waits:
+                self.tell_waits(peer)
 
     def leave(self, peer: ModelPeer) -> None:
         self.peers.remove(peer)
@@ -943,7 +949,7 @@ class Server:
         woken_for = peer.peer.woken_for
         asleep = [] if woken_for is None else self.sleepers(woken_for.name)
         candidates = self.candidates(peer)
-        kind = self.choose((P.GRAB_JOB, P.GRAB_JOB_UNIQ, P.GRAB_JOB_ALL))
+        kind = P.GRAB_JOB_UNIQ if peer.waits else self.choose((P.GRAB_JOB, P.GRAB_JOB_UNIQ, P.GRAB_JOB_ALL))
         self.receive(peer, kind)
         core_peer = peer.peer
         heard, core_peer.output = core_peer.output, []
@@ -953,11 +959,43 @@ class Server:
         if not candidates:
             promise(heard == [NO_JOB], f"{heard} where there was no job to hand out")
             taken = None
+            if peer.waits:
+                peer.asleep = True
+                peer.naps += 1
         else:
             taken = self.assigned(peer, kind, candidates, heard).function
         if woken_for is not None and woken_for.name != taken and asleep and self.waiting[woken_for.name]:
             self.to_wake.append((woken_for.name, asleep))
         self.hear()
+
+    def serve_woken(self) -> None:
+        """Those who were woken and wait get the jobs whose turn it is, or sleep on."""
+        core = self.core
+        while core.woken:
+            core_peer, *others = core.woken
+            peer = core_peer.shell
+            is_here = core_peer in core.peers and core_peer.woken_for is not None
+            candidates = self.candidates(peer) if is_here and core_peer.line is None else []
+            heard, core_peer.output = core_peer.output, []
+            core.woken = [core_peer]
+            core.serve_woken()
+            woken, core.woken = core.woken, others
+            promise(not woken, "who is served wakes somebody")
+            said, core_peer.output = core_peer.output, heard
+            if not is_here or core_peer.line is not None:
+                # It is gone, or hears NOOP in its turn.
+                core_peer.output += said
+                continue
+            if self.world.trace is not None:
+                self.world.note_heard(self, peer, said)
+            promise(peer.asleep, "a job for one who did not sleep")
+            if candidates:
+                peer.naps -= 1
+                peer.asleep = False
+                self.assigned(peer, P.GRAB_JOB_UNIQ, candidates, said)
+            else:
+                promise(not said, f"{said} where there was no job to hand out")
+                self.woken_in_vain.append(peer)
 
     def assigned(
         self, peer: ModelPeer, kind: PacketType, candidates: list[ModelJob], heard: list[bytes]
@@ -1094,6 +1132,9 @@ class Server:
         if self.random() < 0.7:
             held = [self.choose(held)]
             handle = held[0].handle
+        elif peer.waits:
+            peer.waits = peer.asleep = False
+            self.must_pass_on(peer)
         for job in reversed(held):
             if not job.background and not job.listeners:
                 self.end(job, Outcome.CANCELLED)
@@ -1138,8 +1179,10 @@ class Server:
             data = b"%d" % (luck * 1000)
             self.expect(peer, encode_response(P.ECHO_RES, data))
             self.say(peer, P.ECHO_REQ, data)
-        elif luck < 0.5:
+        elif luck < 0.45:
             self.tell_attempts(peer)
+        elif luck < 0.5:
+            self.tell_waits(peer)
         elif luck < 0.55:
             peer.exceptions = True
             self.expect(peer, encode_response(P.OPTION_RES, b"exceptions"))
@@ -1170,6 +1213,12 @@ class Server:
         peer.tells_attempts = True
         self.expect(peer, encode_response(P.OPTION_RES, ATTEMPTS))
         self.say(peer, P.OPTION_REQ, ATTEMPTS)
+
+    def tell_waits(self, peer: ModelPeer) -> None:
+        """Take jobs without asking again, once told that there is none."""
+        peer.waits = True
+        self.expect(peer, encode_response(P.OPTION_RES, WAITS))
+        self.say(peer, P.OPTION_REQ, WAITS)
 
     def ask_by_unique(self, peer: ModelPeer) -> None:
         unique = self.choose(self.shape.uniques)
@@ -1280,7 +1329,7 @@ class Server:
             if sleepers:
                 # Who has a line may have been woken without hearing of it yet.
                 woken = [peer for peer in sleepers if not peer.asleep or peer.line]
-                promise(woken, f"the tick woke nobody for {function!r}")
+                promise(woken or self.held_back, f"the tick woke nobody for {function!r}")
             if not (held_back or self.held_back):
                 self.check_somebody_is_awake(function)
         self.held_back = held_back
@@ -1379,6 +1428,8 @@ class Server:
         core = self.core
         if self.moves:
             self.look_at_permits()
+        if core.woken:
+            self.serve_woken()
         if core.dirty:
             dirty, core.dirty = core.dirty, []
             for each in dirty:
@@ -1394,7 +1445,9 @@ class Server:
             for function, sleepers in to_wake:
                 # Who has a line may have been woken without hearing of it yet.
                 woken = any(not peer.asleep or peer.line or peer not in self.peers for peer in sleepers)
-                promise(woken, f"nobody was woken for {function!r}")
+                in_vain = any(peer in self.woken_in_vain for peer in sleepers)
+                promise(woken or in_vain, f"nobody was woken for {function!r}")
+        self.woken_in_vain = []
 
     def compare(self, peer: ModelPeer) -> None:
         core_peer = peer.peer

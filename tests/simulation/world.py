@@ -112,6 +112,7 @@ class Shape:
         self.clock_jumps = sometimes(0.5)
         self.leave = choice((1.5, 1.5, 6.0))
         self.give_back = choice((0.0, 0.0, 3.0))
+        self.waits = choice((0.0, 0.5, 1.0))
 
     def some_limit(self, dice: random.Random) -> Limit:
         rate, concurrency = dice.choice(((None, 1), (None, 2), (1, None), (3, None), (2, 1), (5, 2)))
@@ -792,6 +793,8 @@ class World:
         helper = helpers.get(server)
         if helper is None:
             server.shape.peers += 1
+            # This one grabs all that it runs.
+            server.shape.waits = 0.0
             server.connect()
             helper = helpers[server] = server.peers[-1]
             for function in server.functions:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from django_gearman.client.sync import Client
-from django_gearman.protocol.packets import ATTEMPTS, PacketType
+from django_gearman.protocol.packets import ATTEMPTS, WAITS, PacketType
 from django_gearman.worker import loop
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
@@ -232,6 +232,7 @@ class TestDelivery:
             peer.expect(P.SET_CLIENT_ID)
             assert peer.expect(P.OPTION_REQ) == [ATTEMPTS]
             peer.send(P.OPTION_RES, ATTEMPTS)
+            assert peer.expect(P.OPTION_REQ) == [WAITS]
             peer.expect(P.CAN_DO)
             told.append(peer.expect(P.OPTION_REQ))
             told.append(peer.expect(P.WORK_COMPLETE))

@@ -14,7 +14,7 @@ import pytest
 
 from django_gearman.client.sync import Client
 from django_gearman.exceptions import JobFailed
-from django_gearman.protocol.packets import PacketType
+from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType
 from django_gearman.worker import loop
 from django_gearman.worker.loop import AssignedJob, JobRefused, Worker
 from tests import harness
@@ -388,6 +388,89 @@ class TestReconnect:
 
         with fake_server(hung, good) as port, harness.worker_thread({"f": reverse}, port):
             assert again.wait(30)
+
+
+class TestWaiting:
+    """``packets.WAITS``: a server of ours sends a job to who it said had none."""
+
+    def introduce(self, peer: Peer) -> None:
+        peer.expect(P.SET_CLIENT_ID)
+        assert peer.expect(P.OPTION_REQ) == [ATTEMPTS]
+        assert peer.expect(P.OPTION_REQ) == [WAITS]
+        peer.send(P.OPTION_RES, ATTEMPTS)
+        peer.send(P.OPTION_RES, WAITS)
+        peer.expect(P.CAN_DO)
+        peer.expect(P.GRAB_JOB_UNIQ)
+
+    def test_a_job_that_comes_unasked(self) -> None:
+        told: list[Any] = []
+
+        def script(peer: Peer) -> None:
+            self.introduce(peer)
+            for number in range(3):
+                peer.send(P.NO_JOB)
+                peer.send(P.JOB_ASSIGN_UNIQ, b"H:%d" % number, b"reverse", b"", b"ab")
+                told.append(peer.receive())
+                told.append(peer.receive()[0])
+            peer.send(P.NO_JOB)
+            # The question that is not to be answered is taken back.
+            told.append(peer.receive())
+            peer.wait_for_end()
+
+        with fake_server(script) as port:
+            with harness.worker_thread({"reverse": reverse}, port, retry=lambda job, error: None) as worker:
+                harness.wait_until(lambda: len(told) == 6)
+            harness.wait_until(lambda: len(told) == 7)
+        for number in range(3):
+            assert told[2 * number :][:2] == [
+                (P.WORK_COMPLETE, [b"H:%d" % number, b"ba"]),
+                P.GRAB_JOB_UNIQ,
+            ]
+        assert told[6] == (P.OPTION_REQ, [RETURN])
+        assert worker.jobs_done == 3
+
+    def test_it_asks_whether_the_server_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And not for another job: it has a place for one."""
+        monkeypatch.setattr(loop, "RECHECK", 0.05)
+        monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.5)
+        is_back = threading.Event()
+
+        def script(peer: Peer) -> None:
+            self.introduce(peer)
+            peer.send(P.NO_JOB)
+            for _ in range(3):
+                assert peer.receive()[0] == P.ECHO_REQ
+                peer.send(P.ECHO_RES, b"")
+            # And now it hangs.
+            peer.wait_for_end()
+
+        def again(peer: Peer) -> None:
+            is_back.set()
+            peer.wait_for_end()
+
+        with (
+            fake_server(script, again) as port,
+            harness.worker_thread({"f": reverse}, port, retry=lambda job, error: None),
+        ):
+            assert is_back.wait(10)
+
+    def test_not_of_one_of_several_servers(self) -> None:
+        """The place may be taken by a job of the other."""
+        told: list[Any] = []
+
+        def script(peer: Peer) -> None:
+            peer.expect(P.SET_CLIENT_ID)
+            told.append(peer.expect(P.OPTION_REQ))
+            told.append(peer.receive()[0])
+            peer.wait_for_end()
+
+        with (
+            fake_server(script) as port,
+            fake_server(lambda peer: peer.wait_for_end()) as other,
+            harness.worker_thread({"f": reverse}, port, other, retry=lambda job, error: None),
+        ):
+            harness.wait_until(lambda: len(told) == 2)
+        assert told == [[ATTEMPTS], P.CAN_DO]
 
 
 class TestLogs:
