@@ -45,7 +45,14 @@ from .jobs import Job, Signature
 from .models import Cancellation, JobGroup, JobRecord, unique_key_of
 from .registry import decode_result, registry
 from .results import LISTEN_FOR, NUDGE_AGAIN, JobResult, Patience, one_of_many, timed_out
-from .submission import async_client_for, client_for, identity, insert_unless_there, nudge_after_commit
+from .submission import (
+    async_client_for,
+    client_for,
+    identity,
+    insert_unless_there,
+    nudge_after_commit,
+    waiting_client,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,7 +117,7 @@ class group(Generic[R]):  # a function, to who uses it
         return self._run(timeout, ())
 
     def _run(self, timeout: float | None, value: tuple[Any, ...]) -> list[R]:
-        client = client_for()
+        client = waiting_client()
         prepared, most = self._prepared(value)
         tasks = _added(client, prepared)
         client.run_tasks(timeout=most if timeout is None else timeout)

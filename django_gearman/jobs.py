@@ -75,12 +75,12 @@ from .registry import decode_result, registry
 from .results import JobResult, WireJobResult, one_of_many
 from .submission import (
     async_client_for,
-    client_for,
     identity,
     insert,
     nudge_after_commit,
     submit,
     submit_many,
+    waiting_client,
 )
 
 logger = logging.getLogger(__name__)
@@ -463,7 +463,7 @@ class Job(Generic[P, R]):
             ResponseTimeout: It took too long; a worker may still be at it.
             ConnectionFailed: No job server answers.
         """
-        client = client_for()
+        client = waiting_client()
         do = {"high": client.do_high, "normal": client.do, "low": client.do_low}[self._wire_priority]
         workload, unique, timeout = self._prepared(args, kwargs)
         try:
@@ -505,7 +505,7 @@ class Job(Generic[P, R]):
         return cast(R, await self.function(*args, **kwargs))
 
     def _stream(self, workload: bytes, unique: str, timeout: float) -> Generator[Part | Value[R], None, None]:
-        parts = client_for().stream(
+        parts = waiting_client().stream(
             self.name, workload, unique=unique, priority=self._wire_priority, timeout=timeout
         )
         try:

@@ -18,7 +18,7 @@ from .client.core import JobRequest
 from .client.tasks import Task, TaskRun, deadline_in
 from .exceptions import CommandNotSupported, GearmanError, InvalidGroup, JobFailed, ResponseTimeout
 from .jobs import Job, told
-from .submission import async_client_for, client_for
+from .submission import async_client_for, waiting_client
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,7 +81,7 @@ def map_reduce(
         ValueError: There are no items, and no initial value.
     """
     work = _Reduction(mapper, reducer, items, chunk, in_flight, initial)
-    client_for().run_fed(_Feed(work, in_flight), timeout=timeout)
+    waiting_client().run_fed(_Feed(work, in_flight), timeout=timeout)
     return work.value()
 
 

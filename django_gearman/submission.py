@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from django.core.signals import setting_changed
 from django.db import IntegrityError, connections, transaction
 from django.dispatch import receiver
+from django.utils.asyncio import async_unsafe
 
 from . import conf, rows
 from .client.aio import AsyncClient
@@ -37,6 +38,20 @@ def client_for(alias: str = conf.DEFAULT_ALIAS) -> Client:
 def async_client_for(alias: str = conf.DEFAULT_ALIAS) -> AsyncClient:
     """The process's client for asyncio; it has connections for each event loop."""
     return _made(AsyncClient, alias)
+
+
+@async_unsafe(
+    "An event loop would stand still until the job has ended - use the async twin (arun, astream, ...), "
+    "a thread or sync_to_async."
+)
+def waiting_client() -> Client:
+    """
+    The process's client, for who is about to wait for a job with it.
+
+    Raises:
+        SynchronousOnlyOperation: An event loop runs in this thread.
+    """
+    return client_for()
 
 
 def _made(client: type[C], alias: str) -> C:

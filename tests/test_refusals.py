@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.exceptions import SynchronousOnlyOperation
 
 from django_gearman import Client, GroupResult, JobContext, amap_reduce, chain, group, job, map_reduce
 from django_gearman.client.aio import AsyncClient
@@ -554,3 +555,21 @@ def test_errors_are_pickled(error: GearmanError) -> None:
     assert again.__notes__[-1] == "in step 1"
     known = {name: value for name, value in vars(error).items() if name not in ("outcomes", "error")}
     assert {name: vars(again)[name] for name in known} == known
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: add.run(1),
+        lambda: list(add.stream(1)),
+        lambda: group(add.s(1)).run(),
+        lambda: chain(add.s(1), add.s()).run(),
+        lambda: map_reduce(add, total, [1]),
+    ],
+)
+def test_an_event_loop_does_not_stand_still(wait: Callable[[], object]) -> None:
+    async def view() -> None:
+        wait()
+
+    with pytest.raises(SynchronousOnlyOperation, match="use the async twin"):
+        asyncio.run(view())
