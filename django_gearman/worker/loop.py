@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import select
 import socket
 import ssl
@@ -31,7 +30,6 @@ from ..protocol.packets import (
     CREW,
     LOG,
     LOGS,
-    RESUME,
     RETRY,
     RETURN,
     WAITS,
@@ -40,13 +38,10 @@ from ..protocol.packets import (
 )
 from ..protocol.reader import MAX_BODY, Packet
 from .board import Place, Row
+from .link import GATHER, Lane, Link
 from .pool import Alarm, Interruptible, Tasks, Threads
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE: Final = 0.1
-LONGEST_PAUSE: Final = 10.0
-"""Seconds between two attempts to reach a server; they double from the first to the longest."""
 
 ANSWER_LIMIT: Final = 10.0
 """Seconds in which a server answers GRAB_JOB, or is given up as hung."""
@@ -69,24 +64,16 @@ _HEADROOM: Final = 1024
 _LONGEST: Final = 1000
 """Characters of an exception in the log; all of it goes to the server."""
 
-GATHER: Final = 0.005
-"""Seconds for which what jobs say waits for more, once something has just been sent."""
-
 ENOUGH: Final = 64 * 1024
 """Bytes that wait for no more."""
 
 MOST_UNSENT: Final = 1024 * 1024
 """Bytes that wait to be sent from which on the function that says more waits, too."""
 
-SEND_LIMIT: Final = 30.0
-"""Seconds in which a server takes something of what it is sent, or is given up."""
-
 _PUMP_LINGER: Final = 0.5
 """Seconds for which the thread stays that sends what a job has said, once there is nothing."""
 
-_GRAB: Final = encode_request(PacketType.GRAB_JOB_UNIQ)
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
-_ECHO: Final = encode_request(PacketType.ECHO_REQ, b"")
 _RETURN_ALL: Final = encode_request(PacketType.OPTION_REQ, RETURN)
 
 
@@ -113,7 +100,7 @@ class AssignedJob:
 
     def __init__(
         self,
-        link: _Link,
+        link: Link,
         handle: bytes,
         function: bytes,
         unique: bytes,
@@ -203,216 +190,6 @@ RetryPolicy = Callable[[AssignedJob, BaseException], float | None]
 """Seconds until a job that raised is tried again; None when it has failed."""
 
 
-class _Link:
-    """One job server for one lane: the connection while there is one, and when to try again while not."""
-
-    def __init__(self, worker: Worker, lane: _Lane, host: str, port: int) -> None:
-        self.worker = worker
-        self.lane = lane
-        self.host = host
-        self.port = port
-        self.connection: Connection | None = None
-        self.connecting: threading.Thread | None = None
-        self.asked_at: float | None = None
-        """When it was asked for a job and has not answered yet."""
-        self.asleep_since: float | None = None
-        """When it last had no job for us; None when it is worth asking."""
-        self.waits = False
-        """Whether it sends a job, once it has one, to who it said had none."""
-        self.heard_at = 0.0
-        self.echo_at: float | None = None
-        """When it was sent ECHO_REQ and has not answered yet."""
-        self.retry_at = 0.0
-        self.tells_attempts = False
-        """Whether the server is ours, and speaks of attempts."""
-        self.takes_logs = False
-        """Whether it keeps what jobs log."""
-        self.was_ours = False
-        """Whether it ever was; a server that is out of reach cannot tell."""
-        self.attempt = (1, 0)
-        """What it said of the job that it hands out next."""
-        self.unconfirmed: list[AssignedJob] = []
-        """Jobs whose reports were sent, and may not have arrived."""
-        self.unsent = 0
-        """Bytes that wait to be sent. With what follows, for who has ``Worker.sending`` alone."""
-        self.is_stuck = False
-        """Whether the kernel takes no more for now."""
-        self.flushed_at = 0.0
-        """When something was last sent, or tried to be."""
-        self._taken_at = 0.0
-        """When the kernel last took something, or there was nothing to take."""
-        self._said: list[bytes] = []
-        self._rest = memoryview(b"")
-        """What is left of a part of it that was begun to be sent."""
-        self._marks: deque[int] = deque()
-        """For each question that has not been answered: how many reports were sent before it."""
-        self._confirmed = 0
-        self._pause = FIRST_PAUSE
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-    @property
-    def is_worth_asking(self) -> bool:
-        return self.connection is not None and self.asked_at is None and self.asleep_since is None
-
-    def connected(self, connection: Connection, introduction: bytes) -> None:
-        """Introduce ourselves; with jobs in hand, or done since, that it may take back."""
-        self.connection = connection
-        self.asked_at = self.asleep_since = self.echo_at = None
-        self.heard_at = monotonic()
-        self._marks.clear()
-        self._confirmed = 0
-        self.tells_attempts = self.takes_logs = self.waits = False
-        packets = [introduction]
-        if self.was_ours:
-            for job in (*self.unconfirmed, *self.lane.in_hand(self)):
-                resume = RESUME + b"%d %s" % (job.attempt, job.handle)
-                packets += [encode_request(PacketType.OPTION_REQ, resume), job.report]
-                if job.report:
-                    logger.info("Telling %s of job %s once more", self, job.handle.decode(errors="replace"))
-        elif self.unconfirmed:
-            for job in self.unconfirmed:
-                logger.warning(
-                    "Job %s is done but %s may not know; it will run again",
-                    job.handle.decode(errors="replace"),
-                    self,
-                )
-            self.unconfirmed = []
-        self.send(b"".join(packets))
-
-    def answered(self) -> None:
-        """It works; one that takes connections and drops them does not, and is tried ever more rarely."""
-        self._pause = FIRST_PAUSE
-
-    def lost(self, error: Exception) -> None:
-        """Try again later; the pauses grow, and differ so that workers do not return all at once."""
-        self.asked_at = self.asleep_since = self.echo_at = None
-        if self.connection is not None:
-            with self.worker.sending:
-                self.connection.close()
-                self.connection = None
-                self._forget_unsent()
-            logger.warning("%s; connecting again", error)
-        elif self._pause == FIRST_PAUSE:
-            logger.warning("%s Trying until one does.", error)
-        self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)
-        self._pause = min(self._pause * 2, LONGEST_PAUSE)
-
-    def send(self, data: bytes) -> None:
-        """Send packets, behind what waits; as far as is possible without waiting."""
-        with self.worker.sending:
-            self.put(data)
-            self.flush()
-
-    def put(self, data: bytes) -> bool:
-        """Let packets wait to be sent; whether they are the first."""
-        if self.connection is None:
-            return False
-        is_first = not self.unsent
-        self._said.append(data)
-        self.unsent += len(data)
-        return is_first
-
-    def flush(self) -> None:
-        """Send what waits, as far as is possible without waiting; a connection that breaks is noted."""
-        connection = self.connection
-        if connection is None:
-            return
-        now = self.flushed_at = monotonic()
-        if not self.is_stuck:
-            self._taken_at = now
-        try:
-            while self._said or self._rest:
-                if not self._rest:
-                    said, self._said = self._said, []
-                    self._rest = memoryview(said[0] if len(said) == 1 else b"".join(said))
-                taken = connection.send_some(self._rest)
-                self._rest = self._rest[taken:]
-                if taken:
-                    self._taken_at = now
-                if self._rest:
-                    break
-            self.is_stuck = bool(self._rest)
-            self.unsent = len(self._rest) + sum(map(len, self._said))
-            if self.is_stuck and now - self._taken_at >= SEND_LIMIT:
-                raise ConnectionLost(str(self), "it does not take what it is sent")
-        except ConnectionLost as error:
-            self.lost(error)
-
-    def _forget_unsent(self) -> None:
-        self._said = []
-        self._rest = memoryview(b"")
-        self.unsent = 0
-        self.is_stuck = False
-
-    @property
-    def flush_at(self) -> float:
-        """The monotonic time at which to ``flush``, if the kernel does not call for it before."""
-        if not self.unsent:
-            return math.inf
-        return self._taken_at + SEND_LIMIT if self.is_stuck else self.flushed_at + GATHER
-
-    def ask(self, before: bytes = b"") -> None:
-        """Ask for a job, in one breath with what is said before."""
-        self.asked_at = monotonic()
-        self._marks.append(self._confirmed + len(self.unconfirmed))
-        self.send(before + _GRAB)
-
-    def echo(self) -> None:
-        """Ask whether it is there."""
-        self.echo_at = monotonic()
-        self._marks.append(self._confirmed + len(self.unconfirmed))
-        self.send(_ECHO)
-
-    def confirm(self) -> None:
-        """It has answered a question: reports that were sent before have arrived."""
-        if self._marks:
-            arrived = self._marks.popleft() - self._confirmed
-            self._confirmed += arrived
-            del self.unconfirmed[:arrived]
-
-    def report(self, kind: PacketType, *arguments: bytes) -> None:
-        """Tell the server something of a job in hand; from whatever thread."""
-        self.worker.say(self, encode_request(kind, *arguments))
-
-    def listen(self) -> None:
-        """Hear what the server says while a function runs, in the worker's own thread."""
-        self.worker.listen(self)
-
-
-class _Lane:
-    """Functions of one kind, and the places for their jobs."""
-
-    def __init__(
-        self, worker: Worker, functions: Mapping[str, Any], places: list[Place | None], pool: Any
-    ) -> None:
-        self.worker = worker
-        self.functions = {name.encode(): function for name, function in functions.items()}
-        self.pool: Threads | Tasks | None = pool
-        """None: in the worker's own thread."""
-        self.free = places
-        self.links: list[_Link] = []
-        self.jobs: dict[AssignedJob, _Link] = {}
-        """Those in hand, or that ended and were not reported yet."""
-
-    def in_hand(self, link: _Link) -> list[AssignedJob]:
-        return [job for job, its_link in self.jobs.items() if its_link is link and not job.report]
-
-    def next_link(self) -> _Link | None:
-        """The next server to ask: each in turn, those not that said they would wake us."""
-        for index, link in enumerate(self.links):
-            if link.is_worth_asking:
-                self.links.append(self.links.pop(index))
-                return link
-        return None
-
-    @property
-    def asked(self) -> int:
-        """How many places are kept for answers."""
-        return len([link for link in self.links if link.asked_at is not None])
-
-
 class Worker:
     """
     Runs jobs of some functions for some job servers, until it is told to stop.
@@ -473,15 +250,15 @@ class Worker:
         self._row = row
         self._is_spent = is_spent
         self._show = show
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         places = [None if row is None else row.place(number) for number in range(threads + concurrency)]
         if functions:
             pool = Threads(threads) if threads > 1 or tasks else None
-            self._lanes.append(_Lane(self, functions, places[:threads], pool))
+            self._lanes.append(Lane(self, functions, places[:threads], pool))
         if tasks:
-            self._lanes.append(_Lane(self, tasks, places[threads:], Tasks(concurrency)))
+            self._lanes.append(Lane(self, tasks, places[threads:], Tasks(concurrency)))
         for lane in self._lanes:
-            lane.links = [_Link(self, lane, host, port) for host, port in servers]
+            lane.links = [Link(self, lane, host, port) for host, port in servers]
         self._links = [link for lane in self._lanes for link in lane.links]
         self._stopping = False
         self._stop_by = math.inf
@@ -533,7 +310,7 @@ class Worker:
         finally:
             self._close()
 
-    def say(self, link: _Link, data: bytes) -> None:
+    def say(self, link: Link, data: bytes) -> None:
         """
         Send packets of a job, from any thread: at once, or gathered for a moment.
 
@@ -551,7 +328,7 @@ class Worker:
         if link.unsent > MOST_UNSENT:
             self._wait_for_room(link)
 
-    def _say(self, link: _Link, data: bytes) -> None:
+    def _say(self, link: Link, data: bytes) -> None:
         with self.sending:
             before = link.unsent
             is_first = link.put(data)
@@ -567,7 +344,7 @@ class Worker:
         if is_first or is_enough:
             self.wake()
 
-    def _wait_for_room(self, link: _Link) -> None:
+    def _wait_for_room(self, link: Link) -> None:
         """The server, or the way to it, is slower than the function that speaks."""
         connection = link.connection
         pause = 0.0005
@@ -586,7 +363,7 @@ class Worker:
                     link.flush()
             return any(link.unsent for link in self._links)
 
-    def listen(self, link: _Link) -> None:
+    def listen(self, link: Link) -> None:
         """Hear what a server says while a job of it runs in this thread."""
         if threading.get_ident() == self._thread:
             alarm = self._alarm
@@ -646,7 +423,7 @@ class Worker:
                 else:
                     self._connected(link, connection)
 
-    def _connect_aside(self, link: _Link) -> None:
+    def _connect_aside(self, link: Link) -> None:
         """In a thread of its own."""
         try:
             connection = self._open(link)
@@ -657,7 +434,7 @@ class Worker:
             self._events.append(lambda: self._connected(link, connection))
         self.wake()
 
-    def _open(self, link: _Link) -> Connection:
+    def _open(self, link: Link) -> Connection:
         return Connection(
             link.host,
             link.port,
@@ -666,11 +443,11 @@ class Worker:
             tls=self._tls,
         )
 
-    def _not_connected(self, link: _Link, error: ConnectionFailed) -> None:
+    def _not_connected(self, link: Link, error: ConnectionFailed) -> None:
         link.connecting = None
         link.lost(error)
 
-    def _connected(self, link: _Link, connection: Connection) -> None:
+    def _connected(self, link: Link, connection: Connection) -> None:
         link.connecting = None
         link.connected(connection, self._introduction(link.lane))
         if link.connection is not None:
@@ -678,7 +455,7 @@ class Worker:
             if self._stopping and link.unconfirmed:
                 link.echo()
 
-    def _introduction(self, lane: _Lane) -> bytes:
+    def _introduction(self, lane: Lane) -> bytes:
         """What a server must know of a worker, again after each reconnect."""
         packets = [encode_request(PacketType.SET_CLIENT_ID, self._client_id)]
         if self._retry is not None:
@@ -782,7 +559,7 @@ class Worker:
             moments.extend(job.running.until for job in lane.jobs if job.running is not None)
         return min(moments)
 
-    def _has_another(self, link: _Link) -> bool:
+    def _has_another(self, link: Link) -> bool:
         """Whether the place that is kept for a server's answer could be another's."""
         lane = link.lane
         return len(lane.free) <= lane.asked and any(other.is_worth_asking for other in lane.links)
@@ -817,7 +594,7 @@ class Worker:
             elif now - link.heard_at >= RECHECK:
                 link.echo()
 
-    def _receive(self, link: _Link, *, is_ready: bool = False) -> None:
+    def _receive(self, link: Link, *, is_ready: bool = False) -> None:
         connection = link.connection
         try:
             if connection is not None:
@@ -831,7 +608,7 @@ class Worker:
             if link.connection is connection:
                 link.lost(error)
 
-    def _hear(self, link: _Link, packet: Packet) -> None:
+    def _hear(self, link: Link, packet: Packet) -> None:
         kind, arguments = packet
         link.answered()
         link.heard_at = monotonic()
@@ -859,7 +636,7 @@ class Worker:
                 "The job server at %s answered %s", link, b": ".join(arguments).decode(errors="replace")
             )
 
-    def _hear_option(self, link: _Link, option: bytes) -> None:
+    def _hear_option(self, link: Link, option: bytes) -> None:
         if option == ATTEMPTS:
             link.tells_attempts = link.was_ours = True
         elif option == WAITS:
@@ -876,7 +653,7 @@ class Worker:
 
     # The life of a job.
 
-    def _assigned(self, link: _Link, handle: bytes, name: bytes, unique: bytes, workload: bytes) -> None:
+    def _assigned(self, link: Link, handle: bytes, name: bytes, unique: bytes, workload: bytes) -> None:
         lane = link.lane
         attempt, max_attempts = link.attempt
         link.attempt = (1, 0)
@@ -906,7 +683,7 @@ class Worker:
                 job, lambda: function(job), lambda result, error: self._done(job, result, error)
             )
 
-    def _function(self, lane: _Lane, job: AssignedJob) -> Callable[[AssignedJob], Any]:
+    def _function(self, lane: Lane, job: AssignedJob) -> Callable[[AssignedJob], Any]:
         function = lane.functions.get(job.function)
         if function is not None:
             return function  # type: ignore[no-any-return]  # lanes hold nothing else
@@ -917,7 +694,7 @@ class Worker:
 
         return refuse
 
-    def _run_here(self, lane: _Lane, job: AssignedJob) -> None:
+    def _run_here(self, lane: Lane, job: AssignedJob) -> None:
         result = None
         failure: BaseException | None = None
         self._runs_here = True

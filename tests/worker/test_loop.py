@@ -8,6 +8,7 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
 from itertools import pairwise
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from django_gearman.client.sync import Client
 from django_gearman.exceptions import JobFailed
 from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType
-from django_gearman.worker import loop
+from django_gearman.worker import link, loop
 from django_gearman.worker.loop import AssignedJob, JobRefused, Worker
 from tests import harness
 from tests.client.fake_server import Peer, fake_server
@@ -255,14 +256,14 @@ class TestReconnect:
                 assert client.do("reverse", b"ab", timeout=20) == b"ba"
 
     def test_the_pauses_grow(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-        monkeypatch.setattr(loop, "FIRST_PAUSE", 0.001)
-        monkeypatch.setattr(loop, "LONGEST_PAUSE", 0.05)
-        monkeypatch.setattr(loop.random, "uniform", lambda low, high: high)
+        monkeypatch.setattr(link, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(link, "LONGEST_PAUSE", 0.05)
+        monkeypatch.setattr(link.random, "uniform", lambda low, high: high)
         tried: list[float] = []
         connect = loop.Connection
 
         def record(*args: Any, **options: Any) -> Any:
-            tried.append(loop.monotonic())
+            tried.append(monotonic())
             return connect(*args, **options)
 
         monkeypatch.setattr(loop, "Connection", record)
@@ -280,13 +281,13 @@ class TestReconnect:
 
     def test_a_server_that_takes_connections_and_drops_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As when it has too many: the worker must not come back ten times a second."""
-        monkeypatch.setattr(loop, "FIRST_PAUSE", 0.001)
+        monkeypatch.setattr(link, "FIRST_PAUSE", 0.001)
         monkeypatch.setattr(loop, "ANSWER_LIMIT", 0.5)
-        monkeypatch.setattr(loop.random, "uniform", lambda low, high: high)
+        monkeypatch.setattr(link.random, "uniform", lambda low, high: high)
         came: list[float] = []
 
         def script(peer: Peer) -> None:
-            came.append(loop.monotonic())
+            came.append(monotonic())
 
         with fake_server(*[script] * 9) as port, harness.worker_thread({"f": reverse}, port):
             harness.wait_until(lambda: len(came) >= 9)

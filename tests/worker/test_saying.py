@@ -16,7 +16,7 @@ from django_gearman.client.sync import Client
 from django_gearman.client.tasks import Data, Progress, Value, Warned
 from django_gearman.exceptions import JobTimedOut
 from django_gearman.protocol.packets import PacketType
-from django_gearman.worker import loop
+from django_gearman.worker import link, loop
 from django_gearman.worker.loop import AssignedJob, Worker
 from tests import harness
 from tests.client.fake_server import Peer, fake_server
@@ -218,7 +218,7 @@ def test_who_says_more_than_the_server_takes_waits(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", POOLS)
 def test_server_that_takes_nothing_is_given_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SEND_LIMIT", 0.3)
+    monkeypatch.setattr(link, "SEND_LIMIT", 0.3)
     monkeypatch.setattr(loop, "DELIVERY_LIMIT", 0.0)
     done = threading.Event()
 
