@@ -688,6 +688,7 @@ class GroupResult(Generic[V]):
 
     @property
     def id(self) -> str:
+        """The group's number, by which ``GroupResult.find`` finds it again."""
         return str(self._group.pk)
 
     @property
@@ -707,6 +708,7 @@ class GroupResult(Generic[V]):
 
     @property
     def successful(self) -> int:
+        """How many members have ended with a value."""
         return self._group.successful
 
     @property
@@ -721,14 +723,17 @@ class GroupResult(Generic[V]):
 
     @property
     def is_successful(self) -> bool:
+        """Whether all of them have ended with a value."""
         return self.is_finished and not self.failed
 
     @property
     def enqueued_at(self) -> datetime:
+        """When all of it was enqueued; aware where ``USE_TZ`` is on."""
         return self._group.enqueued_at
 
     @property
     def finished_at(self) -> datetime | None:
+        """When the last member ended; None while one is to do."""
         return self._group.finished_at
 
     @property
