@@ -13,7 +13,6 @@ from django.conf import settings as django_settings
 
 from . import harness
 
-
 # A shell has what it runs in the background ignore these, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -109,7 +109,7 @@ class JobServer:
         self.ready: dict[Function, None] = {}
         """Functions with jobs to hand out."""
         self.dirty: list[Peer] = []
-        self.woken: list[Peer] = []
+        self.woken: deque[Peer] = deque()
         """Who slept and is to be handed a job: see ``packets.WAITS``."""
         self.entries: list[Entry] = []
         self.urgent = False
@@ -449,20 +449,24 @@ class JobServer:
         self.send(peer, packet)
 
     def serve_woken(self) -> None:
-        """Hand out jobs to those who were woken and need not be told, as if they had grabbed."""
-        woken, self.woken = self.woken, []
-        for peer in woken:
-            if peer.woken_for is None:
-                continue  # it is gone
-            if peer.line is not None:
-                # The job could not be sent yet.
-                self.send(peer, _NOOP)
-            elif self._best_function(peer) is not None:
-                self._grab_job_uniq(peer, [])
-            else:
-                # Somebody was quicker, or nobody may have it for now.
-                peer.woken_for = None
-                self._pre_sleep(peer, [])
+        """Hand out jobs to those who were woken and need not be told; one may have another woken."""
+        while self.woken:
+            self.serve_next_woken()
+
+    def serve_next_woken(self) -> None:
+        """Hand the first of them a job, as if it had grabbed."""
+        peer = self.woken.popleft()
+        if peer.woken_for is None:
+            return  # it is gone
+        if peer.line is not None:
+            # The job could not be sent yet.
+            self.send(peer, _NOOP)
+        elif self._best_function(peer) is not None:
+            self._grab_job_uniq(peer, [])
+        else:
+            # Somebody was quicker, or nobody may have it for now.
+            peer.woken_for = None
+            self._pre_sleep(peer, [])
 
     def _hand_out(self, peer: Peer) -> Job | None:
         peer.asleep = False

@@ -305,6 +305,20 @@ class TestWaiting:
         submit(wire, b"f")
         assert leaves.hears() == []
 
+    def test_who_takes_another_functions_job_has_another_woken(self):
+        wire = Wire()
+        had_both = self.worker(wire, b"f", b"g")
+        wire.connect()(P.SUBMIT_JOB_HIGH_BG, b"g", b"", b"")
+        assert had_both(P.GRAB_JOB_UNIQ) == self.assigned(1, b"g")
+        submit(wire, b"f")
+        assert had_both(P.GRAB_JOB_UNIQ) == self.assigned(2)
+        of_one, of_both = self.waiting(wire, b"f"), self.waiting(wire, b"g", b"f")
+        had_both.leaves()
+        wire.core.serve_woken()
+        assert not wire.core.woken, "in the same turn"
+        assert of_both.hears() == self.assigned(1, b"g")
+        assert of_one.hears() == self.assigned(2)
+
     def test_behind_an_answer_that_waits_it_is_told_by_noop(self):
         """What stands in its line reaches it later: a job is not to stand there too."""
         wire = Wire(durable=True)

@@ -67,14 +67,14 @@ DEFECTS: Final = [
     Defect(
         "worker that waits is woken for nothing",
         CORE,
-        "                self._grab_job_uniq(peer, [])\n            else:\n",
-        "                pass\n            else:\n",
+        "            self._grab_job_uniq(peer, [])\n        else:\n",
+        "            pass\n        else:\n",
     ),
     Defect(
         "worker that waits stays awake where it got nothing",
         CORE,
-        "                peer.woken_for = None\n                self._pre_sleep(peer, [])\n",
-        "                peer.woken_for = None\n",
+        "            peer.woken_for = None\n            self._pre_sleep(peer, [])\n",
+        "            peer.woken_for = None\n",
     ),
     Defect(
         "job handed to a worker that has given back all",

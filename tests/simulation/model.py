@@ -972,15 +972,14 @@ class Server:
         """Those who were woken and wait get the jobs whose turn it is, or sleep on."""
         core = self.core
         while core.woken:
-            core_peer, *others = core.woken
+            core_peer = core.woken[0]
             peer = core_peer.shell
             is_here = core_peer in core.peers and core_peer.woken_for is not None
             candidates = self.candidates(peer) if is_here and core_peer.line is None else []
+            woken_for = core_peer.woken_for
+            others = [] if woken_for is None else [p for p in self.sleepers(woken_for.name) if p is not peer]
             heard, core_peer.output = core_peer.output, []
-            core.woken = [core_peer]
-            core.serve_woken()
-            woken, core.woken = core.woken, others
-            promise(not woken, "who is served wakes somebody")
+            core.serve_next_woken()
             said, core_peer.output = core_peer.output, heard
             if not is_here or core_peer.line is not None:
                 # It is gone, or hears NOOP in its turn.
@@ -992,7 +991,10 @@ class Server:
             if candidates:
                 peer.naps -= 1
                 peer.asleep = False
-                self.assigned(peer, P.GRAB_JOB_UNIQ, candidates, said)
+                taken = self.assigned(peer, P.GRAB_JOB_UNIQ, candidates, said).function
+                assert woken_for is not None, "it is here"
+                if woken_for.name != taken and others and self.waiting[woken_for.name]:
+                    self.to_wake.append((woken_for.name, others))
             else:
                 promise(not said, f"{said} where there was no job to hand out")
                 self.woken_in_vain.append(peer)
