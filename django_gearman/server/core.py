@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from ..protocol.packets import (
@@ -111,6 +111,8 @@ class JobServer:
         self.dirty: list[Peer] = []
         self.woken: deque[Peer] = deque()
         """Who slept and is to be handed a job: see ``packets.WAITS``."""
+        self.is_gone: Callable[[Peer], bool] = lambda peer: False
+        """Whether a peer's end is there to be read, though nobody has; the transport knows."""
         self.entries: list[Entry] = []
         self.urgent = False
         """Whether somebody waits for one of the ``entries``, or would lose by a crash before."""
@@ -703,7 +705,8 @@ class JobServer:
         while sleepers:
             peer, _ = sleepers.popitem()
             peer.enlisted = False
-            if peer.asleep:
+            # A job that is sent to one that is gone would count as an attempt.
+            if peer.asleep and not (peer.waits and self.is_gone(peer)):
                 peer.asleep = False
                 peer.woken_for = function
                 if peer.waits:

@@ -12,6 +12,7 @@ import asyncio
 import errno
 import logging
 import math
+import select
 import socket
 import ssl
 import sys
@@ -446,6 +447,7 @@ class GearmanServer:
         hold: float = math.inf,
     ) -> None:
         self.core = core
+        core.is_gone = _is_gone
         self.limits = limits or TransportLimits()
         self.http_hosts = http_hosts
         self.connections: set[Connection] = set()
@@ -766,6 +768,14 @@ def bind(host: str, port: int) -> list[socket.socket]:
     if missing is not None and not sockets:
         raise missing
     return sockets
+
+
+def _is_gone(peer: Peer) -> bool:
+    """Whether the other end of a connection is closed; the event loop may read others before that."""
+    poll = select.poll()
+    # Linux has an event for it; elsewhere it shows where both directions are closed.
+    poll.register(peer.number, getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))
 
 
 def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:

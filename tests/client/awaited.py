@@ -83,6 +83,10 @@ class AwaitedWatch:
     def is_open(self) -> bool:
         return self._watch.is_open
 
+    @property
+    def told(self) -> bytes:
+        return self._watch.told
+
     def wait(self, seconds: float) -> bool:
         return bool(self._client.run(self._watch.wait(seconds)))
 

@@ -305,6 +305,17 @@ class TestWaiting:
         submit(wire, b"f")
         assert leaves.hears() == []
 
+    def test_one_that_is_gone_gets_nothing(self):
+        """Its end may be read after the submission: the job would be lost with it, and the attempt count."""
+        wire = Wire()
+        stays, gone = self.waiting(wire, b"f"), self.waiting(wire, b"f")
+        wire.core.is_gone = lambda peer: peer is gone.peer
+        submit(wire, b"f")
+        assert (stays.hears(), gone.hears()) == (self.assigned(1), [])
+        submit(wire, b"f")
+        gone.leaves()
+        assert self.worker(wire, b"f")(P.GRAB_JOB_UNIQ) == self.assigned(2)
+
     def test_who_takes_another_functions_job_has_another_woken(self):
         wire = Wire()
         had_both = self.worker(wire, b"f", b"g")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from time import monotonic
 from typing import Any
 
 import pytest
 
+from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client
-from django_gearman.protocol.packets import ATTEMPTS, WAITS, PacketType
+from django_gearman.protocol.packets import ATTEMPTS, WAITS, PacketType, encode_request
 from django_gearman.worker import loop
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
@@ -316,3 +319,28 @@ class TestDelivery:
             assert told == [[b"H:1", b"ba"]]
         for descriptor in (control_read, control_write):
             os.close(descriptor)
+
+
+def test_no_job_for_a_process_that_is_gone() -> None:
+    """A submission is read before the end of the worker that waits: the job is for whoever comes next."""
+    with (
+        harness.server(store="memory") as server,
+        closing(Connection("127.0.0.1", server.port)) as client,
+        closing(Connection("127.0.0.1", server.port)) as waiting,
+        closing(Connection("127.0.0.1", server.port)) as other,
+    ):
+        for option in (ATTEMPTS, WAITS):
+            waiting.send(encode_request(P.OPTION_REQ, option))
+        waiting.send(encode_request(P.CAN_DO, b"f") + encode_request(P.GRAB_JOB_UNIQ))
+        while waiting.receive(monotonic() + 30)[0] != P.NO_JOB:
+            pass
+        server.signal(signal.SIGSTOP)
+        client.send(encode_request(P.SUBMIT_JOB_BG, b"f", b"", b"x"))
+        waiting.close()
+        server.signal(signal.SIGCONT)
+        assert client.receive(monotonic() + 30)[0] == P.JOB_CREATED
+        other.send(encode_request(P.OPTION_REQ, ATTEMPTS) + encode_request(P.CAN_DO, b"f"))
+        other.send(encode_request(P.GRAB_JOB_UNIQ))
+        assert other.receive(monotonic() + 30) == (P.OPTION_RES, [ATTEMPTS])
+        # Without a word before it: this is the first attempt.
+        assert other.receive(monotonic() + 30)[0] == P.JOB_ASSIGN_UNIQ
