@@ -74,13 +74,15 @@ class TestNow:
     def time_is_up(self, path: Path) -> None:
         with pytest.raises(GroupTimedOut) as caught:
             group(jobs.add.s(1), jobs.wait_for_file.s(str(path))).run(timeout=1.0)
+        path.touch()
         assert caught.value.outcomes[0] == 2
         assert isinstance(caught.value.error, ResponseTimeout)
         # A failure says more.
-        failing = group(jobs.wait_for_file.s(str(path)), jobs.fail.s("no"))
+        never = path.with_suffix(".never")
+        failing = group(jobs.wait_for_file.s(str(never)), jobs.fail.s("no"))
         with pytest.raises(GroupFailed, match=r"member 1 of the group: .*ValueError: no") as failed:
             failing.run(timeout=1.0)
-        path.touch()
+        never.touch()
         assert isinstance(failed.value.outcomes[0], ResponseTimeout)
 
     def check_chains(self, tmp_path: Path) -> None:
