@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.forget(self)
         self._server.core.disconnected(self.peer)
-        self._server.core.serve_woken()
+        self._server.serve_woken()
         self._server.schedule_turn()
 
     def data_received(self, data: bytes) -> None:
@@ -644,6 +644,14 @@ class GearmanServer:
             self._journal.refuse_overdue()
             self.schedule_turn()
 
+    def serve_woken(self) -> None:
+        """Hand out jobs to who was woken by other things than packets: now, not when the last one came."""
+        core = self.core
+        if core.woken:
+            core.now = time.time()
+            core.clock = self.loop.time()
+            core.serve_woken()
+
     def _settle_limits(self) -> None:
         """Have the core ask for permits, and be back when it is to ask again."""
         limits = self.core.limits
@@ -714,10 +722,10 @@ class GearmanServer:
     def _turn(self) -> None:
         self._turn_scheduled = False
         core = self.core
-        if core.woken:
-            core.serve_woken()
+        self.serve_woken()
         if core.limits.limiters:
             self._settle_limits()
+            self.serve_woken()
         self._send()
         if core.shutdown_wanted is not None:
             self._approach_end(core.shutdown_wanted)

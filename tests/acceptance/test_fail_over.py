@@ -178,14 +178,15 @@ class TestKilledServer:
 
             def end(task: object) -> None:
                 ended.append(task)
-                if len(ended) == 300:
+                if len(ended) == JOBS // 2:
                     servers[0].kill()
 
             background = [
-                client.add_task_background(append_line.name, storm.line(number), on_created=end)
-                for number in range(JOBS)
+                client.add_task_background(append_line.name, storm.line(number)) for number in range(JOBS)
             ]
-            foreground = [client.add_task("shout", b"text %d" % number) for number in range(JOBS)]
+            foreground = [
+                client.add_task("shout", b"text %d" % number, on_complete=end) for number in range(JOBS)
+            ]
             client.run_tasks(timeout=TIMEOUT, resubmit=resubmit)
         for number, task in enumerate(background):
             (storm.refused if task.error else storm.acknowledged).add(f"job {number}")
