@@ -647,7 +647,9 @@ class World:
         if job.slots is None and job.recorded:
             promise(row is not None, f"{handle!r} runs and is not in the store")
         if not self.shape.clock_jumps:
-            due = max(self.due.get(handle, 0.0), 0.0 if row is None else row.run_after)
+            # One that was replaced cannot know what its successor put off, nor can it write that it ran.
+            put_off = row.run_after if row is not None and self.holds(server) else 0.0
+            due = max(self.due.get(handle, 0.0), put_off)
             promise(due <= server.core.now, f"{handle!r} runs before its time")
         lease = self.database.leases[server.name]
         if lease.taken_over >= server.epoch:
