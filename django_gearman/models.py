@@ -147,6 +147,7 @@ class JobRecord(models.Model):
         verbose_name=_("job server"),
         null=True,
         blank=True,
+        db_constraint=False,  # whoever sets it has proved the lease in the same transaction
         db_index=False,  # job_owned serves it, without the history
         related_name="+",
     )

@@ -50,10 +50,9 @@ from django_gearman.server.journal import MemoryStore
 from django_gearman.server.submissions import LATEST
 from django_gearman.store import DatabaseStore
 from django_gearman.store.columns import bytes_of_unique, text_of, text_of_unique
-from django_gearman.store.database import LOOKED_UP
 from django_gearman.store.door import Door
 from django_gearman.store.lease import Lease
-from django_gearman.store.set_operations import BadRow
+from django_gearman.store.set_operations import BadRow, array
 
 from . import harness
 from .simulation.store import Database, Row, SimulatedStore
@@ -270,6 +269,13 @@ class TestClaim:
             b"other"
         ]
         assert [job.function for job in house.store.claim(10, {b"too full": 100}).jobs] == [b"full"]
+
+    def test_a_full_function_leaves_its_share_to_others(self, house: House) -> None:
+        for _ in range(6):
+            house.put(b"a full one")
+            house.put(b"other")
+        claimed = house.store.claim(6, {b"a full one": 100})
+        assert [job.function for job in claimed.jobs] == [b"other"] * 6
 
     def test_every_handle_is_another(self, house: House) -> None:
         for _ in range(3):
@@ -1567,8 +1573,7 @@ class TestCost:
         # Which are read once in a second.
         database.store._look_for_limits_at = float("inf")
         counts = []
-        # From so many on PostgreSQL is told how to find them.
-        for size in (LOOKED_UP, 300):
+        for size in (5, 300):
             for _ in range(size):
                 database.put()
             with CaptureQueriesContext(connection) as queries:
@@ -1674,6 +1679,35 @@ class TestPlans:
         for sql, plan in updates.items():
             assert "Seq Scan on django_gearman_jobrecord" not in plan, (sql, plan)
             assert "job_status" not in plan, (sql, plan)
+
+    @pytest.mark.parametrize(
+        ("kind", "values"),
+        [
+            ("varchar", []),
+            ("varchar", ["a", "b"]),
+            ("varchar", ["same", "same"]),
+            ("varchar", ["", "NULL", "null", "{a,b}", " a ", "é", "a,b"]),
+            ("varchar", ['"', "a"]),
+            ("varchar", ["\\", "a"]),
+            ("varchar", ['","', '\\"', "\\\\", "\n"]),
+            ("varchar", [None, None]),
+            ("varchar", [None, "NULL", ""]),
+            ("bytea", [b"", b"\x00\xff", b"\\x41"]),
+            ("bytea", [b"x", b"x"]),
+            ("bytea", [None, b"x"]),
+            ("bigint", [1, 1]),
+            ("bigint", [-1, 2**63 - 1, None]),
+            ("boolean", [True, False]),
+            ("timestamptz", [timezone.now(), timezone.now() - timedelta(days=1)]),
+            ("timestamptz", [timezone.now(), None]),
+        ],
+    )
+    def test_an_array_is_read_as_it_was(self, kind: str, values: list[Any]) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL alone takes arrays")
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT * FROM unnest(%s::{kind}[])", [array(values)])
+            assert [value for (value,) in cursor.fetchall()] == values
 
     def test_mysql_reads_no_history(self, database: DatabaseHouse) -> None:
         if connection.vendor != "mysql":

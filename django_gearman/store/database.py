@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from typing import Any, Final
+from typing import Any
 
 from django.db import DatabaseError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -21,13 +21,6 @@ from django.db.models import QuerySet
 from ..exceptions import StoreError
 from ..models import JobRecord
 from .statements import Statements
-
-LOOKED_UP: Final = 20
-"""Rows of one statement from which on it is worth another one to have PostgreSQL use the index."""
-
-_USE_INDEXES: Final = "SELECT " + ", ".join(
-    f"set_config('enable_{way}', 'off', true)" for way in ("seqscan", "hashjoin", "mergejoin")
-)
 
 
 class Database:
@@ -151,16 +144,6 @@ class Database:
             return
         with connection.cursor() as cursor:
             cursor.executemany(sql, rows)
-
-    def look_up(self, rows: int) -> None:
-        """
-        Find so many rows by their keys, to the end of the transaction.
-
-        A queue grows and shrinks within seconds. What PostgreSQL knows of the
-        table is older than that, and it would rather read all of it.
-        """
-        if rows >= LOOKED_UP and self.connection.vendor == "postgresql":
-            self.execute(_USE_INDEXES, [])
 
     @cached_property
     def sql(self) -> Statements:

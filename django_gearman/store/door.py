@@ -117,9 +117,11 @@ class Door:
         self._first_function = ready[-1] if look.more else ""
         due = self._functions_due(now, look)
         names = [*ready, *(name for name in due if name not in ready)]
-        share = max(1, limit // max(len(names), 1))
+        # Of those that the server has enough of there is little to take: the others get their share.
+        names.sort(key=lambda name: name.encode() not in full)
         budget = CLAIM_BYTES
-        for name in names:
+        for number, name in enumerate(names):
+            share = max(1, (limit - len(look.rows)) // (len(names) - number))
             above = full.get(name.encode(), -1000)
             crowd = crowded.get(name.encode())
             rows = []
@@ -215,11 +217,13 @@ class Door:
             # Those that are ready have the order of their ids, whatever the clocks said.
             ready_at = max(ready_at if job.priority == priority else 0.0, seconds_of(enqueued_at))
             priority = job.priority
-            if status == READY:
-                # Its time has come, whatever it was.
-                rows.append(DoorRow(id, size, job._replace(run_after=0.0), ready_at, group))
-            else:
+            if status != READY:
                 rows.append(DoorRow(id, size, job, job.run_after, group))
+                continue
+            if job.run_after:
+                # Its time has come, whatever it was.
+                job = job._replace(run_after=0.0)
+            rows.append(DoorRow(id, size, job, ready_at, group))
         return rows
 
     def count(self) -> dict[tuple[bytes, int], Waiting]:
@@ -290,7 +294,6 @@ class Door:
         jobs = {row.id: row.job for row in rows}
         ids = [array(list(jobs))] if self._db.connection.vendor == "postgresql" else jobs
         parameters: list[Any] = [self._row_prefix, self._lease.id, self._lease.epoch, status, *ids]
-        self._db.look_up(len(jobs))
         taken = self._db.change(self._db.sql.take(len(jobs)), parameters)
         if taken < len(rows):
             still_ours = self._ours(jobs)

@@ -103,7 +103,6 @@ class SetOperations:
             # Not an index of the server: it finds far more rows than one.
             f"WHERE t.{column('handle')} = v.handle AND {self._mine} IS TRUE"
         )
-        self._db.look_up(len(handles))
         self._change(sql, [*map(array, [handles, *columns]), self._lease.id])
 
     def _update_by_join(self, names: Sequence[str], handles: list[str], rows: list[tuple[Any, ...]]) -> None:
@@ -285,6 +284,20 @@ def _a_hundred(marks: str) -> str:
 
 def array(values: Sequence[Any]) -> str:
     """PostgreSQL's text of an array. The driver asks for the type of each element, and is slower by far."""
+    first = values[0] if values else None
+    if values.count(first) == len(values):
+        return f"{{{','.join([_element(first)] * len(values))}}}"
+    # Of one type they are joined without a look at each of them.
+    kinds = set(map(type, values))
+    if kinds == {bytes}:
+        digits = '","\\\\x'.join(map(bytes.hex, values))
+        return f'{{"\\\\x{digits}"}}'
+    if kinds == {datetime}:
+        return f"{{{','.join(map(datetime.isoformat, values))}}}"
+    if kinds == {str}:
+        texts = '","'.join(values)
+        if "\\" not in texts and texts.count('"') == 2 * (len(values) - 1):
+            return f'{{"{texts}"}}'
     return f"{{{','.join(map(_element, values))}}}"
 
 

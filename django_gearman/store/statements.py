@@ -231,6 +231,13 @@ class Statements:
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
+        if is_postgres:
+            # A queue grows and shrinks within seconds. What PostgreSQL knows of the table is older than
+            # that, and it would rather read all of it than look rows up by their keys.
+            ways = (
+                f"set_config('enable_{way}', 'off', true)" for way in ("seqscan", "hashjoin", "mergejoin")
+            )
+            self.renew += f" RETURNING {', '.join(ways)}"
 
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""

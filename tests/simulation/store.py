@@ -480,12 +480,12 @@ class SimulatedStore:
                     ready.setdefault(row.function, []).append(row)
                 elif row.run_after <= wall:
                     due.setdefault(row.function, []).append(row)
-        names = sorted({*ready, *due})
-        share = max(1, limit // max(len(names), 1))
+        names = sorted({*ready, *due}, key=lambda name: (name not in full, name))
         taken: list[Row] = []
         emptied: set[bytes] = set()
         more = False
-        for name in names:
+        for number, name in enumerate(names):
+            share = max(1, (limit - len(taken)) // (len(names) - number))
             above = full.get(name, -1000)
             at = 0.0
             priority = None
