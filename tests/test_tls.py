@@ -448,10 +448,11 @@ class TestStream:
             sock.sendall(b"status\n")
             assert sock.recv(100) == b".\n"
 
-    def test_peer_that_does_not_read_is_closed_above_the_hard_limit(
+    def test_peer_that_does_not_read_is_closed(
         self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with serving(files.server(), loop_factory, output_soft=2**16, output_hard=2**18) as place:
+        limits = {"output_soft": 2**16, "output_hard": 2**18, "stuck": 0.1}
+        with serving(files.server(), loop_factory, **limits) as place:
             worker, client = place.connect(files.client()), place.connect(files.client())
             with worker, client:
                 worker.sendall(encode_request(P.CAN_DO, b"f"))

@@ -93,7 +93,13 @@ class TransportLimits:
     """Bytes waiting to be sent to a peer above which nothing more is read from it."""
 
     output_hard: int = 32 * 1024 * 1024
-    """Bytes waiting to be sent to a peer above which it is closed."""
+    """Bytes waiting to be sent to a peer above which it is closed when it takes nothing for ``stuck``."""
+
+    output_total: int = 256 * 1024 * 1024
+    """Bytes waiting to be sent to all peers above which the one is closed for which the most waits."""
+
+    stuck: float = 10.0
+    """Seconds in which a peer takes something of what is sent to it, when much waits."""
 
     incomplete: float = 30.0
     """Seconds that a packet may take to arrive; a connection between packets may be idle for ever."""
@@ -120,14 +126,31 @@ class TransportLimits:
 class Connection(asyncio.Protocol):
     """One socket: feeds the reader, and the core from it."""
 
-    __slots__ = ("_ahead", "_blocked", "_reader", "_server", "_stale", "_transport", "peer")
+    __slots__ = (
+        "_ahead",
+        "_blocked",
+        "_handed",
+        "_reader",
+        "_server",
+        "_stale",
+        "_taken",
+        "_taken_at",
+        "_transport",
+        "peer",
+    )
 
     def __init__(self, server: GearmanServer) -> None:
         self._server = server
         limits = server.limits
         self._reader = PacketReader(REQUEST, max_body=limits.max_packet, max_line=limits.max_line)
         self._blocked = False
-        """Whether the peer does not take what it is sent."""
+        """Whether the peer does not take what it is sent. Then what follows is told."""
+        self._handed = 0
+        """Bytes that waited to be sent, or came to be, since it is so."""
+        self._taken = 0
+        """Bytes of these that it had taken when it was last looked at."""
+        self._taken_at = 0.0
+        """When it was last seen to have taken more."""
         self._ahead = False
         """Whether the peer has submitted more than the store can take for now; nothing is read from it."""
         self._stale: float | None = None
@@ -143,7 +166,8 @@ class Connection(asyncio.Protocol):
             if self._server.limits.keepalive is not None:
                 self._server.limits.keepalive.watch(sock)
         name = transport.get_extra_info("peername")
-        address = name[0] if isinstance(name, tuple) else "unix"
+        # One that is gone already has no name, and is nobody of ours.
+        address = name[0] if isinstance(name, tuple) else "unix" if sock.family == socket.AF_UNIX else "?"
         limits = self._server.limits
         self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
         self.peer = self._server.core.connected(sock.fileno(), address, self)
@@ -244,7 +268,10 @@ class Connection(asyncio.Protocol):
         self._stale = self._server.loop.time() + self._server.limits.incomplete
 
     def close_if_stale(self, now: float) -> None:
-        """Close a connection whose packet does not come to its end, or that does not take its last output."""
+        """Close a connection that does not take its output, or whose packet does not come to its end."""
+        if self._blocked and self._is_stuck(now):
+            self.drop("it does not take what it is sent")
+            return
         if self._stale is None or now < self._stale:
             return
         if self._transport.is_closing():
@@ -263,22 +290,46 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport.is_closing():
             return
-        transport.write(b"".join(output))
+        data = b"".join(output)
+        if self._blocked:
+            self._handed += len(data)
+        transport.write(data)
         if self._ahead:
             line = self.peer.line
             if line is None or len(line) <= self._server.limits.unanswered // 2:
                 self._ahead = False
                 self._server.loop.call_soon(self._go_on)
-        if self._blocked and transport.get_write_buffer_size() > self._server.limits.output_hard:
-            logger.warning("Connection of %s closed: it does not take what it is sent", self.peer.address)
-            transport.abort()
+        if self._blocked and self.unsent > self._server.limits.output_hard:
+            self._server.bound_output()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._transport.get_write_buffer_size()
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether much waits, and the peer has taken nothing of it for long. A slow one is none of these."""
+        unsent = self.unsent
+        taken = self._handed - unsent
+        if taken > self._taken:
+            self._taken, self._taken_at = taken, now
+        limits = self._server.limits
+        return unsent > limits.output_hard and now - self._taken_at >= limits.stuck
+
+    def drop(self, reason: str) -> None:
+        """Close at once, and throw away what waits to be sent."""
+        logger.warning("Connection of %s closed: %s", self.peer.address, reason)
+        self._transport.abort()
 
     def pause_writing(self) -> None:
         self._blocked = True
+        self._handed, self._taken, self._taken_at = self.unsent, 0, self._server.loop.time()
+        self._server.blocked.add(self)
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._server.blocked.discard(self)
         # The rest of a packet could not be read meanwhile.
         self._stale = None
         self._go_on()
@@ -400,6 +451,7 @@ class HTTPConnection(Connection):
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._server.blocked.discard(self)
         self._go_on()
 
     def close(self) -> None:
@@ -451,6 +503,8 @@ class GearmanServer:
         self.limits = limits or TransportLimits()
         self.http_hosts = http_hosts
         self.connections: set[Connection] = set()
+        self.blocked: set[Connection] = set()
+        """Those that do not take what they are sent."""
         self.loop: asyncio.AbstractEventLoop
         self.metrics: Page
         self._store = store
@@ -612,6 +666,7 @@ class GearmanServer:
     def forget(self, connection: Connection) -> None:
         """A connection is gone."""
         self.connections.discard(connection)
+        self.blocked.discard(connection)
         if self._emptied is not None and not self.connections:
             self._emptied.set()
 
@@ -639,6 +694,7 @@ class GearmanServer:
             core.clock = now
             for connection in list(self.connections):
                 connection.close_if_stale(now)
+            self.bound_output()
             core.tick()
             core.serve_woken()
             self._journal.refuse_overdue()
@@ -703,6 +759,15 @@ class GearmanServer:
     def _late_turn(self) -> None:
         self._late_turn_scheduled = False
         self._turn()
+
+    def bound_output(self) -> None:
+        """While too much waits to be sent to all together, close the connection for which the most does."""
+        while sum(connection.unsent for connection in self.blocked) > self.limits.output_total:
+            largest = max(self.blocked, key=lambda connection: connection.unsent)
+            waiting = largest.unsent / 2**20
+            # Not again before the loop has forgotten it.
+            self.blocked.discard(largest)
+            largest.drop(f"{waiting:.0f} MiB wait to be sent to it, and it takes them too slowly")
 
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""

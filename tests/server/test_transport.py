@@ -349,9 +349,14 @@ class TestMalformedInput:
 class TestLimits:
     """DESIGN section 6."""
 
+    @pytest.mark.parametrize(
+        "limits",
+        [{"output_hard": 2**18, "stuck": 0.05}, {"output_hard": 2**18, "output_total": 2**20}],
+        ids=["stuck", "total"],
+    )
     @in_a_loop
-    async def test_peer_that_does_not_take_its_output_is_closed_above_the_hard_limit(self):
-        async with hall(output_soft=2**16, output_hard=2**18) as place:
+    async def test_peer_that_does_not_take_its_output_is_closed(self, quick_ticks, limits: dict[str, float]):
+        async with hall(output_soft=2**16, **limits) as place:
             worker, client = await place.worker(b"f"), await place.connect(receive_buffer=2**14)
             client.writer.transport.pause_reading()
             client.say(P.SUBMIT_JOB, b"f", b"", b"")
@@ -364,6 +369,43 @@ class TestLimits:
                     assert await worker.ask(P.ECHO_REQ, b"going on") == (P.ECHO_RES, [b"going on"])
             (left,) = connections
             assert left.peer.abilities
+            assert not place.server.blocked
+
+    @in_a_loop
+    async def test_packet_above_the_hard_limit_arrives(self, quick_ticks):
+        async with hall(output_soft=2**16, output_hard=2**18) as place:
+            worker, client = await place.worker(b"f"), await place.connect(receive_buffer=2**14)
+            data = b"x" * 2**23
+            client.say(P.SUBMIT_JOB, b"f", b"", data)
+            await until(lambda: len(place.server.core.jobs) == 1)
+            kind, arguments = await worker.ask(P.GRAB_JOB)
+            assert (kind, arguments[-1]) == (P.JOB_ASSIGN, data)
+            worker.say(P.WORK_COMPLETE, handle(1), data)
+            assert await client.hear(2) == [
+                (P.JOB_CREATED, [handle(1)]),
+                (P.WORK_COMPLETE, [handle(1), data]),
+            ]
+
+    @in_a_loop
+    async def test_peer_that_takes_its_output_slowly_stays(self, monkeypatch):
+        monkeypatch.setattr(transport_module, "TICK", 600.0)
+        async with hall(output_soft=2**16, output_hard=2**18, stuck=10.0) as place:
+            # What it does not ask for it does not take, but for a little.
+            client = await place.connect(receive_buffer=2**14)
+            client.say(P.ECHO_REQ, b"x" * 2**23)
+            await until(lambda: len(place.server.blocked) == 1)
+            (blocked,) = place.server.blocked
+            now = place.server.loop.time()
+            unsent, taken = blocked.unsent, 0
+            assert not blocked._is_stuck(now + 9)
+            assert blocked._is_stuck(now + 20)
+            async with asyncio.timeout(LIMIT):
+                while blocked.unsent == unsent:
+                    taken += len(await client.reader.read(2**16))
+                assert blocked.unsent > 2**18
+                assert not blocked._is_stuck(now + 20)
+                await client.reader.readexactly(2**23 + 12 - taken)
+            await until(lambda: not place.server.blocked)
 
     @in_a_loop
     async def test_peer_that_does_not_take_its_output_is_not_read_above_the_soft_limit(self):

@@ -323,6 +323,8 @@ def _limits(options: dict[str, Any], settings: conf.GearmanSettings) -> Transpor
         )
     return TransportLimits(
         max_packet=settings.max_packet,
+        # Of a few of the largest packets, whatever these are.
+        output_total=max(TransportLimits.output_total, 4 * settings.max_packet),
         max_connections=min(most, room) if wanted is None else room,
         backlog=options["backlog"],
         keepalive=keepalive,
