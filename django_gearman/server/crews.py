@@ -109,6 +109,10 @@ class Crews:
         peer.crew = token[:MAX_TOKEN]
 
     def _lead(self, peer: Peer, token: bytes) -> None:
+        if not token:
+            # Of none are all workers without a crew: nobody speaks for those.
+            self._server.refuse(peer, b"UNKNOWN_OPTION", b"Server does not recognize given option")
+            return
         peer.crew = token[:MAX_TOKEN]
         self._leads[peer.crew] = peer
         self._server.send(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))

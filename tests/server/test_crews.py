@@ -107,9 +107,18 @@ class TestLost:
     def test_strangers_are_not_heard(self, wire: Wire, word: bytes) -> None:
         worker = member(wire)
         grab(worker)
-        for stranger in (lead(wire, b"other"), member(wire), lead(wire, b"")):
+        for stranger in (lead(wire, b"other"), member(wire)):
             stranger(P.OPTION_REQ, word)
             assert state(wire) == "running"
+
+    @pytest.mark.parametrize("word", [b"lost " + HANDLE + b" x", b"return " + HANDLE])
+    def test_nobody_speaks_for_workers_without_a_crew(self, wire: Wire, word: bytes) -> None:
+        worker, stranger = wire.worker(b"f"), wire.connect()
+        grab(worker)
+        stranger(P.OPTION_REQ, ATTEMPTS)
+        assert stranger(P.OPTION_REQ, b"lead ")[0][:2] == (P.ERROR, b"UNKNOWN_OPTION")
+        stranger(P.OPTION_REQ, word)
+        assert state(wire) == "running"
 
     def test_who_does_not_speak_of_attempts_hears_that_it_is_no_option(self, wire: Wire) -> None:
         for word in (b"crew t", b"lead t", b"lost H x", b"return H", b"resume 1 H"):
