@@ -10,14 +10,16 @@ caller's affair; how it is run, and interrupted, is ``pool``'s.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import select
 import socket
 import ssl
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from time import monotonic, sleep
 from typing import Any, Final
@@ -380,7 +382,7 @@ class Worker:
 
     def _is_stopping(self) -> bool:
         if not self._stopping and self._control is not None:
-            self._stopping = bool(select.select([self._control], [], [], 0)[0])
+            self._stopping = bool(_wait([self._control], [], 0.0)[0])
         return self._stopping
 
     def _is_done(self) -> bool:
@@ -499,7 +501,7 @@ class Worker:
         now = monotonic()
         try:
             stuck = [link.connection for link in self._links if link.is_stuck and link.connection]
-            ready, takes, _ = select.select(watched, stuck, [], max(0.0, min(until - now, RECHECK)))
+            ready, takes = _wait(watched, stuck, max(0.0, min(until - now, RECHECK)))
         except OSError as error:
             # A job has closed a descriptor that was not its own.
             for link in self._links:
@@ -836,6 +838,36 @@ class _Pump:
             sleep(GATHER)
             if self._worker.flush_aside():
                 self._wanted.set()
+
+
+def _wait(
+    watched: list[Connection | socket.socket | int], stuck: list[Connection], seconds: float
+) -> tuple[list[Any], list[Any]]:
+    """Those of which something can be read, and those that take something, as soon as there are any."""
+    try:
+        return select.select(watched, stuck, [], seconds)[:2]
+    except ValueError:
+        # It takes no descriptor above 1,023, of which the jobs may have opened many.
+        if not hasattr(select, "poll"):
+            raise
+    poll = select.poll()
+    wanted: dict[int, int] = {}
+    for things, event in ((watched, select.POLLIN), (stuck, select.POLLOUT)):
+        for thing in things:
+            number = thing if isinstance(thing, int) else thing.fileno()
+            wanted[number] = wanted.get(number, 0) | event
+    for number, events in wanted.items():
+        poll.register(number, events)
+    found = dict(poll.poll(seconds * 1000))
+    if any(events & select.POLLNVAL for events in found.values()):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def ready(things: Iterable[Any], event: int) -> list[Any]:
+        event |= select.POLLHUP | select.POLLERR
+        numbers = ((thing, thing if isinstance(thing, int) else thing.fileno()) for thing in things)
+        return [thing for thing, number in numbers if found.get(number, 0) & event]
+
+    return ready(watched, select.POLLIN), ready(stuck, select.POLLOUT)
 
 
 def _attempt(told: bytes) -> tuple[int, int]:

@@ -61,6 +61,9 @@ ABORT_LIMIT: Final = 1.0
 RELOAD_STEP: Final = 1.0
 """Seconds in which a child of the old code ends before the next is asked to."""
 
+FORK_PAUSE: Final = 1.0
+"""Seconds after which a process is started again that the system had no room for."""
+
 TRIAL_LIMIT: Final = 120.0
 """Seconds in which new code shows that it can be loaded."""
 
@@ -201,6 +204,8 @@ class Supervisor:
         """When a process is killed that was told to abort."""
         self._trial_pid: int | None = None
         self._trial_until = math.inf
+        self._try_again = False
+        """Whether there is newer code than what is being tried."""
         self._old: list[_Child] = []
         """Children of the old code that were not yet asked to finish."""
         self._next_old_at = 0.0
@@ -338,7 +343,15 @@ class Supervisor:
         row.clear()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # Too many processes, or too little memory, for now: the others have jobs in hand.
+            os.close(control_read)
+            os.close(control_write)
+            logger.error("No process could be started (%s); trying again in %g s", error, FORK_PAUSE)
+            self._start_at[slot] = monotonic() + FORK_PAUSE
+            return
         if pid == 0:
             os.close(control_write)
             self._be_child(slot, control_read, row)
@@ -488,6 +501,7 @@ class Supervisor:
         if now >= self._trial_until:
             logger.error("The new code does not start within %g s; going on with the old", TRIAL_LIMIT)
             self._end_trial()
+            self._go_on_with_old()
         if self._old and now >= self._next_old_at:
             self._next_old_at = now + RELOAD_STEP
             self._old.pop(0).finish()
@@ -575,7 +589,11 @@ class Supervisor:
     # New code.
 
     def _begin_reload(self) -> None:
-        if self._kill_at is not None or self._trial_pid is not None:
+        if self._kill_at is not None:
+            return
+        if self._trial_pid is not None:
+            # What it has read may be older.
+            self._try_again = True
             return
         if self._trial is None:
             logger.warning("There is no other code to load")
@@ -584,8 +602,15 @@ class Supervisor:
         self._notifier.reloading()
         sys.stdout.flush()
         sys.stderr.flush()
+        environment = os.environ | self._trial_environment
+        try:
+            self._trial_pid = os.posix_spawn(self._trial[0], self._trial, environment)
+        except OSError as error:
+            # Such as an interpreter that is being replaced.
+            logger.error("The new code cannot be tried (%s); going on with the old", error)
+            self._go_on_with_old()
+            return
         self._trial_until = monotonic() + TRIAL_LIMIT
-        self._trial_pid = os.posix_spawn(self._trial[0], self._trial, os.environ | self._trial_environment)
 
     def _end_trial(self) -> None:
         if self._trial_pid is not None:
@@ -604,7 +629,7 @@ class Supervisor:
             return
         if code != 0 or self._replace is None:
             logger.error("The new code does not start (status %d, see above); going on with the old", code)
-            self._notifier.ready()
+            self._go_on_with_old()
             return
         logger.info("The new code takes over; %d processes finish their job first", len(self._children))
         # One that comes now is the other's.
@@ -614,6 +639,12 @@ class Supervisor:
         except OSError as error:
             logger.error("The new code cannot take over (%s); going on with the old", error)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    def _go_on_with_old(self) -> None:
+        self._notifier.ready()
+        if self._try_again:
+            self._try_again = False
+            self._begin_reload()
 
     def _hand_over(self) -> str:
         """The children, as whoever takes this program's place finds them."""

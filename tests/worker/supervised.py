@@ -3,10 +3,12 @@ A program with nothing but a ``Supervisor``, for tests of processes and signals.
 
     python -m tests.worker.supervised WORK FOLDER PROCESSES[..MOST] GRACE
 
-Children leave a file ``SLOT.PID`` in the folder as they begin and ``SLOT.PID.done`` as
-they end; ``WORK`` is a function of this file.
+In the folder, ``trial`` is the program that tries new code, ``changed`` says that there is some,
+and while ``no room`` is there no process can be started. Children leave a file ``SLOT.PID`` in the
+folder as they begin and ``SLOT.PID.done`` as they end; ``WORK`` is a function of this file.
 """
 
+import errno
 import logging
 import math
 import os
@@ -147,8 +149,33 @@ def main() -> None:
     low, _, high = processes.partition("..")
     group = supervisor.Group(partial(work, name, Path(folder)), int(low), int(high or low))
     supervisor.CANCEL_GRACE = 0.3
-    spokesman = Canceller(Path(folder))
-    end = supervisor.Supervisor([group], grace=float(grace), spokesman=spokesman).run()
+    supervisor.FORK_PAUSE = 0.05
+    supervisor.TICK = 0.02
+    changed, no_room, fork = Path(folder, "changed"), Path(folder, "no room"), os.fork
+
+    def has_changed() -> bool:
+        if not changed.exists():
+            return False
+        changed.unlink()
+        return True
+
+    def fork_if_there_is_room() -> int:
+        if no_room.exists():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    def replace(children: str) -> None:
+        raise OSError("it is only shown")
+
+    os.fork = fork_if_there_is_room
+    end = supervisor.Supervisor(
+        [group],
+        grace=float(grace),
+        spokesman=Canceller(Path(folder)),
+        trial=[f"{folder}/trial"],
+        replace=replace,
+        code_changed=has_changed,
+    ).run()
     print(f"killed {end.killed}", flush=True)
 
 

@@ -75,6 +75,24 @@ class TestJobs:
                 assert client.do("reverse", b"a%d" % number, timeout=30) == (b"a%d" % number)[::-1]
         assert worker.jobs_done == 500
 
+    def test_connection_whose_descriptor_is_above_1023(
+        self, server: harness.GearmanServerProcess, client: Client
+    ) -> None:
+        resource = pytest.importorskip("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < 2048:
+            pytest.skip(f"the system gives {hard} descriptors only")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+        opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        try:
+            with harness.worker_thread({"reverse": reverse}, server):
+                for number in range(10):
+                    assert client.do("reverse", b"a%d" % number, timeout=30) == (b"a%d" % number)[::-1]
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
     def test_a_job_as_large_as_allowed(self, server: harness.GearmanServerProcess) -> None:
         """The server adds a handle to what the client was allowed to send."""
         function, unique = "f" * 500, "u" * 250

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +81,23 @@ class Program:
         return code
 
     def go_on(self) -> None:
-        (self._folder / "go on").touch()
+        self.leave("go on")
+
+    def leave(self, name: str) -> None:
+        """An empty file, for the program to see."""
+        (self._folder / name).touch()
+
+    def take_away(self, name: str) -> None:
+        (self._folder / name).unlink()
+
+    def has(self, name: str) -> bool:
+        return (self._folder / name).exists()
+
+    def write_trial(self, script: str) -> None:
+        """What the program does to try new code; lines of a shell, in the folder."""
+        trial = self._folder / "trial"
+        trial.write_text(f"#!/bin/sh\ncd {shlex.quote(str(self._folder))}\n{script}\n")
+        trial.chmod(0o755)
 
 
 Start = Callable[..., Program]
@@ -226,6 +243,46 @@ class TestReplace:
         assert re.findall(r"another starts in ([\d.]+) s", program.log) == ["0", "0"]
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
+
+    def test_when_there_is_room_again(self, start: Start) -> None:
+        program = start("idle")
+        first, second = program.wait_for_children(2)
+        program.leave("no room")
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: "No process could be started" in program.log)
+        assert program.children() == [second]
+        program.take_away("no room")
+        program.wait_for_children(2)
+        assert second in program.children()
+
+
+class TestNewCode:
+    """In place of the program, whoever takes over only says so."""
+
+    def test_that_cannot_even_be_tried(self, start: Start) -> None:
+        program = start("idle")
+        children = program.wait_for_children(2)
+        program.signal(signal.SIGHUP)
+        wait_until(lambda: "The new code cannot be tried" in program.log)
+        program.write_trial("exit 0")
+        program.signal(signal.SIGHUP)
+        wait_until(lambda: "The new code takes over" in program.log)
+        assert sorted(program.children()) == sorted(children)
+
+    def test_that_is_mended_while_it_is_tried(self, start: Start) -> None:
+        program = start("idle")
+        program.wait_for_children(2)
+        program.write_trial(
+            "test -e good; code=$?; touch tried; until [ -e end ]; do sleep 0.01; done; exit $code"
+        )
+        program.leave("changed")
+        wait_until(lambda: program.has("tried"))
+        program.leave("good")
+        program.leave("changed")
+        wait_until(lambda: program.log.count("The code has changed") == 2)
+        program.leave("end")
+        wait_until(lambda: "The new code takes over" in program.log)
+        assert "The new code does not start" in program.log
 
 
 class TestRange:
