@@ -232,7 +232,7 @@ class AdminClient:
         """
         End a job that waits or runs; its clients are told that it failed.
 
-        A worker that runs it is not told. gearmand keeps such a job until it ends.
+        A worker that runs it is told by our server, if it is ours. gearmand keeps such a job until it ends.
 
         Raises:
             ServerError: There is no such job: ``code`` is ``UNKNOWN_JOB``.

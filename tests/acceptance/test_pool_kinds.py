@@ -209,6 +209,10 @@ class TestChoice:
             assert jobs.add.name in rest
             assert not {leave_trace.name, pools.encode.name} & rest
             assert pools.encode.enqueue("film").get(timeout=30) in worker.children()
+        # When a process is replaced is not whom it serves.
+        command = ["gearman_worker", "--max-jobs", "1000", "--max-memory", "900"]
+        with harness.ManagedProcess(command, started="rest: 1 to 3", env=env):
+            harness.wait_until(lambda: len(self.names(site_server)) == 3, 60.0)
         worker = harness.ManagedProcess(["gearman_worker", "--group", "video"], started="serve", env=env)
         with worker:
             harness.wait_until(lambda: self.names(site_server) == [{pools.encode.name}] * 2, 60.0)

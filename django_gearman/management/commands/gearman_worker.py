@@ -268,7 +268,8 @@ class Command(BaseCommand):
                 raise CommandError(
                     f"WORKERS has no group {', '.join(map(repr, unknown))}. Known are: {known}."
                 )
-        if settings.workers and (options["group"] or not given):
+        # When a process is replaced is not whom it serves.
+        if settings.workers and (options["group"] or not given.keys() - {"max_jobs", "max_memory"}):
             chosen = options["group"] or list(settings.workers)
             shared = {
                 name: value
