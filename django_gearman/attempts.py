@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections, connections, reset_queries
+from django.db.backends.signals import connection_created
 from django.dispatch import Signal
 
 from . import conf, logs, signals, tracing
@@ -175,7 +176,7 @@ def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
     loop: asyncio.AbstractEventLoop | None = getattr(_kept, "loop", None)
     if loop is None:
         loop = _kept.loop = asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
+    task = loop.create_task(_tended(coroutine))
     try:
         return loop.run_until_complete(task)
     except BaseException:
@@ -183,7 +184,47 @@ def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
             # The loop was interrupted: the function is to hear of it, too.
             task.cancel()
             loop.run_until_complete(asyncio.wait([task]))
+            # Of what was interrupted before its first step nothing was awaited.
+            coroutine.close()
         raise
+
+
+async def _tended(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Await an ``async def``, with the connections tended that its ``sync_to_async`` uses."""
+    if _opened_beside.is_set():
+        await sync_to_async(_tend_beside)()
+    try:
+        value = await coroutine
+    except Exception:
+        if _opened_beside.is_set():
+            await sync_to_async(_tend_beside)()
+        raise
+    # What was interrupted may be at a query still, for which nobody is to wait: the next one tends.
+    if _opened_beside.is_set():
+        await sync_to_async(_tend_beside)()
+    return value
+
+
+_opened_beside = threading.Event()
+"""
+Set while the thread of ``sync_to_async`` may have an open connection to a database.
+
+To change threads takes longer than many a job: it is not done for nothing.
+"""
+
+
+def _note_connection(**kwargs: object) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        _opened_beside.set()
+
+
+connection_created.connect(_note_connection)
+
+
+def _tend_beside() -> None:
+    _tend_connections()
+    if all(connection.connection is None for connection in connections.all(initialized_only=True)):
+        _opened_beside.clear()
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:

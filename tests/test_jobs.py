@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from asgiref.sync import SyncToAsync, sync_to_async
 from django.contrib.auth.models import User
-from django.db import connection, transaction
+from django.db import OperationalError, connection, connections, transaction
 from django.utils import timezone
 
 from django_gearman import JobContext, JobResult, job, rows
@@ -30,6 +31,7 @@ from django_gearman.exceptions import (
     JobNotFinished,
     JobResultDoesNotExist,
     JobResultMismatch,
+    JobTimedOut,
     ResponseTimeout,
     Retry,
     WaitInTransaction,
@@ -899,9 +901,82 @@ class TestDatabaseConnections:
         assert perform_assigned(made, Reports(b'{"args": [], "kwargs": {}}')) == b"0"
         assert connection.connection is None
 
+    def test_those_of_an_async_job_too(self, registry: dict[str, Any]) -> None:
+        """They belong to the thread of ``sync_to_async``."""
+        made = job(name="acount")(acount_users)
+        assert perform_assigned(made, Reports(b'{"args": [], "kwargs": {}}')) == b"0"
+        assert asyncio.run(sync_to_async(lambda: connection.connection)()) is None
+        failing = job(name="acount and fail")(acount_users_and_fail)
+        with pytest.raises(ValueError, match="after its query"):
+            perform_assigned(failing, Reports(b'{"args": [], "kwargs": {}}'))
+        assert asyncio.run(sync_to_async(lambda: connection.connection)()) is None
+
+    def test_nobody_waits_for_what_an_interrupted_job_left_there(self, registry: dict[str, Any]) -> None:
+        made = job(name="leave busy")(leave_busy)
+        try:
+            with pytest.raises(JobTimedOut):
+                perform_assigned(made, Reports(b'{"args": [], "kwargs": {}}'))
+            is_free.set()
+            assert asyncio.run(sync_to_async(waits.pop)())
+            assert perform_assigned(job(name="acount")(acount_users), Reports(b'{"args": [], "kwargs": {}}'))
+            assert asyncio.run(sync_to_async(lambda: connection.connection)()) is None
+        finally:
+            is_free.set()
+            asyncio.run(sync_to_async(connections.close_all)())
+
+    def test_an_async_job_s_that_was_lost(
+        self, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As by a restart of the database: one job hears of it, the next gets another."""
+        if connection.vendor != "postgresql":
+            pytest.skip("ends its session as an administrator of PostgreSQL can")
+        monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", None)
+        made = job(name="acount")(acount_users)
+        envelope = b'{"args": [], "kwargs": {}}'
+        try:
+            assert perform_assigned(made, Reports(envelope)) == b"0"
+            asyncio.run(sync_to_async(end_session)())
+            with pytest.raises(OperationalError):
+                perform_assigned(made, Reports(envelope))
+            assert perform_assigned(made, Reports(envelope)) == b"0"
+        finally:
+            asyncio.run(sync_to_async(connections.close_all)())
+
 
 def count_users() -> int:
     return User.objects.count()
+
+
+async def acount_users() -> int:
+    return await User.objects.acount()
+
+
+async def acount_users_and_fail() -> None:
+    await User.objects.acount()
+    raise ValueError("after its query")
+
+
+is_free = threading.Event()
+waits: list[bool] = []
+
+
+async def leave_busy() -> None:
+    """As a job whose time is up while it makes a query that takes long."""
+    await User.objects.acount()
+    executor = SyncToAsync.single_thread_executor
+    asyncio.get_running_loop().run_in_executor(executor, lambda: waits.append(is_free.wait(30)))
+    raise JobTimedOut(1)
+
+
+def end_session() -> None:
+    """End the session of the thread's connection from another, as soon as that has happened."""
+    process: Any = connection.connection.info.backend_pid
+    other = connection.copy()
+    try:
+        with other.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s, 30000)", [process])
+    finally:
+        other.close()
 
 
 class TestThreads:
