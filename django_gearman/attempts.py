@@ -25,7 +25,7 @@ from django.dispatch import Signal
 from . import conf, logs, signals, tracing
 from .context import JobContext, Reports
 from .exceptions import Discard, JobCancelled, JobTimedOut, Retry
-from .jobs import Job, exponential
+from .jobs import Job, RunCoroutine, exponential
 from .models import JobRecord
 from .registry import registry
 from .results import JobResult
@@ -70,13 +70,18 @@ def perform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
         close_old_connections()
 
 
-def attempt_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
-    """Run an assigned job, on the database connections as they are."""
+def attempt_assigned(job: Job[Any, Any], assigned: Assigned, *, run: RunCoroutine | None = None) -> bytes:
+    """
+    Run an assigned job, on the database connections as they are.
+
+    Args:
+        run: Runs the coroutine of an ``async def``; None for the event loop of the thread, tended.
+    """
     attempt = _Attempt(job, assigned)
     with closing(attempt.context), logs.logging_as(attempt.context), attempt.traced():
         attempt.tell_start()
         try:
-            result = job.perform(assigned.workload, attempt.context, run=_run_on_kept_loop)
+            result = job.perform(assigned.workload, attempt.context, run=run or _run_on_kept_loop)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

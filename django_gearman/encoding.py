@@ -25,7 +25,7 @@ _MOST_BITS: Final = 14_000
 
 _EXCEPTION_KEYS: Final = ("exception", "message", "traceback")
 
-_OWN_FRAMES: Final = (f"{__package__}.", "asyncio.")
+_OWN_FRAMES: Final = (f"{__package__}.", "asyncio.", "asgiref.", "concurrent.futures.")
 """Modules whose frames tell a job's author nothing."""
 
 _REMEDIES: Final = {

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
@@ -460,7 +460,7 @@ class _Runner:
         error: BaseException | None = None
         with _kept_transactions() as broken:
             try:
-                result = attempt_assigned(job, assigned)
+                result = attempt_assigned(job, assigned, run=_run_in_transaction)
             except KeyboardInterrupt:
                 raise
             except BaseException as caught:  # whatever a job raises ends the job, not the test
@@ -493,6 +493,15 @@ class _Link:
 
     def listen(self) -> None:
         """Nobody cancels while a job runs: all is in one thread."""
+
+
+def _run_in_transaction(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run an ``async def`` whose queries are made here, in the test's thread and its transaction."""
+    return async_to_sync(_awaited)(coroutine)
+
+
+async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return await coroutine
 
 
 def _raising(error: BaseException) -> Callable[..., None]:

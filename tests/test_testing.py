@@ -52,6 +52,15 @@ def make_user(name: str) -> int:
     return User.objects.create(username=name).pk
 
 
+async def amake_user(name: str) -> list[str]:
+    await User.objects.acreate(username=name)
+    return [user.username async for user in User.objects.order_by("username")]
+
+
+async def fail_on_the_loop() -> None:
+    raise ValueError("from there")
+
+
 def make_user_twice(name: str) -> None:
     make_user(name)
     make_user(name)
@@ -282,6 +291,33 @@ class TestRun:
 
     def test_in_async_tests(self, gearman_jobs: GearmanJobs) -> None:
         assert async_to_sync(self.of_async_tests)(gearman_jobs) == [3]
+
+    def test_queries_of_an_async_job_are_of_the_transaction(self, gearman_jobs: GearmanJobs) -> None:
+        made = job(amake_user)
+        make_user("ann")
+        made.enqueue("bob")
+        (ended,) = gearman_jobs.run_all(check=True)
+        assert ended.return_value == ["ann", "bob"]
+        assert User.objects.count() == 2
+        made.enqueue("bob")
+        (ended,) = gearman_jobs.run_all()
+        assert ended.errors[0].exception_class_path == "django.db.utils.IntegrityError"
+        assert User.objects.count() == 2
+
+    def test_an_async_job_s_traceback_begins_with_it(self, gearman_jobs: GearmanJobs) -> None:
+        job(fail_on_the_loop).enqueue()
+        (ended,) = gearman_jobs.run_all()
+        assert ended.errors[0].traceback.splitlines()[1].endswith("in fail_on_the_loop")
+
+    async def of_async_tests_with_queries(self, gearman_jobs: GearmanJobs) -> list[str]:
+        await job(amake_user).aenqueue("bob")
+        (ended,) = await gearman_jobs.arun_all(check=True)
+        assert await User.objects.acount() == 1
+        return list(ended.return_value)
+
+    def test_queries_in_async_tests(self, gearman_jobs: GearmanJobs) -> None:
+        assert async_to_sync(self.of_async_tests_with_queries)(gearman_jobs) == ["bob"]
+        assert User.objects.count() == 1
 
     def test_queries_are_counted_still(
         self, gearman_jobs: GearmanJobs, django_assert_max_num_queries: Any
