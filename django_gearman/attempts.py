@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager, closing
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections, connections, reset_queries
@@ -31,6 +32,9 @@ from .registry import registry
 from .results import JobResult
 
 logger = logging.getLogger(__name__)
+
+MOST_PAUSE: Final = 10 * 365 * 86_400.0
+"""Seconds until the next attempt at the most, as the job server has it."""
 
 
 class Assigned(Reports, Protocol):
@@ -249,14 +253,18 @@ def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseExcept
     if 0 < budget <= assigned.attempt:
         return None
     if isinstance(error, Retry) and error.after is not None:
-        return max(error.after, 0.0)
+        return min(max(0.0, error.after), MOST_PAUSE)
     if job.backoff is None:
         return exponential(assigned.attempt)
     try:
         pause = job.backoff(error, _result_of(job, assigned))
         if isinstance(pause, timedelta):
             pause = pause.total_seconds()
-        return None if pause is None else max(float(pause), 0.0)
+        if pause is None:
+            return None
+        if not math.isfinite(pause):
+            raise ValueError(f"it must return seconds, a timedelta or None, not {pause!r}")
+        return min(max(float(pause), 0.0), MOST_PAUSE)
     except Exception:
         logger.exception("The backoff of %s failed; its default is taken", job.name)
         return exponential(assigned.attempt)

@@ -41,6 +41,7 @@ Imports nothing of ours. Each error carries its data as attributes and says in i
 sentence what can be done.
 """
 
+import math
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -410,14 +411,26 @@ class Retry(GearmanError):
     Args:
         message: Why; kept with the attempt.
         after: Seconds until the next attempt, or a timedelta; None for the job's ``backoff``.
+    Raises:
+        ValueError: ``after`` is no such number, or infinite.
     """
 
     def __init__(self, message: str = "", *, after: float | timedelta | None = None) -> None:
         super().__init__(message)
-        self.after = after.total_seconds() if isinstance(after, timedelta) else after
+        self.after = None if after is None else _seconds(after)
 
     def __str__(self) -> str:
         return str(self.args[0]) or "the job asked for another attempt"
+
+
+def _seconds(after: float | timedelta) -> float:
+    try:
+        seconds = after.total_seconds() if isinstance(after, timedelta) else float(after)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"after of Retry must be a number of seconds or a timedelta, not {after!r:.200}")
+    return seconds
 
 
 class Discard(GearmanError):

@@ -41,6 +41,7 @@ from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.registry import queue_of
 from django_gearman.registry import registry as of_the_process
+from django_gearman.server.core import LONGEST_RETRY
 from django_gearman.submission import client_for
 
 from .app import jobs
@@ -1038,6 +1039,32 @@ class TestAttempts:
         assert pause is not None
         assert 1.5 <= pause <= 2.5
         assert "The backoff of tests.test_jobs.plain failed" in caplog.text
+
+    @pytest.mark.parametrize("pause", [float("inf"), float("nan"), 10**400, "soon"])
+    def test_a_pause_without_an_end_is_told_and_the_default_taken(
+        self,
+        registry: dict[str, Any],
+        transactional_db: None,
+        caplog: pytest.LogCaptureFixture,
+        pause: Any,
+    ) -> None:
+        patient = job(max_attempts=9, backoff=lambda error, result: pause)(plain)
+        taken = pause_before_retry(patient, self.assigned(), OSError())
+        assert taken is not None
+        assert 1.5 <= taken <= 2.5
+        assert "The backoff of tests.test_jobs.plain failed" in caplog.text
+        with pytest.raises(
+            ValueError, match="after of Retry must be a number of seconds or a timedelta, not"
+        ):
+            Retry(after=pause)
+
+    @pytest.mark.parametrize("pause", [datetime.timedelta.max, 1e306])
+    def test_the_longest_pause(
+        self, registry: dict[str, Any], transactional_db: None, pause: float | datetime.timedelta
+    ) -> None:
+        patient = job(max_attempts=9, backoff=lambda error, result: pause)(plain)
+        assert pause_before_retry(patient, self.assigned(), OSError()) == LONGEST_RETRY
+        assert pause_before_retry(patient, self.assigned(), Retry(after=pause)) == LONGEST_RETRY
 
     def test_retry_without_a_number_has_those_of_the_setting(self, settings: Any) -> None:
         again = Retry(after=datetime.timedelta(minutes=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -242,6 +243,11 @@ class TestRun:
         (ended,) = gearman_jobs.run_all()
         assert (ended.id, ended.status, ended.attempts) == (result.id, "FAILED", 2)
         assert [error.message for error in ended.errors] == ["not now", "not now"]
+
+    def test_a_pause_without_an_end(self, gearman_jobs: GearmanJobs) -> None:
+        job(max_attempts=2, backoff=lambda error, result: math.inf)(fail_on_the_loop).enqueue()
+        (ended,) = gearman_jobs.run_all()
+        assert (ended.attempts, ended.errors[-1].message) == (2, "from there")
 
     def test_for_later(self, gearman_jobs: GearmanJobs) -> None:
         when = timezone.now() + timedelta(days=1)
