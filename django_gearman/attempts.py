@@ -133,9 +133,7 @@ class _Attempt:
     def tell_failure(self, error: BaseException) -> None:
         """Decide on another attempt, once and for all, and tell; inside of ``except``."""
         error = self._assigned.as_told(error)
-        pause = None
-        if self._assigned.may_return and not isinstance(error, JobCancelled):
-            pause = pause_before_retry(self._job, self._assigned, error)
+        pause = pause_after(self._job, self._assigned, error)
         self._assigned.decision = (pause,)
         if pause is None:
             self._tell(signals.job_finished, exception=error)
@@ -234,6 +232,13 @@ def _tend_beside() -> None:
     _tend_connections()
     if all(connection.connection is None for connection in connections.all(initialized_only=True)):
         _opened_beside.clear()
+
+
+def pause_after(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:
+    """``pause_before_retry`` for an error as it is told; None, too, where the server has no other attempt."""
+    if not assigned.may_return or isinstance(error, JobCancelled):
+        return None
+    return pause_before_retry(job, assigned, error)
 
 
 def pause_before_retry(job: Job[Any, Any], assigned: Assigned, error: BaseException) -> float | None:

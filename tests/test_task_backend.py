@@ -41,7 +41,7 @@ from tests import needs
 needs.module("django.tasks" if django.VERSION >= (6, 0) else "django_tasks")
 
 from django_gearman import JobContext, group, job
-from django_gearman.attempts import perform_assigned
+from django_gearman.attempts import aperform_assigned, perform_assigned
 from django_gearman.backends import (
     DummyBackend,
     GearmanBackend,
@@ -59,7 +59,7 @@ from django_gearman.backends import (
     task_finished,
     task_started,
 )
-from django_gearman.exceptions import InvalidGroup, JobFailed
+from django_gearman.exceptions import InvalidGroup, JobCancelled, JobFailed, JobTimedOut
 from django_gearman.models import JobRecord
 from django_gearman.registry import registry
 from django_gearman.testing import GearmanJobs
@@ -597,6 +597,40 @@ class TestSignals:
             ("finished", SUCCESSFUL, 3),
         ]
 
+    @with_options
+    @pytest.mark.django_db(transaction=True)
+    @pytest.mark.parametrize("name", ["be_cancelled", "be_cancelled_on_the_loop"])
+    def test_a_cancelled_task_ends_whatever_attempts_are_left(self, told: list[Any], name: str) -> None:
+        assigned: Any = Assigned()
+        assigned.error = JobCancelled()
+        found = registry[f"tests.app.tasks.{name}"]
+        perform: Any = async_to_sync(aperform_assigned) if found.is_async else perform_assigned
+        with pytest.raises((JobCancelled, asyncio.CancelledError)):
+            perform(found, assigned)
+        assert [(name, status) for name, _, status, _ in told] == [("started", RUNNING), ("finished", FAILED)]
+        assert assigned.decision == (None,)
+
+    @with_options
+    @pytest.mark.django_db(transaction=True)
+    def test_a_time_limit_is_told_as_such(self) -> None:
+        """On the loop, the function hears of it as of a cancellation."""
+        assigned: Any = Assigned()
+        assigned.error = JobTimedOut(3)
+        told: list[str] = []
+
+        def ended(task_result: Any, **kwargs: Any) -> None:
+            told.extend(error.exception_class_path for error in task_result.errors)
+
+        found: Any = registry["tests.app.tasks.be_cancelled_on_the_loop"]
+        assigned.attempt = found.max_attempts
+        task_finished.connect(ended)
+        try:
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(aperform_assigned(found, assigned))
+        finally:
+            task_finished.disconnect(ended)
+        assert told == ["django_gearman.exceptions.JobTimedOut"]
+
     def test_a_receiver_that_raises_costs_no_task(self, gearman_jobs: GearmanJobs) -> None:
         def careless(**kwargs: Any) -> None:
             raise RuntimeError("receiver")
@@ -645,9 +679,11 @@ class Assigned:
     handle, unique, workload = b"H:x:1.1", b"", b'{"args": [], "kwargs": {}}'
     attempt, max_attempts = 1, None
     takes_log, may_return, cancelled, decision = False, True, False, None
+    error: BaseException | None = None
+    """Why the worker interrupted it."""
 
     def as_told(self, error: BaseException) -> BaseException:
-        return error
+        return self.error or error
 
 
 def count_records() -> int:

@@ -23,7 +23,7 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
-from ..attempts import pause_before_retry
+from ..attempts import pause_after
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
@@ -178,10 +178,12 @@ class TaskJob(Job[Any, Any]):
 
     def _note_failure(self, context: JobContext, result: TaskResult[Any, Any], error: BaseException) -> bool:
         """Write into the result what was raised; whether that is its end."""
+        assigned: Any = context._reports
+        if assigned is not None:
+            error = assigned.as_told(error)
         told = exception_of(describe_exception(error))
         result.errors.append(TaskError(exception_class_path=told["exception"], traceback=told["traceback"]))
-        assigned: Any = context._reports
-        if getattr(assigned, "may_return", False) and pause_before_retry(self, assigned, error) is not None:
+        if assigned is not None and pause_after(self, assigned, error) is not None:
             object.__setattr__(result, "status", TaskResultStatus.READY)
             return False
         object.__setattr__(result, "status", TaskResultStatus.FAILED)

@@ -1,5 +1,6 @@
 """Tasks of ``django.tasks`` that the tests enqueue and workers of the acceptance tests run."""
 
+import asyncio
 import datetime
 import logging
 import os
@@ -12,6 +13,7 @@ import django
 
 from django_gearman import Discard
 from django_gearman.backends import TaskContext
+from django_gearman.exceptions import JobCancelled
 
 try:
     from django.tasks import task
@@ -135,6 +137,16 @@ if django.VERSION[:2] != (6, 0):
     @task(max_attempts=2, backoff=lambda error, result: datetime.timedelta(seconds=0.05))
     def fail_always() -> None:
         raise ValueError("again")
+
+    @task(max_attempts=2)
+    def be_cancelled() -> None:
+        """As a worker's main thread does it to a function."""
+        raise JobCancelled
+
+    @task(max_attempts=2)
+    async def be_cancelled_on_the_loop() -> None:
+        """As a worker's event loop does it to a function."""
+        raise asyncio.CancelledError
 
     @task(max_attempts=5)
     def discard() -> None:
