@@ -501,7 +501,7 @@ class Job(Generic[P, R]):
         if not inspect.iscoroutinefunction(self.function):
             return await sync_to_async(self.call)(*args, **kwargs)
         if self.takes_context:
-            return cast(R, await self.function(JobContext(), *args, **kwargs))
+            return cast(R, await self.function(JobContext(function=self.name), *args, **kwargs))
         return cast(R, await self.function(*args, **kwargs))
 
     def _stream(self, workload: bytes, unique: str, timeout: float) -> Generator[Part | Value[R], None, None]:

@@ -71,6 +71,14 @@ def with_context(context: JobContext, left: int) -> int:
     return left
 
 
+def name_of(context: JobContext) -> str:
+    return context.function
+
+
+async def aname_of(context: JobContext) -> str:
+    return context.function
+
+
 def without_context(left: int, context: JobContext) -> int:
     return left
 
@@ -214,6 +222,10 @@ class TestCall:
 
     def test_context(self) -> None:
         assert jobs.report(2) == [""]
+
+    def test_the_context_knows_the_function(self, registry: dict[str, Any]) -> None:
+        assert job(takes_context=True, name="named")(name_of).call() == "named"
+        assert asyncio.run(job(takes_context=True, name="anamed")(aname_of).acall()) == "anamed"
 
     def test_exceptions_pass(self) -> None:
         with pytest.raises(ValueError, match=r"^no$"):
