@@ -237,8 +237,7 @@ class GearmanJobs:
 
     def clear(self) -> None:
         """Forget what was enqueued so far: the rows stay, and are not looked at any more."""
-        last = JobRecord.objects.using(self._using).order_by("-pk").first()
-        self._after = last.pk if last is not None else 0
+        self._after = self._last()
 
     # What becomes of it.
 
@@ -251,17 +250,19 @@ class GearmanJobs:
         Jobs that raise end as they would anywhere: look at their results.
 
         Args:
-            scheduled: Run jobs for later too, as if their time had come.
+            scheduled: Run jobs for later too, as if their time had come, and later steps of chains that are there.
             check: Raise ``JobFailed``, with the traceback, for the first that ended without a value.
         Returns:
             Those that ended, in the order of their ends.
         """
         __tracebackhide__ = True
-        if scheduled:
-            waiting = self._records().filter(status=JobRecord.Status.SCHEDULED, server=None)
-            waiting.update(status=JobRecord.Status.READY)
+        # Not what jobs enqueue for later meanwhile: of some that would have no end.
+        last = self._last() if scheduled else 0
+        self._make_due(last)
         ended = []
-        while (handle := self._run_next()) is not None:
+        while (handle := self._run_next()) is not None or self._make_due(last):
+            if handle is None:
+                continue
             record = JobRecord.objects.using(self._using).get(handle=handle)
             if record.is_finished:
                 ended.append(RecordedJob(record))
@@ -294,10 +295,22 @@ class GearmanJobs:
             )
         self._raised[_name_of(job)] = error
 
+    def _make_due(self, last: int) -> bool:
+        """As if the time of jobs for later had come, up to an id; whether there were any."""
+        if not last:
+            return False
+        waiting = self._records().filter(status=JobRecord.Status.SCHEDULED, server=None, pk__lte=last)
+        return bool(waiting.update(status=JobRecord.Status.READY))
+
     def _run_next(self) -> str | None:
         if self._runner is None:
             self._runner = _Runner(self._using, self._raised)
         return self._runner.run_next()
+
+    def _last(self) -> int:
+        """The highest id that there is."""
+        last = JobRecord.objects.using(self._using).order_by("-pk").first()
+        return last.pk if last is not None else 0
 
     @property
     def _using(self) -> str:
@@ -328,10 +341,16 @@ def _bound(job: Which, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     except TypeError:
         return plain
     bound.apply_defaults()
-    # As JSON hands them on.
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in bound.arguments.items()
-    }
+    return {name: _as_handed_on(value) for name, value in bound.arguments.items()}
+
+
+def _as_handed_on(value: object) -> Any:
+    """A value with lists for tuples, as JSON hands it on; ``mock.ANY`` may be anywhere in it."""
+    if isinstance(value, list | tuple):
+        return [_as_handed_on(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _as_handed_on(each) for key, each in value.items()}
+    return value
 
 
 def _told(found: Sequence[RecordedJob]) -> str:
@@ -454,9 +473,11 @@ class _Runner:
     def _perform(self, assigned: AssignedJob) -> None:
         """Run the function and report, as a worker does."""
         job = offered = registry[assigned.function.decode()]
-        if job.name in self._raised:
+        # Of a task, in other queues too.
+        error_of = self._raised.get(job.name) or self._raised.get(job.name.partition("@")[0])
+        if error_of is not None:
             job = copy.copy(offered)
-            job.function = _raising(self._raised[job.name])
+            job.function = _raising(error_of)
         error: BaseException | None = None
         with _kept_transactions() as broken:
             try:

@@ -868,6 +868,11 @@ class TestQueues:
         assert one.get_result(result.id) == result
         assert finished(result, gearman_jobs).status == SUCCESSFUL
 
+    def test_what_fails_does_in_any_queue(self, gearman_jobs: GearmanJobs) -> None:
+        gearman_jobs.fail_with(tasks.noop_task, ConnectionError("the mail server is down"))
+        results = [tasks.noop_task.enqueue(), tasks.noop_task.using(queue_name="slow").enqueue()]
+        assert [finished(result, gearman_jobs).status for result in results] == [FAILED, FAILED]
+
     def test_any_queue_is_a_label(self, gearman_jobs: GearmanJobs) -> None:
         with override_settings(TASKS={"default": {"BACKEND": GEARMAN, "QUEUES": []}}):
             result = tasks.noop_task.using(queue_name="mine").enqueue()

@@ -23,7 +23,7 @@ from django.db import IntegrityError, connection, transaction
 from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
-from django_gearman import JobContext, Retry, conf, group, job
+from django_gearman import JobContext, Retry, chain, conf, group, job
 from django_gearman.exceptions import ConnectionFailed, JobFailed
 from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
@@ -51,6 +51,15 @@ def restore() -> Iterator[None]:
 
 def make_user(name: str) -> int:
     return User.objects.create(username=name).pk
+
+
+def anything(value: Any, at: Any = None) -> Any:
+    return value
+
+
+def enqueue_for_tomorrow(times: int) -> None:
+    if times:
+        job(enqueue_for_tomorrow).using(run_after=timedelta(days=1)).enqueue(times - 1)
 
 
 async def amake_user(name: str) -> list[str]:
@@ -156,6 +165,14 @@ class TestRecorded:
         wanted = jobs.add.enqueue(left=7)
         assert gearman_jobs.assert_enqueued(jobs.add, *args, **kwargs).id == wanted.id
 
+    def test_assert_enqueued_with_tuples_in_lists(self, gearman_jobs: GearmanJobs) -> None:
+        made = job(name="anything")(anything)
+        made.enqueue([(1, 2)], at={"place": (3, (4,))})
+        gearman_jobs.assert_enqueued(made, [(1, 2)], at={"place": (3, (4,))})
+        gearman_jobs.assert_enqueued(made, [[1, mock.ANY]], at={"place": mock.ANY})
+        with pytest.raises(AssertionError, match="was not enqueued"):
+            gearman_jobs.assert_enqueued(made, [(1, 3)], at={"place": (3, (4,))})
+
     def test_assert_enqueued_fails_with_what_there_is(self, gearman_jobs: GearmanJobs) -> None:
         with pytest.raises(
             AssertionError, match=r"^tests\.app\.jobs\.add\(7\) was not enqueued\.\nNothing was\.$"
@@ -255,6 +272,21 @@ class TestRun:
         assert gearman_jobs.run_all() == []
         (ended,) = gearman_jobs.run_all(scheduled=True)
         assert (ended.id, ended.status) == (result.id, "SUCCESSFUL")
+
+    def test_steps_of_a_chain_for_later(self, gearman_jobs: GearmanJobs) -> None:
+        tomorrow = jobs.add.using(run_after=timedelta(days=1))
+        steps = chain(jobs.add.s(1), tomorrow.s(), jobs.add.s(), tomorrow.s(10)).enqueue()
+        assert [each.args for each in gearman_jobs.run_all()] == [[1]]
+        assert [each.return_value for each in gearman_jobs.run_all(scheduled=True)] == [3, 4, 14]
+        steps.refresh()
+        assert steps.is_finished
+
+    def test_what_is_enqueued_for_later_meanwhile_stays(self, gearman_jobs: GearmanJobs) -> None:
+        """A job that enqueues itself for another day would never end."""
+        job(enqueue_for_tomorrow).enqueue(2)
+        assert [each.args for each in gearman_jobs.run_all(scheduled=True)] == [[2]]
+        assert [each.args for each in gearman_jobs.run_all(scheduled=True)] == [[1]]
+        assert [each.status for each in gearman_jobs.pending] == ["SCHEDULED"]
 
     def test_check_raises_what_failed(self, gearman_jobs: GearmanJobs) -> None:
         jobs.fail.enqueue("the reason")
