@@ -43,6 +43,7 @@ from .server.core import JobServer
 from .server.journal import Journal
 from .server.options import ServerOptions
 from .store import DatabaseStore
+from .store.door import Door, DoorRow
 from .testing_process import VARIABLE
 from .worker.loop import AssignedJob
 
@@ -236,8 +237,10 @@ class GearmanJobs:
             raise AssertionError(f"{what} was enqueued.\n{_told(found)}")
 
     def clear(self) -> None:
-        """Forget what was enqueued so far: the rows stay, and are not looked at any more."""
+        """Forget what was enqueued so far: the rows stay, and are neither looked at nor run any more."""
         self._after = self._last()
+        # The next one lays back at the door what this has taken.
+        self._runner = None
 
     # What becomes of it.
 
@@ -250,7 +253,7 @@ class GearmanJobs:
         Jobs that raise end as they would anywhere: look at their results.
 
         Args:
-            scheduled: Run jobs for later too, as if their time had come, and later steps of chains that are there.
+            scheduled: Run jobs for later too, as if their time had come, and so later steps of chains.
             check: Raise ``JobFailed``, with the traceback, for the first that ended without a value.
         Returns:
             Those that ended, in the order of their ends.
@@ -305,7 +308,7 @@ class GearmanJobs:
     def _run_next(self) -> str | None:
         if self._runner is None:
             self._runner = _Runner(self._using, self._raised)
-        return self._runner.run_next()
+        return self._runner.run_next(self._after)
 
     def _last(self) -> int:
         """The highest id that there is."""
@@ -374,7 +377,7 @@ class _Runner:
         self._using = using
         self._raised = raised
         name = "tests"
-        self._store = _StoreWithoutLimits(using, name, queue_of=queue_of)
+        self._store = _TestStore(using, name, queue_of=queue_of)
         epoch = self._store.take_lease("")
         self._core = JobServer(
             ServerOptions(name=name, epoch=epoch, durable=True, job_retries=conf.settings_for().job_retries)
@@ -391,8 +394,9 @@ class _Runner:
         self._link: Any = _Link(self)
         self._hear()
 
-    def run_next(self) -> str | None:
-        """Make one attempt at one job; its handle, or None when nothing is to do."""
+    def run_next(self, after: int) -> str | None:
+        """Make one attempt at one job with an id above; its handle, or None when nothing is to do."""
+        self._store.pass_over(after)
         for name in registry.keys() - self._offered:
             self.say(PacketType.CAN_DO, name.encode())
             self._offered.add(name)
@@ -403,7 +407,7 @@ class _Runner:
         self._set_clock()
         self._core.tick()
         assigned = self._grab()
-        if assigned is None and self._end_pause():
+        if assigned is None and self._end_pause(after):
             self._settle()
             assigned = self._grab()
         if assigned is None:
@@ -413,11 +417,11 @@ class _Runner:
         self._settle()
         return assigned.handle.decode()
 
-    def _end_pause(self) -> bool:
+    def _end_pause(self, after: int) -> bool:
         """As if the pause before the next attempt of a job had passed; whether one was between two."""
         records = JobRecord.objects.using(self._using)
-        waiting = records.filter(status=JobRecord.Status.RETRYING, server=None).order_by("run_after", "pk")
-        id = waiting.values_list("pk", flat=True).first()
+        waiting = records.filter(status=JobRecord.Status.RETRYING, server=None, pk__gt=after)
+        id = waiting.order_by("run_after", "pk").values_list("pk", flat=True).first()
         if id is None:
             return False
         records.filter(pk=id).update(status=JobRecord.Status.READY)
@@ -496,11 +500,31 @@ class _Runner:
         self.say(PacketType.WORK_EXCEPTION, assigned.handle, describe_exception(error))
 
 
-class _StoreWithoutLimits(DatabaseStore):
-    """A test does not wait for the next minute, whatever limits stand in its database."""
+class _TestStore(DatabaseStore):
+    """A store for one test: what others left in its database is not taken."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._door = self._narrow_door = _TestDoor(self._db, self._lease, self._members, self._row_prefix)
+
+    def pass_over(self, last: int) -> None:
+        """Take no row up to an id."""
+        self._narrow_door.last_passed_over = last
 
     def _limits(self) -> None:
+        """A test does not wait for the next minute."""
         return None
+
+
+class _TestDoor(Door):
+    last_passed_over = 0
+
+    def _rows_of(self, statement: str, parameters: list[Any]) -> list[DoorRow]:
+        if " ORDER BY" in statement:
+            newer = f" AND {self._db.column('id')} > %s ORDER BY"
+            statement = statement.replace(" ORDER BY", newer, 1)
+            parameters = [*parameters[:-1], self.last_passed_over, parameters[-1]]
+        return super()._rows_of(statement, parameters)
 
 
 class _Link:

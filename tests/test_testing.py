@@ -318,6 +318,18 @@ class TestRun:
         result.refresh()
         assert result.progress == (1, 4)
 
+    def test_what_was_forgotten_is_not_run(self, gearman_jobs: GearmanJobs) -> None:
+        forgotten = [jobs.add.enqueue(number) for number in range(5)]
+        forgotten.append(jobs.add.using(priority=50).enqueue(5))
+        forgotten.append(jobs.add.using(run_after=timezone.now() + timedelta(days=1)).enqueue(6))
+        forgotten.append(jobs.fail_for_an_hour.enqueue())
+        gearman_jobs.run_one()
+        gearman_jobs.clear()
+        assert gearman_jobs.run_all(scheduled=True) == []
+        result = jobs.add.enqueue(7)
+        assert [each.id for each in gearman_jobs.run_all(scheduled=True)] == [result.id]
+        assert JobRecord.objects.filter(status="SUCCESSFUL").count() == 2
+
     def test_functions_that_nobody_here_has(self, gearman_jobs: GearmanJobs) -> None:
         JobRecord.objects.create(function="of.php")
         assert gearman_jobs.run_all() == []
