@@ -36,7 +36,8 @@ def operator(site_server: Server) -> Iterator[AdminClient]:
 
 
 def wait_for(path: Path) -> None:
-    harness.wait_until(path.exists, 15.0, path.name)
+    """Until the file is written, which is more than that it is there."""
+    harness.wait_until(lambda: path.exists() and path.stat().st_size, 60.0, path.name)
 
 
 def cancel(operator: AdminClient, result: JobResult[Any]) -> None:
