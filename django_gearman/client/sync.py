@@ -804,7 +804,11 @@ class Client(Submitter):
             session.close()
             raise ConnectionLost(session.server, str(error)) from error
         except (ServerError, JobFailed):
-            self._give_back(session)
+            if session.protocol.has_jobs:
+                # A call-back raised it, of another job: this one runs on, and would go on calling back.
+                session.close()
+            else:
+                self._give_back(session)
             raise
         except BaseException:
             # An answer may still come, and would be taken for that of the next question.
