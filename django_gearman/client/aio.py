@@ -801,6 +801,9 @@ class AsyncClient(Submitter):
     ) -> None:
         route = Route(self._servers, request, resubmit=resubmit)
         while True:
+            if deadline is not None and monotonic() >= deadline:
+                # It may be a background job, which nobody would take back.
+                raise ResponseTimeout(f"job {task.function}", timeout or 0.0)
             link = await self._take_on(route)
             try:
                 with self._using(link, request):
