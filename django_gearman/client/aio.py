@@ -193,11 +193,19 @@ class _Link(asyncio.Protocol):
         """
         if self.lost is not None:
             raise self._as_told()
-        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
         try:
-            await waiter
+            await self.waiter(what)
         finally:
-            self._waiting.pop(what, None)
+            self.left(what)
+
+    def waiter(self, what: JobRequest | Question) -> asyncio.Future[None]:
+        """What is done when something is told from now on, or the connection breaks; call ``left`` then."""
+        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
+        return waiter
+
+    def left(self, what: JobRequest | Question) -> None:
+        """Nobody waits for it any more."""
+        self._waiting.pop(what, None)
 
     def release(self) -> None:
         """One who used it does no more."""
@@ -321,15 +329,18 @@ class AsyncWatch:
     async def wait(self, seconds: float) -> bool:
         """Wait until a server says that it has its end, for so long at the most; whether one did."""
         deadline = monotonic() + seconds
+        # What came since the last time woke nobody.
+        self._drop_lost()
         while self._asked and not self._is_told and (left := deadline - monotonic()) > 0:
-            waiting = [asyncio.ensure_future(link.wait(request)) for link, request in self._asked]
+            asked = self._asked.copy()
+            # No tasks, which begin in a later turn of the loop: too late for what comes in this one.
+            waiting = [link.waiter(request) for link, request in asked]
             try:
                 await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for each in waiting:
-                    each.cancel()
-                # That the connection broke shows in the link.
-                await asyncio.gather(*waiting, return_exceptions=True)
+                for link, request in asked:
+                    link.left(request)
+            # That a connection broke shows in the link.
             self._drop_lost()
         return self._is_told
 
@@ -531,14 +542,23 @@ class AsyncClient(Submitter):
 
     async def watch(self, row: str) -> AsyncWatch:
         """Have a server tell when a row says how its job ended. See ``Client.watch``."""
-        watch = AsyncWatch(self, f"{ROW.decode()}{row}")
-        await watch.ask(self._to_ask())
-        return watch
+        return await self._watching(f"{ROW.decode()}{row}", [self._to_ask()])
 
     async def watch_group(self, group: str) -> AsyncWatch:
         """As ``watch``, for the end of a group's last member. See ``Client.watch_group``."""
-        watch = AsyncWatch(self, f"{GROUP.decode()}{group}")
-        await asyncio.gather(*(watch.ask([server]) for server in self._to_ask()))
+        return await self._watching(f"{GROUP.decode()}{group}", [[server] for server in self._to_ask()])
+
+    async def _watching(self, what: str, askings: list[list[str]]) -> AsyncWatch:
+        watch = AsyncWatch(self, what)
+        try:
+            if len(askings) == 1:
+                await watch.ask(*askings)
+            else:
+                await asyncio.gather(*(watch.ask(servers) for servers in askings))
+        except BaseException:
+            # Cancelled, and some may have been asked: nobody else could close it.
+            watch.close()
+            raise
         return watch
 
     def _to_ask(self) -> list[str]:

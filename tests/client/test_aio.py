@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from django_gearman.client import aio
 from django_gearman.client.aio import AsyncClient
 from django_gearman.client.tasks import Data, Task
 from django_gearman.exceptions import ConnectionLost, ResponseTimeout
-from django_gearman.protocol.packets import PacketType
+from django_gearman.protocol.packets import PacketType, encode_response
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
 
@@ -130,9 +132,57 @@ class TestWatch(test_sync.TestWatch):
         with fake_server(script) as port:
             asyncio.run(main())
 
+    def test_what_comes_as_the_wait_begins(self) -> None:
+        """In the same turn of the loop, or while nobody waits."""
+        ended = encode_response(P.WORK_COMPLETE, b"row 5", b"")
+
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", timeout=5) as client:
+                for comes_before in (False, True):
+                    watch = await client.watch("5")
+                    link, request = watch._asked[0]
+                    await until(lambda request=request: request.handle is not None)
+                    if comes_before:
+                        link.data_received(ended)
+                    else:
+                        asyncio.get_running_loop().call_soon(link.data_received, ended)
+                    # Not that there is another chance: who missed it would wait for all of the time.
+                    async with asyncio.timeout(30):
+                        assert await watch.wait(600)
+                    watch.close()
+
+        asked = [self.asked, (P.OPTION_RES, b"listen row 5")] * 2
+        script = play(self.asked, (P.OPTION_RES, b"exceptions"), *asked, None)
+        with fake_server(script) as port:
+            asyncio.run(main())
+
 
 class TestWatchGroup(test_sync.TestWatchGroup):
-    pass
+    def test_who_is_cancelled_as_it_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a server that was asked meanwhile nothing stays in use."""
+        monkeypatch.setattr(aio, "NUDGE_TIMEOUT", 60.0)
+
+        async def main() -> None:
+            servers = f"127.0.0.1:{port}", f"127.0.0.1:{hung}"
+            async with connected(*servers, connect_timeout=60) as client:
+                assert await client.echo(b"x") == b"x"
+                (link,) = client._links().open.values()
+                asking = asyncio.create_task(client.watch_group("5"))
+                await until(lambda: link.users == 1)
+                await until(lambda: not link.protocol.awaits_answer)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                assert link.users == 0
+                assert not link.protocol.has_jobs
+
+        script = play(P.ECHO_REQ, (P.ECHO_RES, b""), P.ECHO_REQ, (P.ECHO_RES, b"x"))
+        with (
+            fake_server(lambda peer: (script(peer), test_sync.listened()(peer))) as port,
+            socket.create_server(("127.0.0.1", 0)) as silent,
+        ):
+            hung = silent.getsockname()[1]
+            asyncio.run(main())
 
 
 class TestFaults(test_sync.TestFaults):
