@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
-from django_gearman.exceptions import ConnectionFailed, ResultNotKept
+from django_gearman.exceptions import ConnectionFailed, ResultNotKept, TooLarge
 from django_gearman.models import JobRecord
 from django_gearman.results import WireJobResult
 from django_gearman.submission import client_for
@@ -150,6 +150,15 @@ class TestEnqueue:
             jobs.shout.enqueue(b"another")
             harness.wait_until(lambda: len(ran) == 3)
         assert moment.timestamp() <= ran[b"later"]
+
+    def test_many_of_which_one_cannot_be_sent(self, server: Server, settings: Any):
+        """What was made ready before it does not go along with the next call of this thread."""
+        settings.GEARMAN = {"default": {**settings.GEARMAN["default"], "MAX_PACKET": 70_000}}
+        # Small enough for a workload, and too large beside the name of its function.
+        with pytest.raises(TooLarge):
+            jobs.shout.enqueue_many([((b"left",), {}), ((b"x" * 69_999,), {})])
+        assert client_for().run_tasks() == []
+        assert waiting(server) == {}
 
     def test_later_with_a_priority_is_not_possible(self, server: Server):
         later = jobs.add.using(run_after=timedelta(hours=1), priority=5)
