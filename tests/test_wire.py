@@ -184,7 +184,8 @@ class TestEnqueue:
         assert running == ["RUNNING"]
         assert found.status == "READY"
         version = harness.ask(server.port, "version").split()[1]
-        for ask in (result.get, result.refresh, found.refresh, lambda: result.return_value):
+        no_value, no_errors = (lambda: result.return_value), (lambda: result.errors)
+        for ask in (result.get, result.refresh, found.refresh, no_value, no_errors):
             with pytest.raises(ResultNotKept, match="forgets a job at its end") as caught:
                 ask()
             assert caught.value.version == version
