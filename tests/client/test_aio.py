@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from django_gearman.client import aio
 from django_gearman.client.aio import AsyncClient
 from django_gearman.client.tasks import Data, Task
-from django_gearman.exceptions import ConnectionLost, ResponseTimeout
+from django_gearman.exceptions import ConnectionLost, ResponseTimeout, ResultTooLarge
 from django_gearman.protocol.packets import PacketType, encode_response
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
@@ -285,6 +286,66 @@ class TestSideBySide:
             assert found == [[b"%s%d" % (text, number) for number in range(20)] for text in (b"a", b"b")]
 
         asyncio.run(main())
+
+
+class TestLargeResults:
+    """More than ``max_packet``: of one call, and not of those beside it."""
+
+    def test_the_others_go_on(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        async def main() -> None:
+            async with connected(server.address, max_packet=1000) as client:
+                other = asyncio.create_task(client.do("held", timeout=60))
+                await until(lambda: held.ran, limit=30)
+                calls = [client.do("large", b"%d" % size, timeout=60) for size in (0, 3_000_000, 900, 1000)]
+                found = await asyncio.gather(*calls, return_exceptions=True)
+                assert [each if isinstance(each, bytes) else type(each) for each in found] == [
+                    b"",
+                    ResultTooLarge,
+                    b"x" * 900,
+                    ResultTooLarge,
+                ]
+                task = client.add_task("large", b"5000")
+                (task,) = await client.run_tasks(timeout=60)
+                assert isinstance(task.error, ResultTooLarge)
+                (link,) = client._links().open.values()
+                assert not link.is_spent
+                held.go_on.set()
+                assert await other == b"held"
+
+        functions = {"large": lambda job: b"x" * int(job.workload)}
+        with harness.worker_thread(functions, server):
+            asyncio.run(main())
+
+    @pytest.mark.parametrize("cuts", [[], range(200), [12], [13], [16], [17]])
+    @pytest.mark.parametrize("kind", [P.WORK_COMPLETE, P.WORK_EXCEPTION])
+    def test_in_pieces(self, kind: PacketType, cuts: list[int]) -> None:
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", max_packet=50) as client:
+                large = asyncio.create_task(client.do("f", timeout=60))
+                await until(lambda: any(link.protocol.has_jobs for link in client._links().open.values()))
+                (link,) = client._links().open.values()
+                data = encode_response(kind, b"H:1", b"x" * 100)
+                data += encode_response(P.WORK_COMPLETE, b"H:1", b"for nobody")
+                ends = [*cuts, len(data)]
+                for start, end in pairwise([0, *ends]):
+                    link.data_received(data[start:end])
+                with pytest.raises(ResultTooLarge):
+                    await large
+                assert await client.echo(b"x") == b"x"
+
+        script = play(P.SUBMIT_JOB, (P.JOB_CREATED, b"H:1"), P.ECHO_REQ, (P.ECHO_RES, b"x"), None)
+        with fake_server(script) as port:
+            asyncio.run(main())
+
+    def test_whose_cannot_be_told(self) -> None:
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", max_packet=600) as client:
+                with pytest.raises(ResultTooLarge):
+                    await client.do("f", timeout=60)
+
+        created = (P.JOB_CREATED, b"H:1")
+        with fake_server(play(P.SUBMIT_JOB, created, (P.WORK_COMPLETE, b"H" * 601, b""), None)) as port:
+            asyncio.run(main())
 
 
 class TestCancellation:
