@@ -219,7 +219,7 @@ class TooLarge(GearmanError, ValueError):
 
 
 class ResultTooLarge(TooLarge, ConnectionLost):
-    """The server sent more than a packet may have; the connection had to be closed."""
+    """The server sent more than a packet may have; the connection was closed, or the packet passed over."""
 
     def __init__(self, server: str, limit: int) -> None:
         self.server = server

@@ -14,8 +14,8 @@ from itertools import islice
 from time import monotonic
 from typing import Any, Final, TypeVar, overload
 
-from .client.core import JobRequest
-from .client.tasks import Task, TaskRun, deadline_in
+from .client.core import ClientProtocol, JobRequest, Question
+from .client.tasks import DoOptions, Task, TaskRun, deadline_in
 from .exceptions import CommandNotSupported, GearmanError, InvalidGroup, JobFailed, ResponseTimeout
 from .jobs import Job, told
 from .submission import async_client_for, waiting_client
@@ -64,6 +64,8 @@ def map_reduce(
 
     The results come in any order: that must not matter to the reducer. Items are
     taken as they are needed, and no more than ``in_flight`` chunks are in memory.
+    A ``run_timeout`` of ``using`` is of each of the jobs; without one they take as
+    long as they take.
 
     Args:
         mapper: A job that takes a list of items; its value is one of the two that the reducer takes.
@@ -77,7 +79,7 @@ def map_reduce(
         in_flight: Jobs that are with servers at a time.
     Raises:
         JobFailed: A job failed; what is still to do is abandoned.
-        ResponseTimeout: The time was up.
+        ResponseTimeout: The time was up, of everything or of one job.
         ValueError: There are no items, and no initial value.
     """
     work = _Reduction(mapper, reducer, items, chunk, in_flight, initial)
@@ -181,16 +183,20 @@ class _Piece:
             },
         )
         task.attach({})
+        task.resubmit = self.job.resubmit
         return task
 
     async def arun(self) -> bytes:
         client = async_client_for()
+        options: DoOptions = {
+            "unique": self.unique,
+            "timeout": self.job.run_timeout,
+            "resubmit": self.job.resubmit,
+        }
         if self.reducer:
-            return await client.do_reduce(
-                self.job.name, self.workload, reducer=self.reducer, unique=self.unique
-            )
+            return await client.do_reduce(self.job.name, self.workload, reducer=self.reducer, **options)
         do = {"high": client.do_high, "normal": client.do, "low": client.do_low}[self.job._wire_priority]
-        return await do(self.job.name, self.workload, unique=self.unique)
+        return await do(self.job.name, self.workload, **options)
 
 
 class _Reduction:
@@ -264,6 +270,10 @@ class _Feed(TaskRun):
     def __init__(self, work: _Reduction, limit: int) -> None:
         super().__init__((), limit=limit, resubmit=False)
         self._work = work
+        self._patience: dict[Task, float] = {}
+        """Seconds that a task may take, of those that have a time of their own."""
+        self._until: dict[Task, float] = {}
+        """When that time is up."""
 
     @property
     def is_over(self) -> bool:
@@ -271,11 +281,41 @@ class _Feed(TaskRun):
             return False
         piece = self._work.next()
         if piece is not None:
-            self._waiting.append(piece.task(self._work))
+            self._waiting.append(self._task(piece))
         return piece is None
+
+    def next_deadline(self, end: float | None) -> float | None:
+        due = min(self._until.values(), default=None)
+        return due if end is None else end if due is None else min(due, end)
 
     def next(self) -> Task | None:
         task = super().next()
         if task is None and self._count < self._limit and (piece := self._work.next()) is not None:
-            task = piece.task(self._work)
+            task = self._task(piece)
         return task
+
+    def submit(self, task: Task, server: str, protocol: ClientProtocol) -> bytes:
+        if task in self._patience:
+            # What is submitted again goes on with its time.
+            self._until.setdefault(task, monotonic() + self._patience[task])
+        return super().submit(task, server, protocol)
+
+    def give_up(self, error: Callable[[Task], ResponseTimeout]) -> None:
+        now = monotonic()
+        for task, until in self._until.items():
+            if until <= now:
+                late = error(task)
+                late.timeout = self._patience[task]
+                task.fail(late)  # which raises it
+        super().give_up(error)
+
+    def _task(self, piece: _Piece) -> Task:
+        task = piece.task(self._work)
+        if piece.job.run_timeout is not None:
+            self._patience[task] = piece.job.run_timeout
+        return task
+
+    def _land(self, there: dict[JobRequest | Question, Task], landed: JobRequest | Question) -> None:
+        self._patience.pop(there[landed], None)
+        self._until.pop(there[landed], None)
+        super()._land(there, landed)

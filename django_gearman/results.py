@@ -484,6 +484,11 @@ class WireJobResult(JobResult[R]):
     def return_value(self) -> R:
         raise self._not_kept()
 
+    @property
+    def errors(self) -> list[JobError]:
+        """Not to be had: raises ``ResultNotKept``."""
+        raise self._not_kept()
+
     def refresh(self) -> None:
         """
         Ask the server; before the transaction commits, nothing is there to ask for.

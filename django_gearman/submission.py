@@ -156,14 +156,20 @@ def submit_many(records: list[JobRecord]) -> None:
     """As ``submit`` of each: side by side, but for those that are for later."""
     client = client_for()
     added = []
-    for record in records:
-        if record.status == JobRecord.Status.SCHEDULED:
-            submit(record)
-            continue
-        add = client.add_task_background
-        if record.priority:
-            add = client.add_task_high_background if record.priority > 0 else client.add_task_low_background
-        added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
+    try:
+        for record in records:
+            if record.status == JobRecord.Status.SCHEDULED:
+                submit(record)
+                continue
+            add = client.add_task_background
+            if record.priority:
+                high = record.priority > 0
+                add = client.add_task_high_background if high else client.add_task_low_background
+            added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
+    except BaseException:
+        # The thread's next call would run what was added.
+        client._take_added({})
+        raise
     client.run_tasks()
     for record, task in added:
         record.handle = task.handle or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,27 +14,34 @@ from asgiref.sync import async_to_sync
 from django.db import connection, transaction
 from django.utils import timezone
 
-from django_gearman import GroupResult, Signature, chain, continuations, group, map_reduce
+from django_gearman import GroupResult, Signature, amap_reduce, chain, continuations, group, map_reduce
 from django_gearman.exceptions import (
     CommandNotSupported,
+    ConnectionLost,
     GroupDoesNotExist,
     GroupFailed,
     GroupNotFinished,
     InvalidGroup,
     NotJSON,
+    ResponseTimeout,
     WaitInTransaction,
 )
 from django_gearman.history import History, Retention, lanes_of
 from django_gearman.jobs import job
 from django_gearman.models import JobGroup, JobRecord
+from django_gearman.protocol.packets import PacketType
 from django_gearman.reduction import _Reduction
 from django_gearman.registry import registry
 from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
 from django_gearman.store import DatabaseStore
 from django_gearman.store.folding import Folded
 from django_gearman.testing import GearmanJobs
+from django_gearman.worker.loop import AssignedJob
+from tests import harness
 from tests.app import jobs
+from tests.client.fake_server import fake_server, play
 
+P = PacketType
 Status = JobRecord.Status
 
 
@@ -451,6 +458,14 @@ class TestBytes:
         assert [result.args[0] for result in gearman_jobs.enqueued()] == workloads
 
 
+Reduce = Callable[..., Any]
+REDUCE = [map_reduce, async_to_sync(amap_reduce)]
+
+
+def sum_of_two(left: int, right: int) -> int:
+    return left + right
+
+
 class TestReduction:
     def test_a_server_that_knows_no_reduce_jobs_is_asked_plainly(self) -> None:
         work = _Reduction(jobs.total, jobs.add, range(4), 2, 1, None)
@@ -478,6 +493,70 @@ class TestReduction:
         work.ended(last, b"6")
         assert work.next() is None
         assert work.value() == 6
+
+    @pytest.mark.parametrize("reduce", REDUCE)
+    def test_a_job_has_its_own_time(self, settings: Any, reduce: Reduce) -> None:
+        """The rest of the items is not touched when it is up."""
+        items = iter(range(10))
+        mapper = jobs.total.using(run_timeout=0.25)
+        with harness.server(store="memory") as server:
+            settings.GEARMAN = server.setting
+            with pytest.raises(ResponseTimeout) as caught:
+                reduce(mapper, sum_of_two, items, chunk=1, in_flight=2, timeout=30)
+            settings.GEARMAN = {}
+        assert caught.value.timeout == 0.25
+        assert list(items) == list(range(2, 10))
+
+    @pytest.mark.parametrize("reduce", REDUCE)
+    def test_its_own_time_is_not_that_of_all(self, settings: Any, reduce: Reduce) -> None:
+        """So many jobs take longer together than one of them may."""
+        harness.in_one_try(lambda: self.many_in_time(settings, reduce), tries=5)
+
+    def many_in_time(self, settings: Any, reduce: Reduce) -> None:
+        def total(assigned: AssignedJob) -> bytes:
+            time.sleep(0.1)
+            return b"1"
+
+        with (
+            harness.server(store="memory") as server,
+            harness.worker_thread({jobs.total.name: total}, server.port),
+        ):
+            settings.GEARMAN = server.setting
+            mapper = jobs.total.using(run_timeout=0.5)
+            value = reduce(mapper, sum_of_two, range(10), chunk=1, in_flight=1, timeout=60)
+            settings.GEARMAN = {}
+        assert value == 10
+
+    @pytest.mark.parametrize("reduce", REDUCE)
+    def test_no_more_is_taken_when_the_time_is_up(self, settings: Any, reduce: Reduce) -> None:
+        items = iter(range(10))
+        with harness.server(store="memory") as server:
+            settings.GEARMAN = server.setting
+            with pytest.raises(ResponseTimeout) as caught:
+                reduce(jobs.total, sum_of_two, items, chunk=1, in_flight=2, timeout=0.25)
+            settings.GEARMAN = {}
+        assert caught.value.timeout == 0.25
+        assert list(items) == list(range(2, 10))
+
+    @pytest.mark.parametrize("resubmit", [False, True])
+    @pytest.mark.parametrize("reduce", REDUCE)
+    def test_a_job_goes_to_another_server_when_it_may(
+        self, settings: Any, reduce: Reduce, resubmit: bool
+    ) -> None:
+        proof = (P.ECHO_REQ, (P.ECHO_RES, b""))
+        ends = (P.SUBMIT_JOB, (P.JOB_CREATED, b"H:2"), (P.WORK_COMPLETE, b"H:2", b"5"))
+        with (
+            fake_server(play(*proof, P.SUBMIT_JOB, (P.JOB_CREATED, b"H:1"))) as first,
+            fake_server(play(*proof, *ends, None)) as second,
+        ):
+            settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{port}" for port in (first, second)]}}
+            mapper = jobs.total.using(resubmit=resubmit)
+            if resubmit:
+                assert reduce(mapper, sum_of_two, [5], timeout=30) == 5
+            else:
+                with pytest.raises(ConnectionLost):
+                    reduce(mapper, sum_of_two, [5], timeout=30)
+            settings.GEARMAN = {}
 
     def test_what_cannot_be(self) -> None:
         with pytest.raises(ValueError, match="at least 1, not 0"):

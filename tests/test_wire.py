@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
-from django_gearman.exceptions import ConnectionFailed, ResultNotKept
+from django_gearman.exceptions import ConnectionFailed, ResultNotKept, TooLarge
 from django_gearman.models import JobRecord
 from django_gearman.results import WireJobResult
 from django_gearman.submission import client_for
@@ -151,6 +151,15 @@ class TestEnqueue:
             harness.wait_until(lambda: len(ran) == 3)
         assert moment.timestamp() <= ran[b"later"]
 
+    def test_many_of_which_one_cannot_be_sent(self, server: Server, settings: Any):
+        """What was made ready before it does not go along with the next call of this thread."""
+        settings.GEARMAN = {"default": {**settings.GEARMAN["default"], "MAX_PACKET": 70_000}}
+        # Small enough for a workload, and too large beside the name of its function.
+        with pytest.raises(TooLarge):
+            jobs.shout.enqueue_many([((b"left",), {}), ((b"x" * 69_999,), {})])
+        assert client_for().run_tasks() == []
+        assert waiting(server) == {}
+
     def test_later_with_a_priority_is_not_possible(self, server: Server):
         later = jobs.add.using(run_after=timedelta(hours=1), priority=5)
         with pytest.raises(ValueError, match=r"add cannot be for later and of priority 5 .*leave out"):
@@ -175,7 +184,8 @@ class TestEnqueue:
         assert running == ["RUNNING"]
         assert found.status == "READY"
         version = harness.ask(server.port, "version").split()[1]
-        for ask in (result.get, result.refresh, found.refresh, lambda: result.return_value):
+        no_value, no_errors = (lambda: result.return_value), (lambda: result.errors)
+        for ask in (result.get, result.refresh, found.refresh, no_value, no_errors):
             with pytest.raises(ResultNotKept, match="forgets a job at its end") as caught:
                 ask()
             assert caught.value.version == version

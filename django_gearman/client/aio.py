@@ -30,13 +30,14 @@ from ..exceptions import (
     NoWorker,
     ProtocolError,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from ..protocol.packets import GROUP, RESPONSE, ROW, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
 from .admin_client import FunctionStatus, function_status
 from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, unreadable
-from .core import ClientProtocol, JobRequest, Priority, Question
+from .core import FINAL, ClientProtocol, JobRequest, Priority, Question
 from .servers import CIRCUIT, QUICK, Route, allowance
 from .tasks import (
     DEFAULT_SERVERS,
@@ -67,9 +68,28 @@ S = TypeVar("S", bound=JobStatus)
 MAX_RETIRED: Final = 8
 """Connections to one server that are kept open only for jobs that run on them."""
 
+LONGEST_HANDLE: Final = 512
+"""Bytes in which the handle of a job ends, where the rest of the packet is too much."""
 
 _NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
 """What comes of asking a server in words, when it does not answer as it should."""
+
+
+class _Large:
+    """
+    A packet with the end of a job that is larger than may be taken; others on the connection go on.
+
+    Args:
+        left: Bytes of its body that are still to come.
+        error: For who waits for the job.
+    """
+
+    def __init__(self, kind: PacketType, left: int, error: ResultTooLarge) -> None:
+        self.kind = kind
+        self.left = left
+        self.error = error
+        self.head: bytes | None = b""
+        """What came of the handle; None when that is known."""
 
 
 class _Link(asyncio.Protocol):
@@ -91,6 +111,8 @@ class _Link(asyncio.Protocol):
         self._max_packet = max_packet
         self._received = False
         """Whether anything ever came."""
+        self._large: _Large | None = None
+        """What is passed over."""
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
         self._writable: asyncio.Future[None] | None = None
@@ -118,14 +140,54 @@ class _Link(asyncio.Protocol):
             self._lose(ConnectionLost(self.server, SPEAKS_TLS))
             return
         self._received = True
-        self._reader.feed(data)
-        try:
-            while (packet := self._reader.take()) is not None:
-                told = self.protocol.receive(packet)
+        while data:
+            if self._large is not None:
+                data = self._pass_over(self._large, data)
+            self._reader.feed(data)
+            data = b""
+            try:
+                while (packet := self._reader.take()) is not None:
+                    told = self.protocol.receive(packet)
+                    if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
+                        _wake(waiter)
+            except ProtocolError as error:
+                data = self._refused(error)
+
+    def _refused(self, error: ProtocolError) -> bytes:
+        """
+        Break the connection, or begin to pass over the end of a job that is too large.
+
+        Returns:
+            What came of that, and after it.
+        """
+        lost = unreadable(self.server, error, self._max_packet)
+        if isinstance(lost, ResultTooLarge):
+            kind, size, data = self._reader.too_large()
+            if kind in FINAL:
+                self._reader = PacketReader(RESPONSE, max_body=self._max_packet)
+                self._large = _Large(PacketType(kind), size, lost)
+                return data
+        self._lose(lost)
+        return b""
+
+    def _pass_over(self, large: _Large, data: bytes) -> bytes:
+        """Drop what came of a packet, once it is known whose it is; what came after it."""
+        if large.head is not None:
+            large.head += data[: min(large.left, LONGEST_HANDLE)]
+            handle, nul, _ = large.head.partition(b"\0")
+            if nul:
+                large.head = None
+                told = self.protocol.end_without(large.kind, handle, large.error)
                 if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
                     _wake(waiter)
-        except ProtocolError as error:
-            self._lose(unreadable(self.server, error, self._max_packet))
+            elif len(large.head) >= LONGEST_HANDLE or len(data) >= large.left:
+                self._lose(large.error)
+                return b""
+        after = data[large.left :]
+        large.left -= len(data) - len(after)
+        if not large.left:
+            self._large = None
+        return after
 
     def connection_lost(self, error: Exception | None) -> None:
         reason = "the server closed it" if error is None else reason_of(error)
@@ -193,11 +255,19 @@ class _Link(asyncio.Protocol):
         """
         if self.lost is not None:
             raise self._as_told()
-        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
         try:
-            await waiter
+            await self.waiter(what)
         finally:
-            self._waiting.pop(what, None)
+            self.left(what)
+
+    def waiter(self, what: JobRequest | Question) -> asyncio.Future[None]:
+        """What is done when something is told from now on, or the connection breaks; call ``left`` then."""
+        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
+        return waiter
+
+    def left(self, what: JobRequest | Question) -> None:
+        """Nobody waits for it any more."""
+        self._waiting.pop(what, None)
 
     def release(self) -> None:
         """One who used it does no more."""
@@ -321,15 +391,18 @@ class AsyncWatch:
     async def wait(self, seconds: float) -> bool:
         """Wait until a server says that it has its end, for so long at the most; whether one did."""
         deadline = monotonic() + seconds
+        # What came since the last time woke nobody.
+        self._drop_lost()
         while self._asked and not self._is_told and (left := deadline - monotonic()) > 0:
-            waiting = [asyncio.ensure_future(link.wait(request)) for link, request in self._asked]
+            asked = self._asked.copy()
+            # No tasks, which begin in a later turn of the loop: too late for what comes in this one.
+            waiting = [link.waiter(request) for link, request in asked]
             try:
                 await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for each in waiting:
-                    each.cancel()
-                # That the connection broke shows in the link.
-                await asyncio.gather(*waiting, return_exceptions=True)
+                for link, request in asked:
+                    link.left(request)
+            # That a connection broke shows in the link.
             self._drop_lost()
         return self._is_told
 
@@ -531,14 +604,23 @@ class AsyncClient(Submitter):
 
     async def watch(self, row: str) -> AsyncWatch:
         """Have a server tell when a row says how its job ended. See ``Client.watch``."""
-        watch = AsyncWatch(self, f"{ROW.decode()}{row}")
-        await watch.ask(self._to_ask())
-        return watch
+        return await self._watching(f"{ROW.decode()}{row}", [self._to_ask()])
 
     async def watch_group(self, group: str) -> AsyncWatch:
         """As ``watch``, for the end of a group's last member. See ``Client.watch_group``."""
-        watch = AsyncWatch(self, f"{GROUP.decode()}{group}")
-        await asyncio.gather(*(watch.ask([server]) for server in self._to_ask()))
+        return await self._watching(f"{GROUP.decode()}{group}", [[server] for server in self._to_ask()])
+
+    async def _watching(self, what: str, askings: list[list[str]]) -> AsyncWatch:
+        watch = AsyncWatch(self, what)
+        try:
+            if len(askings) == 1:
+                await watch.ask(*askings)
+            else:
+                await asyncio.gather(*(watch.ask(servers) for servers in askings))
+        except BaseException:
+            # Cancelled, and some may have been asked: nobody else could close it.
+            watch.close()
+            raise
         return watch
 
     def _to_ask(self) -> list[str]:
@@ -801,6 +883,9 @@ class AsyncClient(Submitter):
     ) -> None:
         route = Route(self._servers, request, resubmit=resubmit)
         while True:
+            if deadline is not None and monotonic() >= deadline:
+                # It may be a background job, which nobody would take back.
+                raise ResponseTimeout(f"job {task.function}", timeout or 0.0)
             link = await self._take_on(route)
             try:
                 with self._using(link, request):

@@ -29,7 +29,7 @@ _SUBMISSIONS: Final = {
     ("normal", True): PacketType.SUBMIT_JOB_BG,
     ("low", True): PacketType.SUBMIT_JOB_LOW_BG,
 }
-_FINAL: Final = (PacketType.WORK_COMPLETE, PacketType.WORK_FAIL, PacketType.WORK_EXCEPTION)
+FINAL: Final = (PacketType.WORK_COMPLETE, PacketType.WORK_FAIL, PacketType.WORK_EXCEPTION)
 
 
 @dataclass(eq=False, slots=True)
@@ -201,13 +201,30 @@ class ClientProtocol:
             ProtocolError: Nobody asked for it; close the connection.
         """
         kind, arguments = packet
-        if kind in _FINAL or kind in (PacketType.WORK_DATA, PacketType.WORK_WARNING, PacketType.WORK_STATUS):
+        if kind in FINAL or kind in (PacketType.WORK_DATA, PacketType.WORK_WARNING, PacketType.WORK_STATUS):
             return self._work(PacketType(kind), arguments)
         if kind == PacketType.NOOP:
             return None
         if self._unanswered:
             return self._answer(kind, arguments)
         raise ProtocolError(b"UNEXPECTED_PACKET", b"The server answered what was not asked")
+
+    def end_without(self, kind: PacketType, handle: bytes, error: Exception) -> JobRequest | None:
+        """
+        A job has ended, and what came of it could not be taken: who waits for it is to raise why.
+
+        Returns:
+            Whom it was told to; None when it was for nobody.
+        """
+        requests = self._jobs.get(handle)
+        if requests is None:
+            return None
+        request = requests.popleft()
+        if not requests:
+            del self._jobs[handle]
+        request.outcome = kind
+        request.raised = request.raised or error
+        return request
 
     def _answer(self, kind: int, arguments: list[bytes]) -> JobRequest | Question:
         waiting = self._unanswered.popleft()
@@ -236,7 +253,7 @@ class ClientProtocol:
             return None  # of a job that ended: a worker may have told more than once
         # The server sends every packet once per submission: each request gets its own.
         request = requests[0]
-        if kind in _FINAL:
+        if kind in FINAL:
             request.outcome = kind
             request.data = arguments[1] if len(arguments) > 1 else b""
             requests.popleft()

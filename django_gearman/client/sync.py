@@ -399,19 +399,24 @@ class Client(Submitter):
 
     def run_fed(self, run: TaskRun, *, timeout: float | None = None) -> None:
         """Submit the tasks of a run until it is over; see ``run_tasks``. They have their call-backs."""
-        deadline = deadline_in(timeout)
+        end = deadline_in(timeout)
         sessions: dict[str, _Session] = {}
+        is_over = False
         try:
             while not run.is_over:
                 self._submit_tasks(run, sessions)
                 if not run.is_over:
-                    self._tend_tasks(run, sessions, deadline)
+                    self._tend_tasks(run, sessions, run.next_deadline(end))
+                # Another one, maybe, when what was due has ended.
+                deadline = run.next_deadline(end)
                 if deadline is not None and monotonic() >= deadline:
                     self._give_up(run, sessions, timeout or 0.0)
+            # Not asked for again: a run that is fed would take more.
+            is_over = True
         finally:
             for session in sessions.values():
                 # A connection with jobs of nobody is closed, so that the server drops them.
-                if run.is_over and not session.unsent and not session.protocol.has_jobs:
+                if is_over and not session.unsent and not session.protocol.has_jobs:
                     self._give_back(session)
                 else:
                     session.close()
@@ -804,7 +809,11 @@ class Client(Submitter):
             session.close()
             raise ConnectionLost(session.server, str(error)) from error
         except (ServerError, JobFailed):
-            self._give_back(session)
+            if session.protocol.has_jobs:
+                # A call-back raised it, of another job: this one runs on, and would go on calling back.
+                session.close()
+            else:
+                self._give_back(session)
             raise
         except BaseException:
             # An answer may still come, and would be taken for that of the next question.

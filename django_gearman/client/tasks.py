@@ -575,6 +575,10 @@ class TaskRun:
     def is_over(self) -> bool:
         return not self._waiting and not self._count
 
+    def next_deadline(self, end: float | None) -> float | None:
+        """The monotonic time at which to give up, where ``end`` is that of all of it; None for never."""
+        return end
+
     def next(self) -> Task | None:
         """The task to submit next; None when there is none, or enough are in flight."""
         if self._waiting and self._count < self._limit:
@@ -652,7 +656,7 @@ class TaskRun:
         lost = list(self._lost_on.get(task, {}).values())
         task.fail(lost[-1] if lost else error)
 
-    def give_up(self, error: Callable[[Task], GearmanError]) -> None:
+    def give_up(self, error: Callable[[Task], ResponseTimeout]) -> None:
         """The time is up for what has not ended."""
         late = [task for there in self._in_flight.values() for task in there.values()]
         late += self._waiting

@@ -139,6 +139,15 @@ class PacketReader:
             raise ProtocolError(b"INVALID_PACKET", b"Too few arguments in the packet")
         return kind, arguments
 
+    def too_large(self) -> tuple[int, int, bytes]:
+        """
+        Of the packet whose size ``take`` refused: its type, that size, and all that came after its header.
+
+        The reader must not be used again all the same.
+        """
+        _, kind, size = _unpack_header(self._buffer, self._offset)
+        return kind, size, self._buffer[self._offset + HEADER_SIZE :]
+
     def _cut(self, start: int, end: int, separators: int) -> list[bytes]:
         arguments = []
         for _ in range(separators):

@@ -36,8 +36,9 @@ def operator(site_server: Server) -> Iterator[AdminClient]:
 
 
 def wait_for(path: Path) -> None:
-    """Until the file is written, which is more than that it is there."""
-    harness.wait_until(lambda: path.exists() and path.stat().st_size, 60.0, path.name)
+    # What begins writes who it is, which comes after the file.
+    is_written = path.suffix == ".begun"
+    harness.wait_until(lambda: path.exists() and (path.stat().st_size or not is_written), 60.0, path.name)
 
 
 def cancel(operator: AdminClient, result: JobResult[Any]) -> None:

@@ -6,18 +6,21 @@ import asyncio
 import gc
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, closing
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from django_gearman.client import aio
 from django_gearman.client.aio import AsyncClient
 from django_gearman.client.tasks import Data, Task
-from django_gearman.exceptions import ConnectionLost, ResponseTimeout
-from django_gearman.protocol.packets import PacketType
+from django_gearman.exceptions import ConnectionLost, ResponseTimeout, ResultTooLarge
+from django_gearman.protocol.packets import PacketType, encode_response
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
 
@@ -130,9 +133,57 @@ class TestWatch(test_sync.TestWatch):
         with fake_server(script) as port:
             asyncio.run(main())
 
+    def test_what_comes_as_the_wait_begins(self) -> None:
+        """In the same turn of the loop, or while nobody waits."""
+        ended = encode_response(P.WORK_COMPLETE, b"row 5", b"")
+
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", timeout=5) as client:
+                for comes_before in (False, True):
+                    watch = await client.watch("5")
+                    link, request = watch._asked[0]
+                    await until(lambda request=request: request.handle is not None)
+                    if comes_before:
+                        link.data_received(ended)
+                    else:
+                        asyncio.get_running_loop().call_soon(link.data_received, ended)
+                    # Not that there is another chance: who missed it would wait for all of the time.
+                    async with asyncio.timeout(30):
+                        assert await watch.wait(600)
+                    watch.close()
+
+        asked = [self.asked, (P.OPTION_RES, b"listen row 5")] * 2
+        script = play(self.asked, (P.OPTION_RES, b"exceptions"), *asked, None)
+        with fake_server(script) as port:
+            asyncio.run(main())
+
 
 class TestWatchGroup(test_sync.TestWatchGroup):
-    pass
+    def test_who_is_cancelled_as_it_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a server that was asked meanwhile nothing stays in use."""
+        monkeypatch.setattr(aio, "NUDGE_TIMEOUT", 60.0)
+
+        async def main() -> None:
+            servers = f"127.0.0.1:{port}", f"127.0.0.1:{hung}"
+            async with connected(*servers, connect_timeout=60) as client:
+                assert await client.echo(b"x") == b"x"
+                (link,) = client._links().open.values()
+                asking = asyncio.create_task(client.watch_group("5"))
+                await until(lambda: link.users == 1)
+                await until(lambda: not link.protocol.awaits_answer)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                assert link.users == 0
+                assert not link.protocol.has_jobs
+
+        script = play(P.ECHO_REQ, (P.ECHO_RES, b""), P.ECHO_REQ, (P.ECHO_RES, b"x"))
+        with (
+            fake_server(lambda peer: (script(peer), test_sync.listened()(peer))) as port,
+            socket.create_server(("127.0.0.1", 0)) as silent,
+        ):
+            hung = silent.getsockname()[1]
+            asyncio.run(main())
 
 
 class TestFaults(test_sync.TestFaults):
@@ -235,6 +286,66 @@ class TestSideBySide:
             assert found == [[b"%s%d" % (text, number) for number in range(20)] for text in (b"a", b"b")]
 
         asyncio.run(main())
+
+
+class TestLargeResults:
+    """More than ``max_packet``: of one call, and not of those beside it."""
+
+    def test_the_others_go_on(self, server: harness.GearmanServerProcess, held: Held) -> None:
+        async def main() -> None:
+            async with connected(server.address, max_packet=1000) as client:
+                other = asyncio.create_task(client.do("held", timeout=60))
+                await until(lambda: held.ran, limit=30)
+                calls = [client.do("large", b"%d" % size, timeout=60) for size in (0, 3_000_000, 900, 1000)]
+                found = await asyncio.gather(*calls, return_exceptions=True)
+                assert [each if isinstance(each, bytes) else type(each) for each in found] == [
+                    b"",
+                    ResultTooLarge,
+                    b"x" * 900,
+                    ResultTooLarge,
+                ]
+                task = client.add_task("large", b"5000")
+                (task,) = await client.run_tasks(timeout=60)
+                assert isinstance(task.error, ResultTooLarge)
+                (link,) = client._links().open.values()
+                assert not link.is_spent
+                held.go_on.set()
+                assert await other == b"held"
+
+        functions = {"large": lambda job: b"x" * int(job.workload)}
+        with harness.worker_thread(functions, server):
+            asyncio.run(main())
+
+    @pytest.mark.parametrize("cuts", [[], range(200), [12], [13], [16], [17]])
+    @pytest.mark.parametrize("kind", [P.WORK_COMPLETE, P.WORK_EXCEPTION])
+    def test_in_pieces(self, kind: PacketType, cuts: list[int]) -> None:
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", max_packet=50) as client:
+                large = asyncio.create_task(client.do("f", timeout=60))
+                await until(lambda: any(link.protocol.has_jobs for link in client._links().open.values()))
+                (link,) = client._links().open.values()
+                data = encode_response(kind, b"H:1", b"x" * 100)
+                data += encode_response(P.WORK_COMPLETE, b"H:1", b"for nobody")
+                ends = [*cuts, len(data)]
+                for start, end in pairwise([0, *ends]):
+                    link.data_received(data[start:end])
+                with pytest.raises(ResultTooLarge):
+                    await large
+                assert await client.echo(b"x") == b"x"
+
+        script = play(P.SUBMIT_JOB, (P.JOB_CREATED, b"H:1"), P.ECHO_REQ, (P.ECHO_RES, b"x"), None)
+        with fake_server(script) as port:
+            asyncio.run(main())
+
+    def test_whose_cannot_be_told(self) -> None:
+        async def main() -> None:
+            async with connected(f"127.0.0.1:{port}", max_packet=600) as client:
+                with pytest.raises(ResultTooLarge):
+                    await client.do("f", timeout=60)
+
+        created = (P.JOB_CREATED, b"H:1")
+        with fake_server(play(P.SUBMIT_JOB, created, (P.WORK_COMPLETE, b"H" * 601, b""), None)) as port:
+            asyncio.run(main())
 
 
 class TestCancellation:

@@ -114,6 +114,32 @@ class TestForeground:
             client.do("tell", timeout=10, on_data=lambda data: 1 / 0)
         assert client.do("reverse", b"ab", timeout=10) == b"ba"
 
+    @pytest.mark.parametrize("error", [JobFailed("another"), ServerError("127.0.0.1:1", "CODE", "text")])
+    def test_a_callback_that_raises_what_jobs_do_hears_no_more(
+        self, server: harness.GearmanServerProcess, client: Client, error: GearmanError
+    ) -> None:
+        """The job runs on: what still comes of it is not told while another call waits."""
+        go_on = threading.Event()
+        told: list[bytes] = []
+
+        def talk(job: AssignedJob) -> bytes:
+            job.send_data(b"first")
+            go_on.wait(30)
+            job.send_data(b"second")
+            return b""
+
+        def on_data(data: bytes) -> None:
+            told.append(data)
+            raise error
+
+        # One worker: the other job is done after this one.
+        with harness.worker_thread({"talk": talk, "after it": reverse}, server):
+            with pytest.raises(type(error)):
+                client.do("talk", timeout=30, on_data=on_data)
+            go_on.set()
+            assert client.do("after it", b"ab", timeout=30) == b"ba"
+        assert told == [b"first"]
+
     def test_a_callback_may_use_the_client(self, client: Client) -> None:
         told: list[bytes] = []
         client.do("tell", timeout=10, on_data=lambda data: told.append(client.echo(data)))

@@ -220,6 +220,18 @@ class TestTasks:
         ):
             late.result()
 
+    def test_what_had_no_turn_in_time_is_not_submitted(
+        self, server: harness.GearmanServerProcess, client: Any
+    ) -> None:
+        """A background job would stay with the server, though it is said to have failed."""
+        first = client.add_task("nobody takes this either")
+        others = [client.add_task_background("never submitted") for _ in range(3)]
+        others.append(client.add_task("never submitted"))
+        client.run_tasks(timeout=0.3, limit=1)
+        assert isinstance(first.error, ResponseTimeout)
+        assert [(type(task.error), task.handle) for task in others] == [(ResponseTimeout, "")] * 4
+        assert "never submitted" not in server.status()
+
     def test_a_callback_that_fails(self, client: Any) -> None:
         client.add_task("tell", on_data=lambda task: 1 / 0)
         with pytest.raises(ZeroDivisionError):
