@@ -141,7 +141,7 @@ class JobContext:
         self._progress = progress
         held_back = self._unreported is not None
         self._unreported = progress
-        if numerator >= denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
+        if numerator == denominator or monotonic() - self._reported_at >= PROGRESS_INTERVAL:
             self.flush(log=False)
         elif not held_back and self._reports is not None:
             reports.flusher.flush_at(self, time.monotonic() + PROGRESS_INTERVAL)

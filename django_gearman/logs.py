@@ -72,7 +72,8 @@ class Tail:
         self._lines: deque[bytes] = deque()
         self._size = 0
         self._left_out = 0
-        self._lock = threading.Lock()
+        # As that of logging: what the garbage collector ends here may log.
+        self._lock = threading.RLock()
 
     def add(self, line: str) -> None:
         data = (line if len(line) <= MAX_RECORD else line[: MAX_RECORD - 1] + "…").encode(

@@ -31,7 +31,8 @@ class Flusher:
 
     def __init__(self) -> None:
         self._due: dict[HoldsBack, float] = {}
-        self._lock = threading.Lock()
+        # Of the same thread: what the garbage collector ends here may log, which comes this way again.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
     def flush_at(self, job: HoldsBack, at: float) -> None:
@@ -39,13 +40,16 @@ class Flusher:
         with self._lock:
             if at < self._due.get(job, at + 1.0):
                 self._due[job] = at
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="gearman-reports", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    return  # the system has none left: it leaves at the job's end
-                self._thread = thread
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="gearman-reports", daemon=True)
+            if self._thread is not None:
+                return
+            self._thread = thread
+            try:
+                thread.start()
+            except RuntimeError:
+                self._thread = None  # the system has none left: it leaves at the job's end
 
     def forget(self, job: HoldsBack) -> None:
         """There is nothing more to flush."""
@@ -59,9 +63,9 @@ class Flusher:
         while True:
             now = monotonic()
             with self._lock:
-                due = [job for job, at in self._due.items() if at <= now]
+                due = [job for job, at in list(self._due.items()) if at <= now]
                 for job in due:
-                    del self._due[job]
+                    self._due.pop(job, None)
                 if self._due or due:
                     idle_until = now + _LINGER
                 elif now >= idle_until:

@@ -770,6 +770,17 @@ class TestContext:
             clock(0.001)
         assert 9 <= len(reports.told) <= 11
 
+    @pytest.mark.parametrize("denominator", [0, 10])
+    def test_that_of_more_than_there_seemed_to_be_is_throttled(
+        self, clock: Callable[[float], None], denominator: int
+    ) -> None:
+        reports = Reports()
+        context = JobContext("H:1", "", reports)
+        for step in range(100, 1100):
+            context.set_progress(step, denominator)
+            clock(0.001)
+        assert 9 <= len(reports.told) <= 11
+
     def test_the_last_one_is_sent(self, clock: Callable[[float], None]) -> None:
         reports = Reports()
         context = JobContext("H:1", "", reports)

@@ -349,6 +349,25 @@ class TestHeldBack:
         assert server.told[1] == ("status", 2, 10)
         assert kept(server) == ["INFO f: one"]
 
+    def test_what_ends_meanwhile_may_log(self, told: tuple[JobContext, Reports]):
+        """The garbage collector may end something at any moment, whose end is logged."""
+
+        class Ends:
+            def __hash__(self) -> int:
+                context.logger.info("ended")
+                return 0
+
+            def flush(self) -> None:
+                pass
+
+        context, server = told
+        thread = threading.Thread(target=reports.flusher.flush_at, args=(Ends(), 0.0), daemon=True)
+        thread.start()
+        thread.join(30.0)
+        assert not thread.is_alive()
+        context.flush()
+        assert kept(server)[-1].endswith("ended")
+
     def test_broken_report_is_told_and_others_go_on(
         self, told: tuple[JobContext, Reports], caplog: pytest.LogCaptureFixture
     ):

@@ -36,6 +36,9 @@ MAX_HEADER_BYTES: Final = 16 * 1024
 MAX_AHEAD: Final = 64 * 1024
 """Bytes to take of later requests while one is answered; above it, read no more."""
 
+LINES_PER_TURN: Final = 200
+"""Lines and chunks of one connection that are read before others have their turn."""
+
 METHODS: Final = (b"GET", b"HEAD", b"POST", b"PUT")
 
 # Of Sec-Fetch-* only this one: Node's fetch() sends Sec-Fetch-Mode.
@@ -105,6 +108,7 @@ class Conversation:
         "_unique",
         "busy",
         "closed",
+        "more",
         "now",
         "output",
         "refusal",
@@ -121,6 +125,8 @@ class Conversation:
         """What is to be sent."""
         self.busy = False
         """Whether a submission waits for the core's answer."""
+        self.more = False
+        """Whether ``take`` stopped before it had read all that is there, so that others have their turn."""
         self.closed = False
         self.refusal: str | None = None
         """Why the connection was closed, in words of ours; None when it ended as it should."""
@@ -199,7 +205,8 @@ class Conversation:
 
     def _read(self) -> bytes | None:
         """The workload, once the request is whole."""
-        while True:
+        self.more = False
+        for _ in range(LINES_PER_TURN):
             if self._state == _BODY:
                 return self._cut() if len(self._buffer) >= self._missing else None
             if self._state == _CHUNK_DATA:
@@ -226,6 +233,8 @@ class Conversation:
                 return bytes(self._body)
             else:
                 self._end_headers()
+        self.more = True
+        return None
 
     def _cut(self) -> bytes:
         size = self._missing

@@ -383,6 +383,9 @@ class HTTPConnection(Connection):
             if packet is not None:
                 core.receive(self.peer, packet)
                 core.serve_woken()
+            elif self._conversation.more:
+                self._transport.pause_reading()
+                server.loop.call_soon(self._go_on)
         except Exception:
             # Ours: no input may end the server, and this connection's state is not to be trusted.
             logger.exception("Error in a request of %s; its connection is closed", self.peer.address)

@@ -17,7 +17,7 @@ from django_gearman.protocol.packets import RESPONSE, PacketType
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import transport as transport_module
 from django_gearman.server.core import JobServer
-from django_gearman.server.http import MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
+from django_gearman.server.http import LINES_PER_TURN, MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
 from django_gearman.server.options import ServerOptions
 from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, TransportLimits, bind
@@ -82,7 +82,7 @@ class Visitor:
             while (answer := self._reader.take()) is not None:
                 heard = True
                 self.conversation.hear(answer)
-            if packet is None and not heard:
+            if packet is None and not heard and not self.conversation.more:
                 return
 
     def hears(self) -> bytes:
@@ -229,6 +229,18 @@ class TestSubmissions:
             + b"0\r\nDigest: none\r\n\r\n"
         )
         assert job(wire.worker(b"f")) == (handle(1), b"f", b"-", b"abc0123456789")
+
+    def test_many_small_chunks_leave_others_their_turn(self, wire: Wire):
+        conversation = Conversation()
+        head = raw(b"POST /f HTTP/1.1", b"Host: localhost", b"Transfer-Encoding: chunked")
+        conversation.feed(head + b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n")
+        turns = 1
+        while (packet := conversation.take()) is None:
+            assert conversation.more
+            turns += 1
+        assert turns > 5000 // LINES_PER_TURN
+        assert packet[1][-1] == b"x" * 5000
+        assert not conversation.more
 
     def test_client_that_leaves_drops_its_foreground_job(self, wire: Wire, visitor: Visitor):
         visitor.says(request())
@@ -808,6 +820,18 @@ class TestSockets:
             assert job.workload == payload
             place.complete(place.worker(b"f"), payload)
             assert (await place.reply(link)).body == payload
+
+    @in_a_loop
+    async def test_small_chunks(self):
+        async with site() as place:
+            link = await place.connect()
+            head = request(body=None, Transfer_Encoding="chunked")
+            link.writer.write(head + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n")
+            await until(lambda: bool(place.core.jobs))
+            (job_there,) = place.core.jobs.values()
+            assert job_there.workload == b"x" * 50_000
+            place.complete(place.worker(b"f"), b"done")
+            assert (await place.reply(link)).code == 200
 
     @in_a_loop
     async def test_client_that_leaves_drops_its_job(self):
