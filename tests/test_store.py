@@ -1680,6 +1680,23 @@ class TestPlans:
             assert "Seq Scan on django_gearman_jobrecord" not in plan, (sql, plan)
             assert "job_status" not in plan, (sql, plan)
 
+    def test_postgresql_compiles_nothing(self, database: DatabaseHouse) -> None:
+        """What can only be read whole would be thought dear enough for it, and take five times as long."""
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL alone has a compiler")
+        lease = database.store._lease
+        with connection.cursor() as cursor:
+            cursor.execute("SET jit = on")
+            try:
+                with lease.transaction():
+                    assert set(lease.all_now()[0]) == {lease.id}
+                    cursor.execute("SHOW jit")
+                    assert cursor.fetchone() == ("off",)
+                cursor.execute("SHOW jit")
+                assert cursor.fetchone() == ("on",)
+            finally:
+                cursor.execute("RESET jit")
+
     @pytest.mark.parametrize(
         ("kind", "values"),
         [
