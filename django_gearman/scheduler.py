@@ -112,6 +112,8 @@ class Scheduler:
                 do(schedule, now)
         except (InvalidSchedule, TypeError, ValueError, DataError, IntegrityError) as error:
             reason = " ".join(str(error).split())
+            # What an error of somebody else's says may be what no database takes.
+            reason = reason.encode(errors="replace").decode().replace("\0", "\ufffd")
             logger.error("Schedule %s makes no jobs until it is mended: %s", schedule.name, reason)
             self._rows().filter(pk=schedule.pk).update(error=reason, next_at=None, plan=schedule.current_plan)
 

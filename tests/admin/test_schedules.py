@@ -14,6 +14,7 @@ from django.test.utils import CaptureQueriesContext
 from django_gearman import cron, every
 from django_gearman.models import JobRecord, Schedule
 from django_gearman.scheduler import synchronise
+from tests.app import jobs
 
 LIST = "/admin/django_gearman/schedule/"
 HOUR = datetime.timedelta(hours=1)
@@ -203,6 +204,11 @@ class TestSaving:
     def test_what_is_refused(self, admin_client, schedule, changes, field):
         assert field in refused(save(admin_client, schedule, **changes))
         assert Schedule.objects.get().cron == "30 2 * * *"
+
+    def test_a_unique_that_raises(self, admin_client, schedule, monkeypatch):
+        monkeypatch.setattr(jobs.add, "unique", lambda left, right=1: {}[left])
+        errors = refused(save(admin_client, schedule, args="[7]"))
+        assert errors["args"] == ["the unique of tests.app.jobs.add raised KeyError: 7"]
 
     def test_what_the_code_names_keeps_its_name(self, admin_client, declared):
         save(admin_client, declared, name="other", function="other", args='["y"]')
