@@ -713,6 +713,65 @@ class TestTakeOver:
         again.resume()
         assert [job.handle for job in again.claim(10, {}).jobs] == [queued(2).handle]
 
+    def outage(self, *stores: DatabaseStore, seconds: float) -> None:
+        """The database was out of reach for so long, and is back."""
+        for store in stores:
+            store._lease.renewed -= seconds
+            store._lease._looked_for_dead -= seconds
+            store._lease._judges_from -= seconds
+        ServerLease.objects.update(renewed_at=F("renewed_at") - timedelta(seconds=seconds))
+
+    def test_first_that_is_back_after_an_outage_leaves_the_others_their_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        stores = [database.store, other, DatabaseHouse("third").store]
+        for store, number in zip(stores, (1, 2, 3), strict=True):
+            write(store, queued(number), started(number))
+        for _ in range(2):
+            self.outage(*stores, seconds=70.0)
+            first, *others = stores
+            for _ in range(3):
+                assert first.claim(10, {}).jobs == []
+            for store in others:
+                assert store.claim(10, {}).jobs == []
+            stores = [*others, first]
+        for store, number in zip((database.store, other, stores[0]), (1, 2, 3), strict=True):
+            write(store, finished(number))
+            assert row(number).status == Status.SUCCESSFUL
+
+    def test_who_does_not_come_back_after_an_outage_loses_its_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A whole lease later: long enough for the others, and within the half minute that was promised."""
+        write(database.store, queued())
+        self.outage(database.store, other, seconds=70.0)
+        now = began = monotonic()
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
+        taken: list[StoredJob] = []
+        while not taken and now - began < 60.0:
+            taken = other.claim(10, {}).jobs
+            now += 1.0
+        assert [job.handle for job in taken] == [queued().handle]
+        assert 15.0 <= now - began <= 30.0
+
+    @pytest.mark.parametrize("lease", [0.5, 1.0, 3.0, 15.0])
+    def test_idle_server_looks_for_the_dead_however_short_leases_are(
+        self, database: DatabaseHouse, lease: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It looks at the door once a second, or a little later."""
+        write(database.store, queued())
+        ServerLease.objects.update(renewed_at=timezone.now() - timedelta(seconds=3600))
+        now = began = monotonic()
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
+        other = DatabaseStore("default", "other", lease=lease)
+        other.take_lease("")
+        taken: list[StoredJob] = []
+        while not taken and now - began < 60.0:
+            now += 1.1
+            taken = other.claim(10, {}).jobs
+        assert [job.handle for job in taken] == [queued().handle]
+        assert now - began <= lease / 3 + 2.5
+
     def test_proof_of_the_lease_is_dated_from_before_it(self, database: DatabaseHouse) -> None:
         before = monotonic()
         write(database.store, queued())
@@ -1875,6 +1934,22 @@ class TestPermits:
         assert self.ask(database.store, 1) == 1
         with pytest.raises(LeaseLost):
             self.ask(other.store, 0, held=1)
+
+    def test_first_that_is_back_after_an_outage_leaves_the_others_theirs(
+        self, database: DatabaseHouse
+    ) -> None:
+        self.limit(database, concurrency=1)
+        other = DatabaseHouse("two")
+        other.store.read_limits()
+        assert self.ask(other.store, 1) == 1
+        ServerLease.objects.update(renewed_at=timezone.now() - timedelta(seconds=70))
+        database.store._lease.renewed -= 70.0
+        assert [self.ask(database.store, 1) for _ in range(2)] == [0, 0]
+        assert self.ask(other.store, 0) == 0
+        # Who has not come back a lease later has lost them.
+        ServerLease.objects.filter(name="two").update(renewed_at=timezone.now() - timedelta(seconds=86))
+        database.store._lease._judges_from -= 15.0
+        assert self.ask(database.store, 1) == 1
 
     def test_of_a_server_that_starts_again_they_stay_for_a_moment(self, database: DatabaseHouse) -> None:
         self.limit(database, concurrency=1)
