@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.management.console import close_connections
 from django_gearman.models import (
     Cancellation,
     FunctionLimit,
@@ -54,7 +55,7 @@ from django_gearman.store.door import Door
 from django_gearman.store.lease import Lease
 from django_gearman.store.set_operations import BadRow, array
 
-from . import harness
+from . import harness, needs
 from .simulation.store import Database, Row, SimulatedStore
 
 Status = JobRecord.Status
@@ -1527,6 +1528,42 @@ class TestOutOfReach:
         with pytest.raises(StoreError):
             database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
+
+    @pytest.fixture
+    def pool(self, database: DatabaseHouse) -> Iterator[None]:
+        """The database with Django's pool."""
+        if connection.vendor != "postgresql":
+            pytest.skip("Django has a pool for PostgreSQL alone")
+        needs.module("psycopg_pool")
+        connection.close()
+        before = connection.settings_dict
+        pooled = {**before, "OPTIONS": {**before["OPTIONS"], "pool": True}}
+        connection.settings_dict = pooled
+        try:
+            yield
+        finally:
+            connection.close()
+            connection.settings_dict = pooled
+            connection.close_pool()
+            connection.settings_dict = before
+
+    @pytest.mark.usefixtures("pool")
+    def test_nothing_of_a_pool_is_left_to_share_with_a_child(self) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            ours = cursor.fetchone()
+        assert connection.pool is not None
+        with connection.connection._pool.connection() as idle:
+            also = idle.execute("SELECT pg_backend_pid()").fetchone()
+        close_connections()
+        left = "SELECT count(*) FROM pg_stat_activity WHERE pid IN (%s, %s)"
+
+        def is_gone() -> bool:
+            with connection.cursor() as cursor:
+                cursor.execute(left, [*ours, *also])
+                return bool(cursor.fetchone() == (0,))
+
+        harness.wait_until(is_gone, 30.0)
 
     def test_close_lets_the_connection_go(self, database: DatabaseHouse) -> None:
         write(database.store, queued())
