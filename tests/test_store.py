@@ -1548,6 +1548,19 @@ class TestOutOfReach:
             connection.settings_dict = before
 
     @pytest.mark.usefixtures("pool")
+    def test_the_writer_does_without_a_pool(self, database: DatabaseHouse) -> None:
+        """Which comes back from an outage long after the database does."""
+        write(database.store, queued())
+        assert connection.pool is None
+        assert not hasattr(connection.connection, "_pool")
+        connection.connection.close()
+        with pytest.raises(StoreError):
+            write(database.store, started())
+        write(database.store, started())
+        assert not hasattr(connection.connection, "_pool")
+        assert row().status == Status.RUNNING
+
+    @pytest.mark.usefixtures("pool")
     def test_nothing_of_a_pool_is_left_to_share_with_a_child(self) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_backend_pid()")
