@@ -236,6 +236,21 @@ class TestActions:
         assert JobRecord.objects.get().client == "schedule nightly"
         assert Schedule.objects.get().next_at == schedule.next_at
 
+    def test_enqueue_those_whose_last_job_is_to_do(self, admin_client, schedule):
+        function = jobs.append_once.name
+        for name in ("a", "b"):
+            Schedule.objects.create(name=name, function=function, interval=HOUR, args=["path", name])
+        chosen = list(Schedule.objects.all())
+        text = self.act(admin_client, "enqueue_now", *chosen)
+        assert "2 jobs were enqueued." in text
+        assert "Schedule b: its last job is still to do" in text
+        assert "Schedule a: its last job" not in text
+        clients = JobRecord.objects.values_list("client", flat=True)
+        assert sorted(clients) == ["schedule a", "schedule nightly"]
+        text = self.act(admin_client, "enqueue_now", *chosen)
+        assert "1 job was enqueued." in text
+        assert "Schedule a: its last job is still to do" in text
+
     def test_enqueue_what_cannot_be(self, admin_client, schedule):
         Schedule.objects.update(args=[1, 2, 3])
         assert "too many positional arguments" in self.act(admin_client, "enqueue_now", schedule)
