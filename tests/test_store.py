@@ -1878,6 +1878,16 @@ class TestPlans:
             # Few run, so that their status finds them too.
             assert re.search("job_(owned|status|claim)|PRIMARY|_pkey", plan), plan
 
+    def test_a_unique_is_found_by_its_index(self, database: DatabaseHouse) -> None:
+        database.put(unique=b"u")
+        question = Question(Topic.UNIQUE, 1, 0.0, unique=b"u")
+        replies: list[Any] = []
+        plans = self.plans(lambda: replies.append(database.store.ask([question])))
+        assert replies[0][1] is not None
+        (plan,) = plans.values()
+        assert "job_unique" in plan
+        assert not re.search("TEMP B-TREE|filesort", plan), plan
+
     def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
         # On SQLite there is another statement for a hundred.
         numbers = range(101 if connection.vendor == "sqlite" else 1)
