@@ -13,7 +13,7 @@ from django.apps import AppConfig, apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 from django.utils.module_loading import import_string
 
 from . import conf
@@ -232,7 +232,9 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
                 Error(f"{error}.", hint=f"The schedule of {name} is a cron.", id="django_gearman.E011")
             )
             break
-        except (InvalidSchedule, ImproperlyConfigured, TypeError, ValueError) as error:
+        except (InvalidSchedule, ImproperlyConfigured, TypeError, ValueError, DatabaseError) as error:
+            if isinstance(error, DatabaseError) or isinstance(error.__cause__, DatabaseError):
+                continue  # a unique that asks the database, which may not even be migrated yet
             messages.append(
                 Error(
                     f"The schedule of {name} does not work: {error}.",

@@ -29,6 +29,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, closing
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ from typing import (
 )
 
 from asgiref.sync import sync_to_async
-from django.db import transaction
+from django.db import InterfaceError, OperationalError, transaction
 from django.utils import timezone
 
 from . import conf, continuations, permits, rows, schedules, signals, tracing
@@ -1060,7 +1061,8 @@ def scheduled_record(schedule: Schedule) -> JobRecord:
 
     Raises:
         TypeError: The arguments do not fit the function.
-        ValueError: They are too large.
+        ValueError: They are too large, or the function's ``unique`` or ``limit_key`` raised.
+        OperationalError, InterfaceError: That asked a database which cannot tell now.
     """
     made = registry.get(schedule.function)
     options = conf.settings_for()
@@ -1072,12 +1074,35 @@ def scheduled_record(schedule: Schedule) -> JobRecord:
     else:
         if made.raw:
             args = tuple(arg.encode() if isinstance(arg, str) else arg for arg in args or ("",))
-        record = made._new_record(args, kwargs, options)
+        record = _with_named_errors(made)._new_record(args, kwargs, options)
     if schedule.queue_name:
         record.queue_name = schedule.queue_name
     if schedule.priority is not None:
         record.priority = schedule.priority
     return record
+
+
+def _with_named_errors(made: Job[..., Any]) -> Job[..., Any]:
+    """The same job, whose ``unique`` and ``limit_key`` raise nothing but errors that say whose they are."""
+    other = copy(made)
+    other.unique = _named(f"unique of {made.name}", made.unique)
+    other.limit_key = _named(f"limit_key of {made.name}", made.limit_key)
+    return other
+
+
+def _named(name: str, given: Unique | None) -> Unique | None:
+    if not callable(given):
+        return given
+
+    def make(*args: Any, **kwargs: Any) -> str:
+        try:
+            return given(*args, **kwargs)
+        except (OperationalError, InterfaceError):
+            raise
+        except Exception as error:
+            raise ValueError(f"the {name} raised {type(error).__name__}: {error}") from error
+
+    return make
 
 
 # Limits.

@@ -112,6 +112,8 @@ class Scheduler:
                 do(schedule, now)
         except (InvalidSchedule, TypeError, ValueError, DataError, IntegrityError) as error:
             reason = " ".join(str(error).split())
+            # What an error of somebody else's says may be what no database takes.
+            reason = reason.encode(errors="replace").decode().replace("\0", "\ufffd")
             logger.error("Schedule %s makes no jobs until it is mended: %s", schedule.name, reason)
             self._rows().filter(pk=schedule.pk).update(error=reason, next_at=None, plan=schedule.current_plan)
 
@@ -139,25 +141,11 @@ class Scheduler:
                 record = self._record_of(schedule)
                 record.run_after = _moment(at)
                 record.client = f"schedule {schedule.name}"[:128]
-                if self._insert(record):
+                if insert(record, self._using):
                     made = record
             if made is not None:
                 self._rows().filter(pk=schedule.pk).update(last_job=made.pk)
         logger.debug("Schedule %s: %d jobs, next at %s", schedule.name, len(due.times), _moment(due.next_at))
-
-    def _insert(self, record: JobRecord) -> bool:
-        """Whether the job was made: of a unique there is none while the last one is to do."""
-        key = record.unique_key
-        if key is not None and JobRecord.objects.using(self._using).filter(unique_key=key).exists():
-            return False
-        try:
-            with transaction.atomic(using=self._using):
-                record.save(using=self._using, force_insert=True)
-        except IntegrityError:
-            if key is None:
-                raise
-            return False  # somebody was quicker
-        return True
 
     def _readable(self) -> QuerySet[Schedule]:
         # The others are for a server that can read them.
@@ -165,6 +153,21 @@ class Scheduler:
 
     def _rows(self) -> QuerySet[Schedule]:
         return Schedule.objects.using(self._using)
+
+
+def insert(record: JobRecord, using: str) -> bool:
+    """Whether a schedule's job was made: of a unique there is none while the last one is to do."""
+    key = record.unique_key
+    if key is not None and JobRecord.objects.using(using).filter(unique_key=key).exists():
+        return False
+    try:
+        with transaction.atomic(using=using):
+            record.save(using=using, force_insert=True)
+    except IntegrityError:
+        if key is None:
+            raise
+        return False  # somebody was quicker
+    return True
 
 
 def _is_misled(schedule: Schedule, now: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.core.checks import run_checks
-from django.db import connection
+from django.db import OperationalError, ProgrammingError, connection
 
 from django_gearman import cron, every, job
 from django_gearman.checks import (
@@ -144,6 +144,25 @@ class TestSchedules:
         assert "The schedule of tests.app.jobs.fail does not work" in found.msg
         assert said in found.msg
         assert found.hint
+
+    def test_a_unique_that_raises(self) -> None:
+        def of(message: str) -> str:
+            return {}[message]
+
+        job(schedule=every(timedelta(1), args=["x"]), unique=of)(fail.function)
+        (found,) = run_checks(tags=["gearman"])
+        assert found.id == "django_gearman.E006"
+        assert "the unique of tests.app.jobs.fail raised KeyError: 'x'" in found.msg
+
+    @pytest.mark.parametrize("fault", [OperationalError, ProgrammingError])
+    def test_a_unique_that_asks_a_database_without_tables(self, fault: type[Exception]) -> None:
+        """The check runs before the first migration, too."""
+
+        def of(message: str) -> str:
+            raise fault("no such table")
+
+        job(schedule=every(timedelta(1), args=["x"]), unique=of)(fail.function)
+        assert ids() == []
 
     def test_what_works(self) -> None:
         job(schedule=cron("*/5 * * * *", tz="Europe/Paris", args=["x"]))(fail.function)

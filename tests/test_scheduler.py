@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ValidationError
-from django.db import IntegrityError, connection, connections, transaction
+from django.db import (
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    connection,
+    connections,
+    transaction,
+)
 from django.test.utils import CaptureQueriesContext
 
 from django_gearman import cron, every, scheduler, schedules
-from django_gearman.exceptions import InvalidJob, InvalidSchedule, LeaseLost, MissingCronsim
+from django_gearman.exceptions import InvalidJob, InvalidSchedule, LeaseLost, MissingCronsim, StoreError
 from django_gearman.jobs import Job, declared_schedules, job, scheduled_record
 from django_gearman.models import JobRecord, Schedule
 from django_gearman.registry import registry
@@ -156,6 +163,49 @@ class TestFiring:
         caplog.clear()
         assert len(work(NOON + 120)) == 1
         assert not caplog.text
+
+    @pytest.mark.parametrize("option", ["unique", "limit_key"])
+    @pytest.mark.parametrize(
+        ("fault", "said"),
+        [
+            (KeyError("id"), "KeyError: 'id'"),
+            (JobRecord.DoesNotExist("no such"), "DoesNotExist: no such"),
+            (ProgrammingError("no such table"), "ProgrammingError: no such table"),
+            (ValueError("bad \0 \ud800"), "ValueError: bad \ufffd ?"),
+        ],
+    )
+    def test_neighbours_of_one_whose_unique_raises(
+        self, option: str, fault: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        def make_text(left: int, right: int) -> str:
+            raise fault
+
+        made = jobs.add_later
+        monkeypatch.setattr(made, option, make_text)
+        bad = make(name="a", function=made.name, args=[1, 2])
+        make(name="b")
+        server = store()
+        Schedule.objects.update(next_at=1)
+        assert [each.function for each in server.claim(10, {}).jobs] == [jobs.add.name.encode()]
+        bad.refresh_from_db()
+        assert bad.error == f"the {option} of {made.name} raised {said}"
+        # Who enqueues gets the error itself.
+        with pytest.raises(type(fault)) as raised:
+            made.enqueue(1, 2)
+        assert raised.value is fault
+
+    def test_a_unique_that_asks_a_database_that_is_away(self, monkeypatch: pytest.MonkeyPatch):
+        def make_text(left: int, right: int) -> str:
+            raise OperationalError("the server closed the connection")
+
+        monkeypatch.setattr(jobs.add_later, "unique", make_text)
+        bad = make(function=jobs.add_later.name, args=[1, 2])
+        server = store()
+        Schedule.objects.update(next_at=1)
+        with pytest.raises(StoreError, match="closed the connection"):
+            server.claim(10, {})
+        bad.refresh_from_db()
+        assert (bad.error, bad.next_at) == ("", 1)
 
     def test_a_record_that_the_database_refuses(self):
         def record_of(schedule: Schedule) -> JobRecord:

@@ -20,6 +20,7 @@ from django.utils import timezone
 
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
+from django_gearman.management.console import close_connections
 from django_gearman.models import (
     Cancellation,
     FunctionLimit,
@@ -54,7 +55,7 @@ from django_gearman.store.door import Door
 from django_gearman.store.lease import Lease
 from django_gearman.store.set_operations import BadRow, array
 
-from . import harness
+from . import harness, needs
 from .simulation.store import Database, Row, SimulatedStore
 
 Status = JobRecord.Status
@@ -712,6 +713,65 @@ class TestTakeOver:
         again = database.restart()
         again.resume()
         assert [job.handle for job in again.claim(10, {}).jobs] == [queued(2).handle]
+
+    def outage(self, *stores: DatabaseStore, seconds: float) -> None:
+        """The database was out of reach for so long, and is back."""
+        for store in stores:
+            store._lease.renewed -= seconds
+            store._lease._looked_for_dead -= seconds
+            store._lease._judges_from -= seconds
+        ServerLease.objects.update(renewed_at=F("renewed_at") - timedelta(seconds=seconds))
+
+    def test_first_that_is_back_after_an_outage_leaves_the_others_their_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        stores = [database.store, other, DatabaseHouse("third").store]
+        for store, number in zip(stores, (1, 2, 3), strict=True):
+            write(store, queued(number), started(number))
+        for _ in range(2):
+            self.outage(*stores, seconds=70.0)
+            first, *others = stores
+            for _ in range(3):
+                assert first.claim(10, {}).jobs == []
+            for store in others:
+                assert store.claim(10, {}).jobs == []
+            stores = [*others, first]
+        for store, number in zip((database.store, other, stores[0]), (1, 2, 3), strict=True):
+            write(store, finished(number))
+            assert row(number).status == Status.SUCCESSFUL
+
+    def test_who_does_not_come_back_after_an_outage_loses_its_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A whole lease later: long enough for the others, and within the half minute that was promised."""
+        write(database.store, queued())
+        self.outage(database.store, other, seconds=70.0)
+        now = began = monotonic()
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
+        taken: list[StoredJob] = []
+        while not taken and now - began < 60.0:
+            taken = other.claim(10, {}).jobs
+            now += 1.0
+        assert [job.handle for job in taken] == [queued().handle]
+        assert 15.0 <= now - began <= 30.0
+
+    @pytest.mark.parametrize("lease", [0.5, 1.0, 3.0, 15.0])
+    def test_idle_server_looks_for_the_dead_however_short_leases_are(
+        self, database: DatabaseHouse, lease: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It looks at the door once a second, or a little later."""
+        write(database.store, queued())
+        ServerLease.objects.update(renewed_at=timezone.now() - timedelta(seconds=3600))
+        now = began = monotonic()
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
+        other = DatabaseStore("default", "other", lease=lease)
+        other.take_lease("")
+        taken: list[StoredJob] = []
+        while not taken and now - began < 60.0:
+            now += 1.1
+            taken = other.claim(10, {}).jobs
+        assert [job.handle for job in taken] == [queued().handle]
+        assert now - began <= lease / 3 + 2.5
 
     def test_proof_of_the_lease_is_dated_from_before_it(self, database: DatabaseHouse) -> None:
         before = monotonic()
@@ -1469,6 +1529,55 @@ class TestOutOfReach:
             database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
 
+    @pytest.fixture
+    def pool(self, database: DatabaseHouse) -> Iterator[None]:
+        """The database with Django's pool."""
+        if connection.vendor != "postgresql":
+            pytest.skip("Django has a pool for PostgreSQL alone")
+        needs.module("psycopg_pool")
+        connection.close()
+        before = connection.settings_dict
+        pooled = {**before, "OPTIONS": {**before["OPTIONS"], "pool": True}}
+        connection.settings_dict = pooled
+        try:
+            yield
+        finally:
+            connection.close()
+            connection.settings_dict = pooled
+            connection.close_pool()
+            connection.settings_dict = before
+
+    @pytest.mark.usefixtures("pool")
+    def test_the_writer_does_without_a_pool(self, database: DatabaseHouse) -> None:
+        """Which comes back from an outage long after the database does."""
+        write(database.store, queued())
+        assert connection.pool is None
+        assert not hasattr(connection.connection, "_pool")
+        connection.connection.close()
+        with pytest.raises(StoreError):
+            write(database.store, started())
+        write(database.store, started())
+        assert not hasattr(connection.connection, "_pool")
+        assert row().status == Status.RUNNING
+
+    @pytest.mark.usefixtures("pool")
+    def test_nothing_of_a_pool_is_left_to_share_with_a_child(self) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            ours = cursor.fetchone()
+        assert connection.pool is not None
+        with connection.connection._pool.connection() as idle:
+            also = idle.execute("SELECT pg_backend_pid()").fetchone()
+        close_connections()
+        left = "SELECT count(*) FROM pg_stat_activity WHERE pid IN (%s, %s)"
+
+        def is_gone() -> bool:
+            with connection.cursor() as cursor:
+                cursor.execute(left, [*ours, *also])
+                return bool(cursor.fetchone() == (0,))
+
+        harness.wait_until(is_gone, 30.0)
+
     def test_close_lets_the_connection_go(self, database: DatabaseHouse) -> None:
         write(database.store, queued())
         database.store.close()
@@ -1680,6 +1789,23 @@ class TestPlans:
             assert "Seq Scan on django_gearman_jobrecord" not in plan, (sql, plan)
             assert "job_status" not in plan, (sql, plan)
 
+    def test_postgresql_compiles_nothing(self, database: DatabaseHouse) -> None:
+        """What can only be read whole would be thought dear enough for it, and take five times as long."""
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL alone has a compiler")
+        lease = database.store._lease
+        with connection.cursor() as cursor:
+            cursor.execute("SET jit = on")
+            try:
+                with lease.transaction():
+                    assert set(lease.all_now()[0]) == {lease.id}
+                    cursor.execute("SHOW jit")
+                    assert cursor.fetchone() == ("off",)
+                cursor.execute("SHOW jit")
+                assert cursor.fetchone() == ("on",)
+            finally:
+                cursor.execute("RESET jit")
+
     @pytest.mark.parametrize(
         ("kind", "values"),
         [
@@ -1751,6 +1877,16 @@ class TestPlans:
         for plan in self.plans(database.store.resume).values():
             # Few run, so that their status finds them too.
             assert re.search("job_(owned|status|claim)|PRIMARY|_pkey", plan), plan
+
+    def test_a_unique_is_found_by_its_index(self, database: DatabaseHouse) -> None:
+        database.put(unique=b"u")
+        question = Question(Topic.UNIQUE, 1, 0.0, unique=b"u")
+        replies: list[Any] = []
+        plans = self.plans(lambda: replies.append(database.store.ask([question])))
+        assert replies[0][1] is not None
+        (plan,) = plans.values()
+        assert "job_unique" in plan
+        assert not re.search("TEMP B-TREE|filesort", plan), plan
 
     def test_changes_find_their_row_by_its_handle(self, database: DatabaseHouse) -> None:
         # On SQLite there is another statement for a hundred.
@@ -1858,6 +1994,22 @@ class TestPermits:
         assert self.ask(database.store, 1) == 1
         with pytest.raises(LeaseLost):
             self.ask(other.store, 0, held=1)
+
+    def test_first_that_is_back_after_an_outage_leaves_the_others_theirs(
+        self, database: DatabaseHouse
+    ) -> None:
+        self.limit(database, concurrency=1)
+        other = DatabaseHouse("two")
+        other.store.read_limits()
+        assert self.ask(other.store, 1) == 1
+        ServerLease.objects.update(renewed_at=timezone.now() - timedelta(seconds=70))
+        database.store._lease.renewed -= 70.0
+        assert [self.ask(database.store, 1) for _ in range(2)] == [0, 0]
+        assert self.ask(other.store, 0) == 0
+        # Who has not come back a lease later has lost them.
+        ServerLease.objects.filter(name="two").update(renewed_at=timezone.now() - timedelta(seconds=86))
+        database.store._lease._judges_from -= 15.0
+        assert self.ask(database.store, 1) == 1
 
     def test_of_a_server_that_starts_again_they_stay_for_a_moment(self, database: DatabaseHouse) -> None:
         self.limit(database, concurrency=1)

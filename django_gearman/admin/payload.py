@@ -20,6 +20,7 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
+from django_gearman import continuations
 from django_gearman.models import JobRecord
 
 from .format import NOTHING, visible
@@ -74,11 +75,15 @@ def arguments(payload: Payload | None) -> str:
     call = _parse(payload) if payload else None
     if (
         isinstance(call, dict)
-        and {"args", "kwargs"} <= call.keys() <= {"args", "kwargs", "trace"}
+        and {"args", "kwargs"} <= call.keys() <= {"args", "kwargs", "trace", "limit", continuations.RESULTS}
         and isinstance(call["args"], list)
         and isinstance(call["kwargs"], dict)
     ):
-        return _call(call["args"], call["kwargs"])
+        match call.get(continuations.RESULTS):
+            case None:
+                return _call(call["args"], call["kwargs"])
+            case [int() as group, int(), int() as count]:
+                return _call(call["args"], call["kwargs"], (group, count))
     return value(payload)
 
 
@@ -152,14 +157,18 @@ def _indented(parsed: Any, limit: int) -> tuple[str, bool]:
     return text, True
 
 
-def _call(args: list[Any], kwargs: dict[str, Any]) -> SafeString:
+def _call(args: list[Any], kwargs: dict[str, Any], results: tuple[int, int] | None = None) -> SafeString:
+    """Return a table, whose first argument is the results of a group, told by its id and their number."""
     left = SHOWN
     rows: list[tuple[str, str]] = []
+    if results is not None:
+        told = _("The %(count)d results of group %(group)d") % {"count": results[1], "group": results[0]}
+        rows.append(("1", told))
     named: Iterable[tuple[str, Any]] = (
-        *((str(position), argument) for position, argument in enumerate(args, 1)),
+        *((str(position), argument) for position, argument in enumerate(args, 1 + len(rows))),
         *((f"{keyword}=", argument) for keyword, argument in kwargs.items()),
     )
-    total = len(args) + len(kwargs)
+    total = len(args) + len(kwargs) + len(rows)
     if not total:
         return format_html('<span class="gearman-quiet">{}</span>', _("No arguments"))
     for label, argument in named:

@@ -21,7 +21,7 @@ from django_gearman import conf
 from django_gearman.exceptions import InvalidSchedule
 from django_gearman.jobs import scheduled_record
 from django_gearman.models import Schedule
-from django_gearman.scheduler import is_edited, reset
+from django_gearman.scheduler import insert, is_edited, reset
 
 from . import format
 from .read_only import Look, ScheduleModelAdmin
@@ -118,8 +118,13 @@ class ScheduleAdmin(Look, ScheduleModelAdmin):
                 self.message_user(request, f"{row}: {error}", messages.ERROR)
                 continue
             record.client = f"schedule {row.name}"[:128]
-            record.save(using=conf.settings_for().database, force_insert=True)
-            count += 1
+            if insert(record, conf.settings_for().database):
+                count += 1
+            else:
+                told = _(
+                    "Schedule %(schedule)s: its last job is still to do, and its unique allows no other."
+                )
+                self.message_user(request, told % {"schedule": row}, messages.WARNING)
         done = ngettext("%(count)d job was enqueued.", "%(count)d jobs were enqueued.", count)
         self.message_user(request, done % {"count": count})
 

@@ -1,4 +1,4 @@
-"""What the long-running commands share: where log lines go, and a check of the tables."""
+"""What the long-running commands share: where log lines go, a check of the tables, no connection."""
 
 from __future__ import annotations
 
@@ -141,6 +141,15 @@ def _add(handler: logging.Handler, formatter: logging.Formatter | None, *, apart
     if apart:
         # Its warnings would go to stderr, where nobody looks now.
         logging.getLogger("asyncio").addHandler(handler)
+
+
+def close_connections() -> None:
+    """Close what this process has open to databases, pools included: nothing may be shared with a child."""
+    for connection in connections.all(initialized_only=True):
+        connection.close()
+        # With Django's own pool, closing has only given the connection back.
+        if hasattr(connection, "close_pool"):
+            connection.close_pool()
 
 
 def require_tables(using: str) -> None:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Final
 
 from django.db import transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from ..exceptions import LeaseLost, StoreError
@@ -282,7 +283,8 @@ class DatabaseStore:
             for question in questions:
                 if question.topic is Topic.UNIQUE:
                     live = self._db.records().filter(status__in=JobRecord.LIVE)
-                    found = live.filter(unique=text_of_unique(question.unique)).order_by("-pk")
+                    # What an empty one would say anyway lets SQLite use the index of those that are not.
+                    found = live.filter(~Q(unique=""), unique=text_of_unique(question.unique)).order_by("-pk")
                     for columns in found.values_list("status", "numerator", "denominator")[:1]:
                         replies[question.number] = standing_of(*columns)
         wanted = [question for question in questions if question.topic is Topic.PERMITS]

@@ -80,7 +80,9 @@ class Database:
         # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
         driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
         try:
-            connection.ensure_connection()
+            if connection.connection is None:
+                _do_without_pool(connection)
+                connection.ensure_connection()
             # Inside of somebody else's transaction, as in a test case, nothing could be set.
             if connection.connection is not self._prepared and not connection.in_atomic_block:
                 self._prepare(connection)
@@ -159,6 +161,14 @@ class Database:
     def column(self, name: str) -> str:
         """A field's column, quoted."""
         return self.connection.ops.quote_name(str(self.fields[name].column))
+
+
+def _do_without_pool(connection: BaseDatabaseWrapper) -> None:
+    """It keeps its one connection; and after an outage a pool comes back when it sees fit, a minute late."""
+    options = connection.settings_dict["OPTIONS"]
+    if "pool" in options:
+        own = {name: value for name, value in options.items() if name != "pool"}
+        connection.settings_dict = {**connection.settings_dict, "OPTIONS": own}
 
 
 def _is_direct(connection: BaseDatabaseWrapper) -> bool:

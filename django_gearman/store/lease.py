@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 LEASE: Final = 15.0
 """Seconds after which the jobs of a server that was not heard of are taken over."""
 
+LONGEST_REST: Final = 3.0
+"""Seconds between two proofs that are ordinary however short leases are: idle servers look once a second."""
+
 ADOPTED_AT_ONCE: Final = 10_000
 """Rows of a dead server that are freed in one transaction."""
 
@@ -52,6 +55,10 @@ class Lease:
         self.has_earlier = False
         """Whether there are more rows of an earlier run to lay at the door."""
         self._looked_for_dead = 0.0
+        self._out_of_reach = max(seconds * 2 / 3, LONGEST_REST)
+        """Seconds without a proof after which nobody may have been able to renew."""
+        self._judges_from = 0.0
+        """Monotonic time from which others may be told to be silent."""
 
     def take(self, address: str) -> int:
         """As ``DatabaseStore.take_lease``; the epoch."""
@@ -91,15 +98,19 @@ class Lease:
         began = monotonic()
         if not self._db.change(self._db.sql.renew, [self.id, self.epoch]):
             raise LeaseLost(self._name)
+        if began - self.renewed > self._out_of_reach:
+            # The database may have been away: the others have a whole lease to come back.
+            self._judges_from = began + self._seconds
         self.renewed = began
 
     def all_now(self) -> tuple[dict[int, LeaseNow], float]:
-        """{id: every server's lease}, and the database's time in seconds since 1970."""
+        """{id: every server's lease}, and the database's time in seconds since 1970; in a transaction."""
         leases: dict[int, LeaseNow] = {}
         now = 0.0
+        judges = monotonic() >= self._judges_from
         for id, epoch, started_at, renewed_at, at in self._db.execute(self._db.sql.leases, []):
             now = seconds_of(at)
-            silent = now - seconds_of(renewed_at) > self._seconds
+            silent = judges and now - seconds_of(renewed_at) > self._seconds
             leases[id] = LeaseNow(epoch, seconds_of(started_at), silent)
         return leases, now
 
@@ -109,8 +120,12 @@ class Lease:
 
     @property
     def wants_a_look_at_others(self) -> bool:
-        """Whether it is time for ``free_jobs_of_the_dead``."""
-        return monotonic() - self._looked_for_dead >= self._seconds / 3
+        """Whether it is time for ``free_jobs_of_the_dead``, and we are one to judge."""
+        now = monotonic()
+        if now - self._looked_for_dead < self._seconds / 3 or now < self._judges_from:
+            return False
+        # Who could not renew cannot judge: perhaps nobody could.
+        return now - self.renewed <= self._out_of_reach
 
     def free_jobs_of_the_dead(self) -> None:
         """

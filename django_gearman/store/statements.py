@@ -233,11 +233,11 @@ class Statements:
         )
         if is_postgres:
             # A queue grows and shrinks within seconds. What PostgreSQL knows of the table is older than
-            # that, and it would rather read all of it than look rows up by their keys.
-            ways = (
-                f"set_config('enable_{way}', 'off', true)" for way in ("seqscan", "hashjoin", "mergejoin")
-            )
-            self.renew += f" RETURNING {', '.join(ways)}"
+            # that, and it would rather read all of it than look rows up by their keys. What it has to read
+            # whole, as the few leases, then seems so dear that it would be compiled first, at length.
+            ways = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
+            off = (f"set_config('{way}', 'off', true)" for way in ways)
+            self.renew += f" RETURNING {', '.join(off)}"
 
     def take(self, rows: int) -> str:
         """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""

@@ -93,6 +93,20 @@ class TestPageOfOneJob:
         assert '<th scope="row"><bdi>2</bdi></th><td><pre>"two"</pre></td>' in page
         assert '<th scope="row"><bdi>size=</bdi></th><td><pre>[200]</pre></td>' in page
 
+    def test_arguments_of_a_job_with_a_key_stand_in_a_table(self, admin_page, make_job):
+        workload = json.dumps({"args": [], "kwargs": {"size": 2}, "trace": {}, "limit": "site"})
+        job = make_job(workload=workload.encode())
+        page = html.unescape(text_of(admin_page(f"{job.pk}/change/")))
+        assert '<th scope="row"><bdi>size=</bdi></th><td><pre>2</pre></td>' in page
+
+    def test_results_of_a_group_are_an_argument(self, admin_page, make_job):
+        job = make_job(workload=json.dumps({"args": [5], "kwargs": {}, "results": [7, 0, 3]}).encode())
+        page = html.unescape(text_of(admin_page(f"{job.pk}/change/")))
+        assert '<th scope="row"><bdi>1</bdi></th><td><pre>The 3 results of group 7</pre></td>' in page
+        assert '<th scope="row"><bdi>2</bdi></th><td><pre>5</pre></td>' in page
+        odd = make_job(workload=json.dumps({"args": [5], "kwargs": {}, "results": "<b>"}).encode())
+        assert "&lt;b&gt;" in text_of(admin_page(f"{odd.pk}/change/"))
+
     def test_raw_text_is_shown_as_it_is(self, admin_page, make_job):
         job = make_job(workload=b"hello gearman")
         assert ">hello gearman</pre>" in text_of(admin_page(f"{job.pk}/change/"))

@@ -14,6 +14,7 @@ from django.test.utils import CaptureQueriesContext
 from django_gearman import cron, every
 from django_gearman.models import JobRecord, Schedule
 from django_gearman.scheduler import synchronise
+from tests.app import jobs
 
 LIST = "/admin/django_gearman/schedule/"
 HOUR = datetime.timedelta(hours=1)
@@ -204,6 +205,11 @@ class TestSaving:
         assert field in refused(save(admin_client, schedule, **changes))
         assert Schedule.objects.get().cron == "30 2 * * *"
 
+    def test_a_unique_that_raises(self, admin_client, schedule, monkeypatch):
+        monkeypatch.setattr(jobs.add, "unique", lambda left, right=1: {}[left])
+        errors = refused(save(admin_client, schedule, args="[7]"))
+        assert errors["args"] == ["the unique of tests.app.jobs.add raised KeyError: 7"]
+
     def test_what_the_code_names_keeps_its_name(self, admin_client, declared):
         save(admin_client, declared, name="other", function="other", args='["y"]')
         now = Schedule.objects.get()
@@ -229,6 +235,21 @@ class TestActions:
         assert "1 job was enqueued." in text
         assert JobRecord.objects.get().client == "schedule nightly"
         assert Schedule.objects.get().next_at == schedule.next_at
+
+    def test_enqueue_those_whose_last_job_is_to_do(self, admin_client, schedule):
+        function = jobs.append_once.name
+        for name in ("a", "b"):
+            Schedule.objects.create(name=name, function=function, interval=HOUR, args=["path", name])
+        chosen = list(Schedule.objects.all())
+        text = self.act(admin_client, "enqueue_now", *chosen)
+        assert "2 jobs were enqueued." in text
+        assert "Schedule b: its last job is still to do" in text
+        assert "Schedule a: its last job" not in text
+        clients = JobRecord.objects.values_list("client", flat=True)
+        assert sorted(clients) == ["schedule a", "schedule nightly"]
+        text = self.act(admin_client, "enqueue_now", *chosen)
+        assert "1 job was enqueued." in text
+        assert "Schedule a: its last job is still to do" in text
 
     def test_enqueue_what_cannot_be(self, admin_client, schedule):
         Schedule.objects.update(args=[1, 2, 3])

@@ -93,7 +93,7 @@ class Command(BaseCommand):
             check_user(options["user"])
         if options["check_args"]:
             return
-        connections.close_all()
+        console.close_connections()
         background = Background() if options["daemon"] else None
         with ExitStack() as held:
             limits = _limits(options, settings)
@@ -252,7 +252,7 @@ def _core(
         raise CommandError(f"The database {settings.database!r} does not work: {error}") from error
     finally:
         # The writer's thread has a connection of its own.
-        connections.close_all()
+        console.close_connections()
     prefix = options["job_handle_prefix"]
     if prefix is not None:
         # Several servers of a database may have one prefix, but not one lease.

@@ -35,7 +35,7 @@ from ...worker.loop import AssignedJob, Worker
 from ...worker.memory import MIB, Allowance
 from ...worker.notify import VARIABLES, Notifier
 from ...worker.pool import Alarm
-from ..console import log_to_terminal
+from ..console import close_connections, log_to_terminal
 
 if TYPE_CHECKING:
     from ...worker.board import Row
@@ -158,8 +158,7 @@ class Command(BaseCommand):
         for plan in plans:
             self.stdout.write(plan.sentence)
         self.stdout.flush()
-        # A connection must not be shared with a child.
-        connections.close_all()
+        close_connections()
         if options["pool"] == "solo":
             self._run_alone(plans, options["grace"])
         else:
