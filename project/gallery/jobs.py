@@ -37,7 +37,8 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
     return {"width": made.width, "height": made.height, "files": made.files}
 
 
-@job(queue_name="images", timeout=120)
+# One at a time of each photo: two would take each other's files away.
+@job(queue_name="images", timeout=120, concurrency=1, limit_key="photo_id")
 def render_again(photo_id: int, large: int, quality: int) -> int:
     """Write the thumbnails of a photo once more, the largest in another size; their bytes."""
     from .thumbnails import write_thumbnails

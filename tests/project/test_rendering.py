@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ from django.test import Client
 from PIL import Image
 
 from django_gearman import GroupResult
+from django_gearman.attempts import perform_assigned
+from django_gearman.encoding import describe_exception
 from django_gearman.models import JobGroup, JobRecord
-from project.gallery.jobs import make_thumbnails
+from project.gallery import thumbnails
+from project.gallery.jobs import make_thumbnails, render_again
 from project.gallery.models import Photo
 from project.gallery.uploads import add_photos
+from tests.harness import worker_thread
 from tests.project.images import encoded, quarters, upload
 
 pytestmark = pytest.mark.django_db
@@ -129,6 +135,35 @@ class TestRun:
 
         assert (photo.large, photo.edition) == (960, 2)
         assert {path.stem for path in photo.folder_path.iterdir()} == {"160", "480", "960"}
+
+
+@pytest.mark.django_db(transaction=True)
+class TestWithServer:
+    def test_one_at_a_time_of_a_photo(
+        self, database_server: Any, photos: list[Photo], monkeypatch: pytest.MonkeyPatch
+    ):
+        read, begun, other_photo = thumbnails.read, [], threading.Event()
+
+        def read_in_turn(source: Any, size: int) -> Any:
+            begun.append(size)
+            if size == 960:  # the first, which lasts until there was time for all that may begin
+                assert other_photo.wait(60)
+            elif size == 1280:
+                other_photo.set()
+            return read(source, size)
+
+        monkeypatch.setattr(thumbnails, "read", read_in_turn)
+        calls = [(photos[0].pk, 960, 82), (photos[0].pk, 1920, 82), (photos[1].pk, 1280, 82)]
+        results = [render_again.enqueue(*call) for call in calls]
+        functions = {render_again.name: partial(perform_assigned, render_again)}
+        with worker_thread(functions, database_server, threads=2, describe=describe_exception):
+            for result in results:
+                result.get(60)
+
+        assert begun == [960, 1280, 1920]
+        photo = Photo.objects.get(pk=photos[0].pk)
+        assert (photo.large, photo.edition) == (1920, 2)
+        assert {path.stem for path in photo.folder_path.iterdir()} == {"160", "480", "1920"}
 
 
 class TestPage:
