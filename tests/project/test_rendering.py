@@ -185,3 +185,9 @@ class TestPage:
 
         assert b"Done: all 1" in response.getvalue()
         response.close()
+
+    def test_stream_of_a_group_that_was_pruned(self, client: Client):
+        response = client.get("/render/stream/", {"group": 4711})
+
+        assert b'data: {"group-4711": ""}\n' in response.getvalue()
+        response.close()

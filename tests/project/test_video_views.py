@@ -327,6 +327,18 @@ class TestStream:
         assert label(shown[f"video-{failed.pk}"]) == "Failed"
         assert over == "event: over\ndata: null"
 
+    def test_deleted_before(self, client: Client):
+        made = video(status=Status.SUCCESSFUL)
+        gone = made.pk + 1
+        response = client.get("/videos/stream/", {"video": [made.pk, gone]})
+        first, over = response.getvalue().decode().strip().split("\n\n")
+        response.close()
+
+        shown = json.loads(first.removeprefix("event: cards\ndata: "))
+        assert label(shown[f"video-{made.pk}"]) == "Ready"
+        assert shown[f"video-{gone}"] == ""
+        assert over == "event: over\ndata: null"
+
     @pytest.mark.parametrize("query", ["", "?video=", "?video=x&video=1e9&video=99999999999999999999"])
     def test_nothing_to_follow(self, client: Client, query: str):
         response = client.get(f"/videos/stream/{query}")
