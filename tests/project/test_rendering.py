@@ -62,6 +62,7 @@ class TestForm:
             ({"which": "all", "large": 1280, "quality": 82}, "There are no photos yet."),
             ({"which": "all", "large": 10**9, "quality": 82}, "Select a valid choice. 1000000000"),
             ({"which": "selected", "large": 1280, "quality": 82, "photos": ["x"]}, "not a valid value"),
+            ({"which": "selected", "large": 1280, "quality": 82, "photos": ["9" * 25]}, "not a valid value"),
         ],
     )
     def test_refused(self, client: Client, data: dict[str, Any], reason: str):
