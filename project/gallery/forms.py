@@ -79,10 +79,22 @@ class VideoForm(forms.Form):
         return video
 
 
+class NumberedPhotosField(forms.ModelMultipleChoiceField):
+    """Photos by their numbers, of which a database takes none that is larger than its column."""
+
+    def clean(self, value: Any) -> Any:
+        for number in value or ():
+            if not str(number).isdecimal() or len(str(number)) > 18:
+                raise forms.ValidationError(
+                    self.error_messages["invalid_pk_value"], code="invalid_pk_value", params={"pk": number}
+                )
+        return super().clean(value)
+
+
 class RenderForm(forms.Form):
     """Thumbnails once more, of some photos or of all."""
 
-    photos = forms.ModelMultipleChoiceField(Photo.objects.filter(width__isnull=False), required=False)
+    photos = NumberedPhotosField(Photo.objects.filter(width__isnull=False), required=False)
     large = forms.TypedChoiceField(
         label="Large pictures",
         choices=[(960, "960 pixels"), (1280, "1280 pixels"), (1920, "1920 pixels")],

@@ -74,9 +74,9 @@ def _cards_by_id(pks: list[int]) -> tuple[dict[str, str], bool]:
         try:
             found.append(group_card(GroupResult.find(pk)))
         except GroupDoesNotExist:
-            pass  # pruned; its card goes
+            pass  # pruned; its card goes, which no HTML tells the page
     context = {"mail_to": settings.GALLERY_MAIL_TO}
-    html = {
+    html = {f"group-{pk}": "" for pk in pks} | {
         f"group-{card.group.id}": render_to_string("gallery/group_card.html", context | {"card": card})
         for card in found
     }

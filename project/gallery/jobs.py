@@ -12,7 +12,7 @@ from django.db.models import F
 from django_gearman import Discard, JobContext, job
 from django_gearman.exceptions import JobCancelled
 
-from .models import Photo, Video
+from .models import Photo, Upload, Video
 
 
 @job(takes_context=True, queue_name="images")
@@ -31,12 +31,14 @@ def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
     made = write_thumbnails(
         photo.original.path, photo.thumbnails_path, photo.sizes, report=context.set_progress
     )
-    Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height)
+    if not Photo.objects.filter(pk=photo_id).update(width=made.width, height=made.height):
+        raise _gone(photo)
     context.logger.info("%d files of a photo of %d x %d", len(made.files), made.width, made.height)
     return {"width": made.width, "height": made.height, "files": made.files}
 
 
-@job(queue_name="images", timeout=120)
+# One at a time of each photo: two would take each other's files away.
+@job(queue_name="images", timeout=120, concurrency=1, limit_key="photo_id")
 def render_again(photo_id: int, large: int, quality: int) -> int:
     """Write the thumbnails of a photo once more, the largest in another size; their bytes."""
     from .thumbnails import write_thumbnails
@@ -47,7 +49,8 @@ def render_again(photo_id: int, large: int, quality: int) -> int:
     before, photo.large = photo.large, large
     made = write_thumbnails(photo.original.path, photo.thumbnails_path, photo.sizes, quality=quality)
     # The pages name the new ones from here on.
-    Photo.objects.filter(pk=photo_id).update(large=large, edition=F("edition") + 1)
+    if not Photo.objects.filter(pk=photo_id).update(large=large, edition=F("edition") + 1):
+        raise _gone(photo)
     for path in photo.thumbnails_path.glob(f"{before}.*") if before != large else ():
         path.unlink(missing_ok=True)
     return sum(made.files.values())
@@ -82,6 +85,8 @@ def make_preview(photo_id: int, look: str, crop: str) -> str:
     photo = Photo.objects.get(pk=photo_id)
     name = f"preview-{look}-{crop}.jpg"
     write_preview(photo.original.path, photo.folder_path / name, look, crop)
+    if not Photo.objects.filter(pk=photo_id).exists():
+        raise _gone(photo)
     return name
 
 
@@ -111,7 +116,7 @@ def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
             told = done
             context.set_progress(done, total)
             if not Video.objects.filter(pk=video_id).exists():
-                raise Discard("The video was deleted meanwhile.")
+                raise _gone(video)
 
     try:
         made = write_web_video(
@@ -127,10 +132,19 @@ def make_web_video(context: JobContext, video_id: int) -> dict[str, Any]:
         width=made.width, height=made.height, seconds=made.seconds, notes=" ".join(made.notes)
     )
     if not kept:
-        shutil.rmtree(video.folder_path, ignore_errors=True)
-        raise Discard("The video was deleted meanwhile.")
+        raise _gone(video)
     context.logger.info("%s of video at %d x %d", duration(made.seconds), made.width, made.height)
     return {"width": made.width, "height": made.height, "seconds": made.seconds, "sound": made.sound}
+
+
+def _gone(upload: Upload) -> Discard:
+    """
+    What to raise when the row went while its files were written.
+
+    Those that went with it were the ones of before; no row leads to these.
+    """
+    shutil.rmtree(upload.folder_path, ignore_errors=True)
+    return Discard(f"The {upload._meta.verbose_name} was deleted meanwhile.")
 
 
 @job(name="reverse", raw=True)

@@ -32,7 +32,7 @@ PLACES = 2
 """Streams at a time in a process under WSGI; gunicorn.conf.py gives it more threads than that."""
 
 Look = Callable[[], tuple[dict[str, str], bool]]
-"""What to show by its id, and whether all of it has ended."""
+"""What to show by its id, empty for what is gone, and whether all of it has ended."""
 
 _places = threading.BoundedSemaphore(PLACES)
 

@@ -22,7 +22,10 @@ from pathlib import Path
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
-"""More than most cameras have; 100 million pixels take 400 MB of memory."""
+"""
+More than most cameras have. A pixel takes 4 bytes of memory, and up to 10
+while it is turned or converted, so that a worker needs 1 GB for the largest.
+"""
 
 # Pillow's own guard, for the whole process: it warns above the limit, and
 # refuses above twice the limit. Here the warning refuses as well.
@@ -114,9 +117,10 @@ def read(source: str | os.PathLike[str], size: int) -> tuple[Image.Image, tuple[
         # A JPEG can be decoded at a half, a quarter or an eighth, much faster.
         opened.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
         opened.load()
-        upright = ImageOps.exif_transpose(opened)
-        image = _to_srgb(_reduced(upright, size))
-        if upright.size != opened.size and width != height:
+        as_stored = opened.size
+        ImageOps.exif_transpose(opened, in_place=True)  # which else makes a copy even of what is upright
+        image = _to_srgb(_reduced(opened, size))
+        if opened.size != as_stored and width != height:
             width, height = height, width
     image.info.clear()  # save() would copy a comment from here
     return image, (width, height)
@@ -155,11 +159,15 @@ def _sentence(error: Exception) -> str:
 def _reduced(image: Image.Image, size: int) -> Image.Image:
     """Reduced by a whole number, before conversions that would copy every pixel."""
     factor = max(image.size) // size
-    # Not while a pixel is an entry of a palette, a bit, or has 16 bits.
-    if factor < 2 or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
+    if factor < 2:
         return image
-    # Transparency in PNG may be a colour, which an average would not be.
-    if "transparency" in image.info:
+    # An average is one of colours: not of entries of a palette, nor of bits,
+    # nor with a colour that stands for transparency.
+    if image.mode in ("1", "P", "PA") or (image.mode in ("L", "RGB") and "transparency" in image.info):
+        image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+        image.info.pop("transparency", None)
+    # Not while a pixel has 16 bits or more.
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
         return image
     reduced = image.reduce(factor)
     reduced.info = image.info

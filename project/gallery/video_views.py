@@ -56,7 +56,9 @@ async def stream(request: HttpRequest) -> StreamingHttpResponse:
 
 def _cards_by_id(pks: list[int]) -> tuple[dict[str, str], bool]:
     cards = video_cards(Video.objects.filter(pk__in=pks))
-    return {f"video-{card.upload.pk}": _html(card) for card in cards}, all(card.is_finished for card in cards)
+    # Without HTML for what is not there: who asks for it still shows it.
+    html = {f"video-{pk}": "" for pk in pks} | {f"video-{card.upload.pk}": _html(card) for card in cards}
+    return html, all(card.is_finished for card in cards)
 
 
 def _html(card: VideoCard) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from project.gallery.jobs import make_thumbnails, reverse
+from django_gearman.exceptions import Discard
+from project.gallery import previews, thumbnails
+from project.gallery.jobs import make_preview, make_thumbnails, render_again, reverse
 from project.gallery.models import Photo
 from project.gallery.thumbnails import UnreadableImage
 from project.gallery.uploads import add_photos
@@ -49,6 +53,41 @@ class TestMakeThumbnails:
         photo.refresh_from_db()
         assert photo.width is None
         assert not photo.thumbnails_path.exists()
+
+
+@pytest.mark.django_db
+class TestDeletedMeanwhile:
+    @pytest.mark.parametrize(
+        "run",
+        [
+            lambda pk: make_thumbnails.call(pk),
+            lambda pk: render_again.call(pk, 960, 82),
+            lambda pk: make_preview.call(pk, "grey", "square"),
+        ],
+        ids=["thumbnails", "again", "preview"],
+    )
+    def test_no_file_stays(
+        self,
+        run: Callable[[int], object],
+        media: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        django_capture_on_commit_callbacks: Any,
+    ):
+        (photo,) = add_photos([upload()])
+        read = thumbnails.read
+
+        def read_and_delete(*args: Any) -> Any:
+            made = read(*args)
+            with django_capture_on_commit_callbacks(execute=True):
+                Photo.objects.get(pk=photo.pk).delete()
+            return made
+
+        monkeypatch.setattr(thumbnails, "read", read_and_delete)
+        monkeypatch.setattr(previews, "read", read_and_delete)
+
+        with pytest.raises(Discard, match="The photo was deleted meanwhile"):
+            run(photo.pk)
+        assert [path for path in media.rglob("*") if path.is_file()] == []
 
 
 class TestReverse:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ from django.test import Client
 from PIL import Image
 
 from django_gearman import GroupResult
+from django_gearman.attempts import perform_assigned
+from django_gearman.encoding import describe_exception
 from django_gearman.models import JobGroup, JobRecord
-from project.gallery.jobs import make_thumbnails
+from project.gallery import thumbnails
+from project.gallery.jobs import make_thumbnails, render_again
 from project.gallery.models import Photo
 from project.gallery.uploads import add_photos
+from tests.harness import worker_thread
 from tests.project.images import encoded, quarters, upload
 
 pytestmark = pytest.mark.django_db
@@ -56,6 +62,7 @@ class TestForm:
             ({"which": "all", "large": 1280, "quality": 82}, "There are no photos yet."),
             ({"which": "all", "large": 10**9, "quality": 82}, "Select a valid choice. 1000000000"),
             ({"which": "selected", "large": 1280, "quality": 82, "photos": ["x"]}, "not a valid value"),
+            ({"which": "selected", "large": 1280, "quality": 82, "photos": ["9" * 25]}, "not a valid value"),
         ],
     )
     def test_refused(self, client: Client, data: dict[str, Any], reason: str):
@@ -131,6 +138,35 @@ class TestRun:
         assert {path.stem for path in photo.folder_path.iterdir()} == {"160", "480", "960"}
 
 
+@pytest.mark.django_db(transaction=True)
+class TestWithServer:
+    def test_one_at_a_time_of_a_photo(
+        self, database_server: Any, photos: list[Photo], monkeypatch: pytest.MonkeyPatch
+    ):
+        read, begun, other_photo = thumbnails.read, [], threading.Event()
+
+        def read_in_turn(source: Any, size: int) -> Any:
+            begun.append(size)
+            if size == 960:  # the first, which lasts until there was time for all that may begin
+                assert other_photo.wait(60)
+            elif size == 1280:
+                other_photo.set()
+            return read(source, size)
+
+        monkeypatch.setattr(thumbnails, "read", read_in_turn)
+        calls = [(photos[0].pk, 960, 82), (photos[0].pk, 1920, 82), (photos[1].pk, 1280, 82)]
+        results = [render_again.enqueue(*call) for call in calls]
+        functions = {render_again.name: partial(perform_assigned, render_again)}
+        with worker_thread(functions, database_server, threads=2, describe=describe_exception):
+            for result in results:
+                result.get(60)
+
+        assert begun == [960, 1280, 1920]
+        photo = Photo.objects.get(pk=photos[0].pk)
+        assert (photo.large, photo.edition) == (1920, 2)
+        assert {path.stem for path in photo.folder_path.iterdir()} == {"160", "480", "1920"}
+
+
 class TestPage:
     def test_progress_and_cancel(self, client: Client, photos: list[Photo]):
         post(client, "all")
@@ -149,4 +185,10 @@ class TestPage:
         response = client.get("/render/stream/", {"group": JobGroup.objects.get().pk})
 
         assert b"Done: all 1" in response.getvalue()
+        response.close()
+
+    def test_stream_of_a_group_that_was_pruned(self, client: Client):
+        response = client.get("/render/stream/", {"group": 4711})
+
+        assert b'data: {"group-4711": ""}\n' in response.getvalue()
         response.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +245,49 @@ class TestModes:
 
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
         assert_quarters(make(encoded(quarters(), icc_profile=srgb)) / "160.jpg")
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from project.gallery.thumbnails import write_thumbnails
+
+def most():
+    # Not ru_maxrss, which begins with that of the process that started this one.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = most()
+write_thumbnails(sys.argv[1], Path(sys.argv[2]), (160, 480))
+print(most() - before)
+"""
+
+
+class TestMemory:
+    @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+    @pytest.mark.parametrize(("mode", "options"), [("P", {"transparency": 0}), ("1", {}), ("RGB", {})])
+    def test_bytes_of_a_pixel(self, tmp_path: Path, folder: Path, mode: str, options: dict[str, Any]):
+        source = tmp_path / "source"
+        source.write_bytes(encoded(Image.new(mode, (6000, 5000)), "PNG", compress_level=1, **options))
+        command = [sys.executable, "-c", MEASURE, str(source), str(folder)]
+        kilobytes = int(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+
+        assert kilobytes * 1024 / (6000 * 5000) < {"P": 10.5, "1": 4, "RGB": 6}[mode]
+
+    @pytest.mark.parametrize("mode", ["1", "P", "PA", "L", "LA", "RGB", "RGBA"])
+    def test_large_and_transparent_is_as_small_and_transparent(self, mode: str):
+        image = Image.new("L", (1000, 500), 255)
+        image.paste(0, (500, 0, 1000, 500))
+        image = image.convert("RGB").convert(mode)
+        if mode in ("1", "P", "L", "RGB"):
+            image.info["transparency"] = {"RGB": (0, 0, 0)}.get(mode, 0)
+        elif mode != "PA":
+            image.putalpha(image.getchannel(0))
+
+        reduced = thumbnails._to_srgb(thumbnails._reduced(image, 100))
+        assert reduced.size == (100, 50)
+        assert [reduced.getpixel(at) for at in ((20, 20), (80, 20))] == [
+            thumbnails._to_srgb(image).getpixel(at) for at in ((200, 200), (800, 200))
+        ]
 
 
 class TestMetadata:

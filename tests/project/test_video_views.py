@@ -18,7 +18,7 @@ from django.test import Client
 from django_gearman import JobContext
 from django_gearman.exceptions import Discard
 from django_gearman.models import JobRecord, ServerLease
-from project.gallery import jobs
+from project.gallery import jobs, videos
 from project.gallery.jobs import make_web_video
 from project.gallery.models import Video
 from project.gallery.uploads import add_videos
@@ -260,6 +260,27 @@ class TestJob:
         assert files_in(media) == []
         assert not made.folder_path.exists()
 
+    def test_deleted_in_the_last_percent_leaves_no_file(
+        self,
+        tmp_path: Path,
+        media: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        django_capture_on_commit_callbacks: Any,
+    ):
+        made = uploaded(tmp_path)
+        finish = videos._Writer.finish
+
+        def delete_and_finish(writer: videos._Writer) -> videos.Made:
+            with django_capture_on_commit_callbacks(execute=True):
+                Video.objects.get(pk=made.pk).delete()
+            return finish(writer)
+
+        monkeypatch.setattr(videos._Writer, "finish", delete_and_finish)
+
+        with pytest.raises(Discard, match="The video was deleted meanwhile"):
+            make_web_video.call(made.pk)
+        assert files_in(media) == []
+
     def test_cancelled_ends_between_two_frames(
         self, tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch
     ):
@@ -304,6 +325,18 @@ class TestStream:
         shown = json.loads(first.removeprefix("event: cards\ndata: "))
         assert label(shown[f"video-{done.pk}"]) == "Ready"
         assert label(shown[f"video-{failed.pk}"]) == "Failed"
+        assert over == "event: over\ndata: null"
+
+    def test_deleted_before(self, client: Client):
+        made = video(status=Status.SUCCESSFUL)
+        gone = made.pk + 1
+        response = client.get("/videos/stream/", {"video": [made.pk, gone]})
+        first, over = response.getvalue().decode().strip().split("\n\n")
+        response.close()
+
+        shown = json.loads(first.removeprefix("event: cards\ndata: "))
+        assert label(shown[f"video-{made.pk}"]) == "Ready"
+        assert shown[f"video-{gone}"] == ""
         assert over == "event: over\ndata: null"
 
     @pytest.mark.parametrize("query", ["", "?video=", "?video=x&video=1e9&video=99999999999999999999"])
