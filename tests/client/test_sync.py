@@ -545,7 +545,8 @@ class TestWatch:
         ):
             for number in range(2):
                 with closing(client.watch("5")) as watch:
-                    assert watch.is_open == (number < asked)
+                    # What was asked may be answered already.
+                    assert number < asked or not watch.is_open
                     assert not watch.wait(30)
                     assert not watch.is_open
 
