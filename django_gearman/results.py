@@ -382,6 +382,7 @@ class JobResult(Generic[R]):
         Enqueue the same job again: the same function and arguments, in a record of its own.
 
         A member of a group was counted there at its end: what is made here is no member.
+        While a job of the same unique is to do, that is returned, and no other is made.
 
         Raises:
             JobNotFinished: It has not ended yet.
@@ -390,23 +391,8 @@ class JobResult(Generic[R]):
         self.refresh()
         if not self.is_finished:
             raise JobNotFinished(self._name, self.status)
-        old = self._record
-        again = JobRecord(
-            function=old.function,
-            queue_name=old.queue_name,
-            workload=bytes(old.workload),
-            unique=old.unique,
-            unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
-            reducer=old.reducer,
-            priority=old.priority,
-            client=identity(os.getpid()),
-            max_attempts=old.max_attempts,
-            limit_key=old.limit_key,
-            timeout=old.timeout,
-            # What follows a group may ask for its results again.
-            group_id=old.group_id if old.group_index is None else None,
-        )
-        return JobResult(insert(again, old._state.db or conf.settings_for().database))
+        using = self._record._state.db or conf.settings_for().database
+        return JobResult(insert(_same_again(self._record), using))
 
     async def aretry(self) -> JobResult[R]:
         """As ``retry``."""
@@ -600,6 +586,52 @@ def _cancel_at_door(id: int, using: str) -> bool:
     if following.laid:
         nudge_after_commit(using)
     return cancelled
+
+
+def _same_again(old: JobRecord) -> JobRecord:
+    """An unsaved record of the same call."""
+    return JobRecord(
+        function=old.function,
+        queue_name=old.queue_name,
+        workload=bytes(old.workload),
+        unique=old.unique,
+        unique_key=unique_key_of(old.function, old.unique, bytes(old.workload)),
+        reducer=old.reducer,
+        priority=old.priority,
+        client=identity(os.getpid()),
+        max_attempts=old.max_attempts,
+        limit_key=old.limit_key,
+        timeout=old.timeout,
+        # What follows a group may ask for its results again.
+        group_id=old.group_id if old.group_index is None else None,
+    )
+
+
+def retry_all(ids: Iterable[int], using: str) -> tuple[int, int, int]:
+    """
+    Enqueue jobs again by the ids of their records, in that order: all of them, or none.
+
+    Returns:
+        How many were enqueued; how many have a unique of which a job is still to do, and joined it;
+        how many have not ended. Those whose records are gone are in none of these.
+    """
+    made = joined = unfinished = 0
+    # Only one of the workloads is in memory at a time, and nothing of how the jobs ended.
+    records = JobRecord.objects.using(using).defer("result", "exception", "message", "traceback", "log")
+    with transaction.atomic(using=using):
+        for id in ids:
+            old = records.filter(pk=id).first()
+            if old is None:
+                continue
+            if not old.is_finished:
+                unfinished += 1
+                continue
+            again = _same_again(old)
+            if insert(again, using) is again:
+                made += 1
+            else:
+                joined += 1
+    return made, joined, unfinished
 
 
 def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from django_gearman.models import JobAttempt, JobGroup, JobRecord
-from django_gearman.results import JobResult, cancel_all
+from django_gearman.results import JobResult, cancel_all, retry_all
 
 from . import filters, format, payload
 from .change_list import JobChangeList
@@ -29,7 +29,7 @@ from .paginator import JobPaginator
 from .read_only import JobRecordModelAdmin, Look, ReadOnly
 
 MATCHES = 1000
-"""Jobs of one unique to find at most, newest first."""
+"""Jobs of one unique to find at most, newest first; jobs that one action takes at most."""
 
 CANCEL_LIMIT = 5.0
 """Seconds in which to see the end of jobs that are cancelled."""
@@ -72,7 +72,7 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
     search_fields = ("=id",)  # shows the box; get_search_results decides
     search_help_text = gettext_lazy("Exactly an id, a handle (H:…) or a unique.")
     paginator = JobPaginator
-    actions = ("cancel",)
+    actions = ("cancel", "enqueue_again")
 
     class Media(Look.Media):
         js = [Script("django_gearman/live.js", type="module")]
@@ -103,7 +103,7 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
             found.add(int(term))
         return queryset.filter(pk__in=found), False
 
-    # The action. Rows are the servers': who may change them may ask a server to.
+    # The actions. Rows are the servers': who may change them may ask a server to.
 
     def has_cancel_permission(self, request: HttpRequest) -> bool:
         return request.user.has_perm("django_gearman.change_jobrecord")
@@ -121,6 +121,32 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
             self.message_user(request, left % {"count": waiting}, messages.WARNING)
         done = ngettext("%(count)d job was cancelled.", "%(count)d jobs were cancelled.", count)
         self.message_user(request, done % {"count": count})
+
+    @admin.action(description=gettext_lazy("Enqueue again"), permissions=["cancel"])
+    def enqueue_again(self, request: HttpRequest, queryset: QuerySet[JobRecord]) -> None:
+        """As ``JobResult.retry`` of each that has ended, the oldest first."""
+        chosen = queryset.order_by("pk").values_list("pk", flat=True)[: MATCHES + 1]
+        ids = list(chosen)
+        made, joined, unfinished = retry_all(ids[:MATCHES], queryset.db)
+        if len(ids) > MATCHES:
+            left = _("Only the %(count)d oldest of the jobs were looked at: choose the others once more.")
+            self.message_user(request, left % {"count": MATCHES}, messages.WARNING)
+        if unfinished:
+            left = ngettext(
+                "%(count)d job has not ended, and was not enqueued again.",
+                "%(count)d jobs have not ended, and were not enqueued again.",
+                unfinished,
+            )
+            self.message_user(request, left % {"count": unfinished}, messages.WARNING)
+        if joined:
+            left = ngettext(
+                "%(count)d job was not enqueued again: a job of its unique is still to do.",
+                "%(count)d jobs were not enqueued again: jobs of their uniques are still to do.",
+                joined,
+            )
+            self.message_user(request, left % {"count": joined}, messages.WARNING)
+        done = ngettext("%(count)d job was enqueued again.", "%(count)d jobs were enqueued again.", made)
+        self.message_user(request, done % {"count": made})
 
     def action_checkbox(self, job: JobRecord) -> SafeString:
         # Django's own is labelled with the function's name, which is anybody's text.

@@ -7,8 +7,10 @@ import re
 
 import pytest
 from django.contrib.auth.models import Permission, User
+from django.utils import timezone
 
 from django_gearman.models import JobAttempt, JobRecord, ServerLease
+from tests.docs import block_of
 
 from .conftest import LIST
 
@@ -252,6 +254,100 @@ class TestReadOnly:
         user.user_permissions.add(Permission.objects.get(codename="view_jobrecord"))
         assert client.get(LIST).status_code == 200
         assert client.get(f"{LIST}{job.pk}/change/").status_code == 200
+
+
+class TestEnqueueAgain:
+    """The action that does what ``JobResult.retry`` does."""
+
+    @pytest.fixture
+    def enqueue_again(self, admin_client, settings):
+        settings.ROOT_URLCONF = "tests.admin.urls"
+
+        def act(*jobs, client=admin_client, **more):
+            data = {"action": "enqueue_again", "_selected_action": [job.pk for job in jobs], **more}
+            response = client.post(LIST, data, follow=True)
+            return [str(message) for message in response.context["messages"]]
+
+        return act
+
+    def made_after(self, job):
+        return list(JobRecord.objects.filter(pk__gt=job.pk).order_by("pk"))
+
+    def test_each_that_has_ended_oldest_first(self, enqueue_again, make_job):
+        old = [
+            make_job(
+                "FAILED", call=((number,), {}), queue_name="slow", priority=5, max_attempts=3, timeout=60
+            )
+            for number in range(2)
+        ]
+        old += [make_job(status) for status in ("DEAD", "CANCELLED", "SUCCESSFUL")]
+        assert enqueue_again(*reversed(old)) == ["5 jobs were enqueued again."]
+        made = self.made_after(old[-1])
+        assert [bytes(job.workload) for job in made] == [bytes(job.workload) for job in old]
+        for job in made:
+            assert (job.status, job.function) == ("READY", "photos.jobs.thumbnail")
+            assert (job.handle, job.server_id, job.attempts, job.worker) == (None, None, 0, "")
+        assert (made[0].queue_name, made[0].priority, made[0].max_attempts, made[0].timeout) == (
+            "slow",
+            5,
+            3,
+            60,
+        )
+        assert {job.status for job in JobRecord.objects.filter(pk__lte=old[-1].pk)} == {
+            "FAILED", "DEAD", "CANCELLED", "SUCCESSFUL",
+        }  # fmt: skip
+
+    def test_what_has_not_ended_is_passed_over(self, enqueue_again, make_job):
+        jobs = [make_job("FAILED"), make_job("READY"), make_job("RETRYING")]
+        assert enqueue_again(*jobs) == [
+            "2 jobs have not ended, and were not enqueued again.",
+            "1 job was enqueued again.",
+        ]
+        assert len(self.made_after(jobs[-1])) == 1
+
+    def test_what_has_a_unique_joins_the_job_that_is_to_do(self, enqueue_again, make_job):
+        jobs = [make_job("FAILED", unique="album-7") for _ in range(3)]
+        assert enqueue_again(*jobs) == [
+            "2 jobs were not enqueued again: jobs of their uniques are still to do.",
+            "1 job was enqueued again.",
+        ]
+        (made,) = self.made_after(jobs[-1])
+        assert made.unique == "album-7"
+
+    def test_not_more_than_so_many(self, enqueue_again, make_job, monkeypatch):
+        monkeypatch.setattr("django_gearman.admin.job_record.MATCHES", 2)
+        jobs = [make_job("FAILED", call=((number,), {})) for number in range(3)]
+        assert enqueue_again(jobs[0], select_across="1") == [
+            "Only the 2 oldest of the jobs were looked at: choose the others once more.",
+            "2 jobs were enqueued again.",
+        ]
+        assert [bytes(job.workload) for job in self.made_after(jobs[-1])] == [
+            bytes(job.workload) for job in jobs[:2]
+        ]
+
+    def test_failures_by_code(self, make_job):
+        """The loop of docs/monitoring.md."""
+        hour = datetime.timedelta(hours=2)
+        old = [make_job(status, function="tests.app.jobs.add") for status in ("FAILED", "DEAD", "SUCCESSFUL")]
+        old.append(make_job("FAILED", function="tests.app.jobs.add", finished_at=timezone.now() - hour))
+        old.append(make_job("FAILED"))
+        code = block_of("monitoring.md", "failures")
+        exec(code.replace("from photos.jobs import transcode", "from tests.app.jobs import add as transcode"))
+        made = self.made_after(old[-1])
+        assert [(job.function, job.status) for job in made] == [("tests.app.jobs.add", "READY")] * 2
+
+    def test_takes_the_permission_of_cancelling(self, enqueue_again, client, make_job):
+        user = User.objects.create_user("op", password="x", is_staff=True)
+        user.user_permissions.add(Permission.objects.get(codename="view_jobrecord"))
+        client.force_login(user)
+        job = make_job("FAILED")
+        assert "enqueue_again" not in text_of(client.get(LIST))
+        enqueue_again(job, client=client)
+        assert not self.made_after(job)
+        user.user_permissions.add(Permission.objects.get(codename="change_jobrecord"))
+        assert "enqueue_again" in text_of(client.get(LIST))
+        assert enqueue_again(job, client=client) == ["1 job was enqueued again."]
+        assert len(self.made_after(job)) == 1
 
 
 class TestServers:
