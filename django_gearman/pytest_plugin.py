@@ -32,3 +32,5 @@ def gearman_cluster(transactional_db: None) -> Iterator[GearmanCluster]:
 
     with GearmanCluster() as cluster:
         yield cluster
+        # The test's failure does not come by here; pytest shows with it what was captured.
+        print(cluster.log())

@@ -774,3 +774,11 @@ class GearmanClusterMixin:
     def setUp(self) -> None:
         cast(Any, super()).setUp()
         self.gearman_cluster = cast(Any, self).enterContext(GearmanCluster(processes=self.gearman_processes))
+
+    def doCleanups(self) -> Any:
+        """Show what the processes said, where the test failed."""
+        # unittest keeps it in an attribute of its own. Where that is missing, nothing is shown.
+        has_failed = getattr(getattr(self, "_outcome", None), "success", True) is False
+        if has_failed and hasattr(self, "gearman_cluster"):
+            print(self.gearman_cluster.log())
+        return cast(Any, super()).doCleanups()

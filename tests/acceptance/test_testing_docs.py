@@ -55,32 +55,74 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def test_every_test_of_the_document_passes(transactional_db: None, tmp_path: Path) -> None:
-    """In a project of its own, with a database of its own, by pytest and by Django's runner."""
-    files = blocks("testing.md")
-    assert set(files) == {"shop/jobs.py", "shop/views.py", *TESTS}
+BY_PYTEST = ["pytest", "-q", "-n0", "-p", "django_gearman.pytest_plugin"]
+BY_UNITTEST = ["django", "test", "--noinput"]
+
+
+def project(folder: Path, files: dict[str, str]) -> None:
+    """A project of its own, with a database of its own."""
     is_sqlite = settings.DATABASES["default"]["ENGINE"].endswith("sqlite3")
     # The others make a database of this name.
-    name = str(tmp_path / "test.sqlite3") if is_sqlite else f"test_docs_{os.getpid()}"
+    name = str(folder / "test.sqlite3") if is_sqlite else f"test_docs_{os.getpid()}"
     own = {
         "shop_settings.py": SETTINGS.replace("TEST_NAME", repr(name)),
         "shop/urls.py": URLS,
         "pytest.ini": "[pytest]\n",
     }
-    write(tmp_path, files | own)
-    env = environment(tmp_path)
+    write(folder, files | own)
+
+
+def run_tests(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    env = environment(folder)
     del env["GEARMAN_TEST_DATABASE"]
     python = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m"]
-    by_pytest = ["pytest", "-q", "-n0", "-p", "django_gearman.pytest_plugin"]
+    return subprocess.run(
+        [*python, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=150
+    )
+
+
+def test_every_test_of_the_document_passes(transactional_db: None, tmp_path: Path) -> None:
+    """By pytest and by Django's runner."""
+    files = blocks("testing.md")
+    assert set(files) == {"shop/jobs.py", "shop/views.py", *TESTS}
+    project(tmp_path, files)
     for command, said in (
-        ([*by_pytest, "test_views.py", "test_processes.py"], "4 passed"),
-        (["django", "test", "--noinput", "shop"], "Ran 3 tests"),
+        ([*BY_PYTEST, "test_views.py", "test_processes.py"], "4 passed"),
+        ([*BY_UNITTEST, "shop"], "Ran 3 tests"),
     ):
-        done = subprocess.run(
-            [*python, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150
-        )
+        done = run_tests(tmp_path, command)
         assert done.returncode == 0, done.stdout + done.stderr
         assert said in done.stdout + done.stderr
+
+
+FAILING = """
+from django.test import TransactionTestCase
+from django_gearman.testing import GearmanClusterMixin
+from .jobs import count
+
+class FailingTests(GearmanClusterMixin, TransactionTestCase):
+    gearman_processes = 1
+    def test_that_fails(self):
+        self.assertEqual(count.run(2), 3)
+"""
+FAILING_BY_PYTEST = """
+from shop.jobs import count
+
+def test_that_fails(gearman_cluster):
+    assert count.run(2) == 3
+"""
+
+
+def test_a_failing_test_shows_what_the_processes_said(transactional_db: None, tmp_path: Path) -> None:
+    files = blocks("testing.md")
+    own = {"test_processes.py": FAILING_BY_PYTEST, "shop/tests.py": FAILING}
+    project(tmp_path, {name: files[name] for name in ("shop/jobs.py", "shop/views.py")} | own)
+    for command in ([*BY_PYTEST, "test_processes.py"], [*BY_UNITTEST, "shop"], [*BY_PYTEST, "shop/tests.py"]):
+        done = run_tests(tmp_path, command)
+        said = done.stdout + done.stderr
+        assert done.returncode == 1, said
+        assert "$ manage.py gearman_worker" in said
+        assert "(shop.jobs.count) succeeded" in said
 
 
 @pytest.fixture
