@@ -193,7 +193,7 @@ class TooLarge(GearmanError, ValueError):
     Attributes:
         what: Which, such as ``the workload of resize``.
         size: Its bytes; None when the sender alone knows.
-        limit: Bytes allowed.
+        limit: Bytes that a packet may have, with the names of the function and the unique.
         setting: What sets the limit.
         remedy: What to do instead.
     """
@@ -214,6 +214,9 @@ class TooLarge(GearmanError, ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        if self.size is not None and self.size <= self.limit:
+            beside = f"{self.size} bytes, which with the names in its packet are"
+            return f"{self.what} has {beside} more than {self.setting}={self.limit}; {self.remedy}"
         size = "more bytes" if self.size is None else f"{self.size} bytes, more"
         return f"{self.what} has {size} than {self.setting}={self.limit}; {self.remedy}"
 

@@ -58,7 +58,7 @@ from django.utils import timezone
 
 from . import conf, continuations, permits, rows, schedules, signals, tracing
 from .client.core import Priority
-from .client.tasks import Part, Value
+from .client.tasks import Part, Value, refuse_too_large
 from .context import JobContext
 from .encoding import dumps, exception_of, refuse_unless_json
 from .exceptions import (
@@ -436,6 +436,8 @@ class Job(Generic[P, R]):
         if options.enqueue == "wire":
             self._refuse_lost_key(args, kwargs)
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        if options.enqueue == "wire":
+            self._refuse_too_large(workload, unique or uuid.uuid4().hex, options)
         return rows.new(
             function=self.name,
             queue_name=self.queue_name,
@@ -545,6 +547,7 @@ class Job(Generic[P, R]):
             )
         self._refuse_lost_key(args, kwargs)
         workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        self._refuse_too_large(workload, unique, options)
         timeout = options.run_timeout if self.run_timeout is None else self.run_timeout
         return workload, unique, timeout
 
@@ -569,6 +572,11 @@ class Job(Generic[P, R]):
                 "the packets of a raw job have no place for the key, and it would be counted with others",
                 'enqueue() it with ENQUEUE = "database", or leave limit_key or raw out',
             )
+
+    def _refuse_too_large(self, workload: bytes, unique: str, options: conf.GearmanSettings) -> None:
+        """Raise for what no packet takes, though a row would."""
+        names = len(self.name.encode()) + len(unique.encode())
+        refuse_too_large(self.name, workload, names, options.max_packet, setting="MAX_PACKET")
 
     def _value_of(self, result: bytes) -> R:
         return cast(R, result if self.raw else decode_result(self.name, result))

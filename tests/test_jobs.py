@@ -21,7 +21,7 @@ from django.contrib.auth.models import User
 from django.db import OperationalError, connection, connections, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, JobResult, job, rows
+from django_gearman import JobContext, JobResult, group, job, rows
 from django_gearman.attempts import pause_before_retry, perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
@@ -34,6 +34,7 @@ from django_gearman.exceptions import (
     JobTimedOut,
     ResponseTimeout,
     Retry,
+    TooLarge,
     WaitInTransaction,
 )
 from django_gearman.jobs import Job, declared_limits
@@ -355,6 +356,18 @@ class TestArguments:
                 ValueError, match="shout has 1001 bytes, more than MAX_PACKET=1000; pass a reference"
             ):
                 submit(bytes(1001))
+
+    def test_too_large_beside_its_names(self, settings: Any) -> None:
+        """A row has columns for these; a packet has not."""
+        settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}
+        sentence = "shout has 1000 bytes, which with the names in its packet are more than MAX_PACKET=1000;"
+        for run in (jobs.shout.run, lambda workload: group(jobs.shout.s(workload)).run()):
+            with pytest.raises(TooLarge, match=sentence):
+                run(bytes(1000))
+        settings.GEARMAN = {"default": {"MAX_PACKET": 1000, "ENQUEUE": "wire"}}
+        for enqueue in (jobs.shout.enqueue, lambda workload: jobs.shout.enqueue_many([((workload,), {})])):
+            with pytest.raises(TooLarge, match=sentence):
+                enqueue(bytes(1000))
 
 
 @pytest.mark.django_db

@@ -526,16 +526,14 @@ class AsyncClient(Submitter):
         self, function: str, workload: bytes = b"", *, reducer: str, **options: Unpack[DoOptions]
     ) -> bytes:
         """As ``do``, with the name of a function to put the parts together. See ``Client.do_reduce``."""
-        request = self._waited_for(function, workload, "normal", options)
-        request.reducer = argument("reducer", reducer)
+        request = self._waited_for(function, workload, "normal", options, reducer)
         return await self._do(request, options)
 
     async def do_reduce_background(
         self, function: str, workload: bytes = b"", *, reducer: str, unique: str = ""
     ) -> str:
         """As ``do_background``, with a reducer. PROTOCOL: SUBMIT_REDUCE_JOB_BACKGROUND."""
-        request = self._request(function, workload, unique, background=True)
-        request.reducer = argument("reducer", reducer)
+        request = self._request(function, workload, unique, background=True, reducer=reducer)
         return await self._submit(request)
 
     # Many at once.

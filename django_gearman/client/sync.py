@@ -354,16 +354,14 @@ class Client(Submitter):
             CommandNotSupported: The server knows no such jobs; ``version`` says what it is.
         PROTOCOL: SUBMIT_REDUCE_JOB, which has normal priority.
         """
-        request = self._waited_for(function, workload, "normal", options)
-        request.reducer = argument("reducer", reducer)
+        request = self._waited_for(function, workload, "normal", options, reducer)
         return self._do(request, options)
 
     def do_reduce_background(
         self, function: str, workload: bytes = b"", *, reducer: str, unique: str = ""
     ) -> str:
         """As ``do_background``, with a reducer. PROTOCOL: SUBMIT_REDUCE_JOB_BACKGROUND."""
-        request = self._request(function, workload, unique, background=True)
-        request.reducer = argument("reducer", reducer)
+        request = self._request(function, workload, unique, background=True, reducer=reducer)
         return self._submit(request)
 
     # Many at once.

@@ -46,6 +46,9 @@ LONGEST_WAIT: Final = 1_000_000.0
 IN_FLIGHT: Final = 1_000
 """Tasks of one ``run_tasks`` that are with servers at a time."""
 
+BESIDE: Final = 16
+"""Bytes of a submission beside its workload and its names: what parts them, and a time in seconds."""
+
 EXPLANATION_TIMEOUT: Final = 0.2
 """Seconds that asking why nobody came may add to a time-out."""
 
@@ -471,28 +474,36 @@ class Submitter:
         priority: Priority = "normal",
         *,
         background: bool = False,
+        reducer: str | None = None,
     ) -> JobRequest:
         name, key = argument("function", function), argument("unique", unique)
         if not name:
             raise ValueError("a job needs the name of a function, such as 'reverse'")
+        other = None if reducer is None else argument("reducer", reducer)
         refuse_no_bytes(f"the workload of {function}", workload)
-        if len(workload) + len(name) + len(key) + 8 > self._max_packet:
-            raise TooLarge(f"the workload of {function}", len(workload), self._max_packet)
+        refuse_too_large(function, workload, len(name) + len(key) + len(other or b""), self._max_packet)
         return JobRequest(
             function=name,
             workload=workload,
             unique=key,
             priority=priority,
             background=background,
+            reducer=other,
         )
 
     def _waited_for(
-        self, function: str, workload: bytes, priority: Priority, options: DoOptions
+        self,
+        function: str,
+        workload: bytes,
+        priority: Priority,
+        options: DoOptions,
+        reducer: str | None = None,
     ) -> JobRequest:
         refuse_unknown(options, DoOptions.__optional_keys__, "do()")
         for name in ("on_data", "on_warning", "on_status"):
             refuse_no_callback(name, options.get(name))
-        request = self._request(function, workload, options.get("unique", ""), priority)
+        unique = options.get("unique", "")
+        request = self._request(function, workload, unique, priority, reducer=reducer)
         request.on_data = options.get("on_data")
         request.on_warning = options.get("on_warning")
         request.on_status = options.get("on_status")
@@ -508,6 +519,20 @@ class Submitter:
 
     def _listening(self, handle: str) -> JobRequest:
         return JobRequest(function=b"", listens=argument("handle", handle))
+
+
+def refuse_too_large(
+    function: str, workload: bytes, names: int, limit: int, *, setting: str = "max_packet"
+) -> None:
+    """
+    Raise ``TooLarge`` for a workload that no packet takes with what stands beside it.
+
+    Args:
+        names: Bytes of the function, the unique and the reducer.
+        limit: Bytes of the largest packet's body, which ``setting`` sets.
+    """
+    if len(workload) + names + BESIDE > limit:
+        raise TooLarge(f"the workload of {function}", len(workload), limit, setting=setting)
 
 
 def result_of(request: JobRequest) -> bytes:

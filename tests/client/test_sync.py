@@ -27,6 +27,7 @@ from django_gearman.exceptions import (
     ResponseTimeout,
     ResultTooLarge,
     ServerError,
+    TooLarge,
 )
 from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
 from django_gearman.worker.loop import AssignedJob, JobRefused, WorkerFunction
@@ -380,8 +381,31 @@ class TestRefusals:
             Client().do_background("a", unique="a\0b")
 
     def test_size(self) -> None:
-        with pytest.raises(ValueError, match="has 1000 bytes, more than max_packet=1000; pass a reference"):
-            Client(max_packet=1000).do_background("f", bytes(1000))
+        with pytest.raises(ValueError, match="has 1001 bytes, more than max_packet=1000; pass a reference"):
+            Client(max_packet=1000).do_background("f", bytes(1001))
+
+    def test_size_with_what_stands_beside_it(self) -> None:
+        """No packet that is sent is larger than ``max_packet``, of whatever kind it is."""
+        client = Client(max_packet=1000)
+        sentence = "f has 1000 bytes, which with the names in its packet are more than max_packet=1000; pass"
+        made = [
+            lambda size: client._request("f", bytes(size), "unique"),
+            lambda size: client._request("f", bytes(size), "unique", reducer="a longer name"),
+            lambda size: client._later("f", bytes(size), "unique", 1e10),
+        ]
+        for make in made:
+            with pytest.raises(TooLarge, match=sentence):
+                make(1000)
+            size = 1000
+            while True:
+                size -= 1
+                try:
+                    packet = make(size).packet
+                except TooLarge:
+                    continue
+                break
+            header = 12
+            assert 980 < len(packet) - header <= 1000
 
     @pytest.mark.parametrize("servers", ["127.0.0.1:4730", [], ["host:port"]])
     def test_servers(self, servers: Any) -> None:
