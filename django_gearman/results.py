@@ -28,6 +28,7 @@ from .exceptions import (
     ConnectionFailed,
     ConnectionLost,
     GearmanError,
+    InvalidCall,
     JobFailed,
     JobNotFinished,
     JobResultDoesNotExist,
@@ -509,9 +510,21 @@ class WireJobResult(JobResult[R]):
         machine alone: elsewhere, cancel jobs of its records.
 
         Raises:
+            InvalidCall: The result is of ``get_result``, and the job is there still.
             ServerError: It does not take the command from here.
         """
-        return self.handle != "" and _cancel_by_wire(self.handle)
+        if self._record.handle is None:
+            return False
+        if self.handle:
+            return _cancel_by_wire(self.handle)
+        if not client_for().job_status_unique(self.id).known:
+            return False
+        raise InvalidCall(
+            f"job {self.id} ({self.function})",
+            "no handle here",
+            "a job server cancels by the handle alone, and does not tell it for an id",
+            "keep the result of enqueue(), or its handle for `manage.py gearman_status --cancel`",
+        )
 
     def retry(self) -> JobResult[R]:
         """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""

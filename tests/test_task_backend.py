@@ -843,6 +843,19 @@ class TestTwins:
                 assert result.status == status
         assert not JobRecord.objects.exists()
 
+    def test_context_has_our_job(self) -> None:
+        """As in the example of docs/tasks.md, though no worker listens."""
+        with override_settings(TASKS=with_another("django_gearman.testing.ImmediateBackend")):
+            for made in (tasks.report_progress, tasks.report_progress_async):
+                result = made.using(backend="other").enqueue(3)
+                assert (result.status, result.errors) == (SUCCESSFUL, [])
+                assert result.return_value == 3
+
+    def test_context_of_a_call(self) -> None:
+        context: Any = TaskContext(task_result=tasks.report_progress.enqueue(3))
+        assert tasks.report_progress.call(context, 3) == 3
+        assert async_to_sync(tasks.report_progress_async.acall)(context, steps=3) == 3
+
 
 class TestQueues:
     def test_a_name_on_the_wire_for_each(self) -> None:

@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from django_gearman.attempts import perform_assigned
 from django_gearman.encoding import describe_exception
-from django_gearman.exceptions import ConnectionFailed, ResultNotKept, TooLarge
+from django_gearman.exceptions import ConnectionFailed, InvalidCall, ResultNotKept, TooLarge
 from django_gearman.models import JobRecord
 from django_gearman.results import WireJobResult
 from django_gearman.submission import client_for
@@ -192,6 +192,21 @@ class TestEnqueue:
             assert version in str(caught.value)
         with pytest.raises(ResultNotKept):
             jobs.report.get_result("never")
+
+    def test_cancelled_by_who_enqueued_it_alone(self, server: Server):
+        with transaction.atomic():
+            result = jobs.shout.enqueue(b"a")
+            assert result.cancel() is False
+        found = jobs.shout.get_result(result.id)
+        with pytest.raises(
+            InvalidCall, match=r"shout\) has no handle here, .*keep the result of enqueue\(\)"
+        ):
+            found.cancel()
+        assert result.cancel() is True
+        if not isinstance(server, Gearmand):
+            # gearmand counts what was cancelled until a worker comes for it.
+            harness.wait_until(lambda: not waiting(server))
+            assert found.cancel() is False
 
 
 @pytest.mark.django_db(transaction=True)

@@ -24,6 +24,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
 from .. import conf
+from ..context import JobContext
 
 try:
     from django.tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
@@ -57,6 +58,7 @@ __all__ = [
     "DummyBackend",
     "GearmanBackend",
     "GearmanTask",
+    "GearmanTaskContext",
     "ImmediateBackend",
     "InvalidTask",
     "InvalidTaskBackend",
@@ -85,6 +87,22 @@ MODULES: Final = ("tasks", "jobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GearmanTaskContext(TaskContext):  # type: ignore[type-arg, misc]  # as GearmanTask; frozen there too
+    """Django's, and ``job``: the ``JobContext`` with ``set_progress``, ``warn`` and ``send_data``."""
+
+    job: JobContext
+
+
+def _with_job(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a function that takes a context, which has a ``job`` that nobody listens to."""
+    if not args or type(args[0]) is not TaskContext:
+        return args
+    result = args[0].task_result
+    context: Any = GearmanTaskContext(task_result=result, job=JobContext(function=result.task.module_path))
+    return context, *args[1:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time before it is subscripted
     """What ``@task`` makes of a function for our backends: a ``Task`` with three options more."""
 
@@ -95,7 +113,7 @@ class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time be
     """Called with the exception and the ``TaskResult``; None for about 2, 4, 8, ... seconds up to an hour."""
 
     timeout: int | None = None
-    """Seconds that one attempt may take; None for no limit."""
+    """Seconds that one attempt may take; None for the setting ``JOB_TIMEOUT``."""
 
     if not TYPE_CHECKING:
 
@@ -112,6 +130,14 @@ class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time be
         Task.__post_init__(self)
         if isinstance(self.get_backend(), GearmanBackend):
             _declare(self)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function here, as the ``ImmediateBackend`` does."""
+        return Task.call(self, *(_with_job(args) if self.takes_context else args), **kwargs)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``call``."""
+        return await Task.acall(self, *(_with_job(args) if self.takes_context else args), **kwargs)
 
 
 _OPTIONS_OF_JOBS: Final = {

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
@@ -33,9 +33,9 @@ from ..registry import registry
 from ..results import JobResult
 from . import (
     GearmanBackend,
+    GearmanTaskContext,
     InvalidTask,
     Task,
-    TaskContext,
     TaskError,
     TaskResult,
     TaskResultDoesNotExist,
@@ -63,13 +63,6 @@ _STATUSES: Final = {
     JobRecord.Status.DEAD: TaskResultStatus.FAILED,
     JobRecord.Status.CANCELLED: TaskResultStatus.FAILED,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GearmanTaskContext(TaskContext):  # type: ignore[type-arg, misc]  # as GearmanTask; frozen there too
-    """Django's, and ``job``: the ``JobContext`` with ``set_progress``, ``warn`` and ``send_data``."""
-
-    job: JobContext
 
 
 class TaskJob(Job[Any, Any]):

@@ -119,6 +119,12 @@ def report_progress(context: Any, steps: int) -> int:
     return steps
 
 
+@task(takes_context=True)
+async def report_progress_async(context: Any, steps: int) -> int:
+    context.job.set_progress(steps, steps)
+    return steps
+
+
 if django.VERSION[:2] != (6, 0):
     # Django 6.0's decorator takes no options beside its own.
 
