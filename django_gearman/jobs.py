@@ -312,7 +312,9 @@ class Job(Generic[P, R]):
         """
         As ``enqueue`` for each pair of positional and named arguments: all of them, or none.
 
-        One statement for thousands of rows, and one nudge.
+        One statement for thousands of rows, and one nudge; a statement for each on
+        MySQL, and of a job with ``unique`` or ``limit_key``. With ``ENQUEUE = "wire"``
+        what was submitted before one that cannot be stays submitted.
 
         Returns:
             A result for each, in their order; equal uniques have the same job.
@@ -458,8 +460,9 @@ class Job(Generic[P, R]):
         """
         Have the function run by a worker at once, and wait for its value.
 
-        A foreground job: nothing is kept of it when this process or the job
-        server ends. Waits for ``RUN_TIMEOUT`` seconds at the most.
+        A foreground job: it is gone when this process or the job server ends
+        before it does. Its record tells of it, unless ``RECORD_FOREGROUND`` is
+        off. Waits for ``RUN_TIMEOUT`` seconds at the most.
 
         Raises:
             JobFailed: The function raised; the attributes say what and where.
@@ -607,6 +610,10 @@ class Job(Generic[P, R]):
         if record.function != self.name:
             raise JobResultMismatch(str(id), record.function, self.name)
         return JobResult(record)
+
+    async def aget_result(self, id: str) -> JobResult[R]:
+        """As ``get_result``."""
+        return await sync_to_async(self.get_result)(id)
 
     @property
     def is_async(self) -> bool:

@@ -76,7 +76,8 @@ class JobResult(Generic[R]):
     """
     A job as its record shows it; ``refresh`` looks again.
 
-    A superset of Django's ``TaskResult``.
+    In the words of Django's ``TaskResult``, of which it has all but the task, its arguments,
+    the backend and the workers; with more statuses, and progress, logs, waiting and cancelling.
     """
 
     def __init__(self, record: JobRecord) -> None:
