@@ -517,8 +517,8 @@ class MissingCronsim(InvalidSchedule):
 
     def __str__(self) -> str:
         return (
-            "cron schedules need the cronsim library: pip install 'django-gearman[schedules]' "
-            "(intervals need nothing)"
+            "cron schedules need the cronsim library: pip install cronsim "
+            "(our extra [schedules]; intervals need nothing)"
         )
 
 

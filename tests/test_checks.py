@@ -175,7 +175,7 @@ class TestSchedules:
         job(schedule=[cron("* * * * *", args=["x"]), cron("1 * * * *", args=["x"], name="b")])(fail.function)
         (found,) = run_checks(tags=["gearman"])
         assert found.id == "django_gearman.E011"
-        assert "pip install 'django-gearman[schedules]'" in found.msg
+        assert "pip install cronsim (our extra [schedules];" in found.msg
 
 
 @pytest.mark.skipif(not hasattr(settings, "TASKS"), reason="needs django.tasks or django-tasks")
