@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 from django.apps import AppConfig, apps
 from django.conf import settings
@@ -25,6 +25,9 @@ from .models import Schedule
 from .scheduler import columns_of
 from .schedules import time_zone
 
+_OF_OURS: Final = " in the repository of django_gearman"
+"""Where the pages are that a hint names: a wheel has none."""
+
 
 @register("gearman")
 def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
@@ -36,7 +39,11 @@ def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) ->
             options = conf.settings_for(alias)
         except ImproperlyConfigured as error:
             messages.append(
-                Error(str(error), hint="The README lists every setting.", id="django_gearman.E002")
+                Error(
+                    str(error),
+                    hint=f"The README{_OF_OURS} lists every setting.",
+                    id="django_gearman.E002",
+                )
             )
             continue
         if options.database not in settings.DATABASES:
@@ -132,7 +139,7 @@ def check_task_backends(*, app_configs: Sequence[AppConfig] | None, **kwargs: An
             messages.append(
                 Error(
                     f"TASKS[{alias!r}]['BACKEND'] is {path!r}, which cannot be imported: {error}.",
-                    hint='Ours is "django_gearman.backends.GearmanBackend"; see docs/tasks.md.',
+                    hint=f'Ours is "django_gearman.backends.GearmanBackend"; see docs/tasks.md{_OF_OURS}.',
                     id="django_gearman.E017",
                 )
             )
@@ -238,7 +245,7 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
             messages.append(
                 Error(
                     f"The schedule of {name} does not work: {error}.",
-                    hint="See cron(), every() and their arguments in docs/schedules.md.",
+                    hint=f"See cron(), every() and their arguments in docs/schedules.md{_OF_OURS}.",
                     id="django_gearman.E006",
                 )
             )

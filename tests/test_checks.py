@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,6 +27,7 @@ from django_gearman.registry import registry
 from django_gearman.schedules import Declaration
 
 from .app.jobs import fail
+from .harness import ROOT
 
 
 def ids(**options: Any) -> list[str | None]:
@@ -335,3 +337,10 @@ class TestDurability:
                 cursor.execute("DROP TABLE of_another_engine")
         assert "W005" in told
         assert "MyISAM" in told
+
+
+def test_every_check_is_listed():
+    code = "".join(path.read_text() for path in (ROOT / "django_gearman").rglob("*.py"))
+    ids = set(re.findall(r"\bdjango_gearman\.([EW]\d{3})\b", code))
+    table = set(re.findall(r"^\| ([EW]\d{3}) \|", (ROOT / "docs" / "upgrading.md").read_text(), re.M))
+    assert table == ids
