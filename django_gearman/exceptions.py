@@ -489,11 +489,11 @@ class InvalidJob(GearmanError, TypeError):
 
 class InvalidCall(GearmanError, ValueError):
     """
-    A call that cannot be made with an option that ``using`` or the decorator gave the job.
+    A call that cannot be made with what ``using`` or the decorator gave the job, or with what is missing.
 
     Attributes:
         job: The function.
-        option: Its name, such as ``run_after``.
+        option: The option's name, such as ``run_after``, or what is missing.
         problem: Why not.
         remedy: What to do instead.
     """
