@@ -48,7 +48,10 @@ PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
 LATE: Final = 0.005
-"""Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
+"""
+Seconds for which what may wait for company stays in the core: entries, which the journal lets wait longer,
+and output that nobody waits for. To send it would cost a system call, and wake a process.
+"""
 
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
@@ -743,24 +746,35 @@ class GearmanServer:
             or core.urgent
             or core.woken
             or core.questions
-            or core.claim_wanted
             or core.shutdown_wanted is not None
             or core.limits.limiters
-            or not 0 < len(core.dirty) <= 2
+            or len(core.dirty) > 2
             or any(each.listens for each in core.dirty if each is not peer)
         ):
             self.schedule_turn()
             return
-        if core.dirty[0] is peer:
+        if core.dirty and core.dirty[0] is peer:
             # Who spoke has time: the other gets a job, or the end of one.
             core.dirty.reverse()
         self._send()
-        if core.entries and not self._late_turn_scheduled:
+        if core.claim_wanted:
+            self._claim()
+        if core.entries:
+            self._schedule_late_turn()
+
+    def _schedule_late_turn(self) -> None:
+        if not self._late_turn_scheduled:
             self._late_turn_scheduled = True
             self.loop.call_later(LATE, self._late_turn)
 
     def _late_turn(self) -> None:
         self._late_turn_scheduled = False
+        core = self.core
+        patient, core.patient = core.patient, []
+        # Some were sent it since, with other things.
+        core.dirty += [peer for peer in patient if peer.is_patient and peer.output]
+        for peer in patient:
+            peer.is_patient = False
         self._turn()
 
     def bound_output(self) -> None:
@@ -786,6 +800,8 @@ class GearmanServer:
             for peer in dirty:
                 output, peer.output = peer.output, []
                 cast(Connection, peer.shell).write(output)
+        if core.patient:
+            self._schedule_late_turn()
 
     def _turn(self) -> None:
         self._turn_scheduled = False
@@ -812,7 +828,12 @@ class GearmanServer:
             core.questions = []
             self._thread.kick()
         if core.claim_wanted:
-            core.claim_wanted = False
+            self._claim()
+
+    def _claim(self) -> None:
+        """Have the journal look at the database door, which the core wants it to."""
+        self.core.claim_wanted = False
+        if self._thread is not None:
             self._journal.claim_soon()
             self._thread.kick()
 

@@ -26,6 +26,7 @@ from django_gearman.server.transport import GearmanServer, TransportLimits, bind
 from .harness import handle
 
 P = PacketType
+NUDGED = P.JOB_CREATED, [b"H:test:1:7.claim"]
 LIMIT = 60.0
 """Seconds after which a condition that should come is given up."""
 
@@ -226,6 +227,23 @@ class TestStream:
             assert await worker.ask(P.GRAB_JOB) == (P.JOB_ASSIGN, [handle(1), b"f", b"abc"])
             worker.say(P.WORK_COMPLETE, handle(1), b"cba")
             assert await client.hear() == [(P.WORK_COMPLETE, [handle(1), b"cba"])]
+
+    @in_a_loop
+    async def test_what_nobody_waits_for_comes_in_a_moment(self):
+        async with hall(MemoryStore()) as place:
+            client = await place.connect()
+            assert await client.ask(P.SUBMIT_JOB_BG, CLAIM, b"", b"") == NUDGED
+
+    @in_a_loop
+    async def test_what_nobody_waits_for_comes_first_with_what_is_waited_for(self):
+        async with hall(MemoryStore()) as place:
+            client = await place.connect()
+            client.say(P.SUBMIT_JOB_BG, CLAIM, b"", b"")
+            client.say(P.ECHO_REQ, b"x")
+            assert await client.hear(2) == [NUDGED, (P.ECHO_RES, [b"x"])]
+            # Nothing of it is told twice.
+            await until(lambda: not place.server.core.patient)
+            assert await client.ask(P.ECHO_REQ, b"y") == (P.ECHO_RES, [b"y"])
 
     @in_a_loop
     async def test_large_packets_pass(self):
