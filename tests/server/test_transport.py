@@ -21,7 +21,7 @@ from django_gearman.server.entries import Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
 from django_gearman.server.options import ServerOptions, Shutdown
 from django_gearman.server.peers import Peer
-from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+from django_gearman.server.transport import PROGRESS, GearmanServer, TransportLimits, bind
 
 from .harness import handle
 
@@ -451,6 +451,33 @@ class TestLimits:
             slow.writer.write(encode_request(P.ECHO_REQ, b"never")[:-1])
             assert await slow.end() == b"\0RES\0\0\0\x11\0\0\0\x01x"
             assert await idle.ask(P.ECHO_REQ, b"idle for longer") == (P.ECHO_RES, [b"idle for longer"])
+
+    @in_a_loop
+    async def test_large_packet_may_come_slowly(self):
+        async with hall() as place:
+            client = await place.connect()
+            await client.ask(P.ECHO_REQ, b"x")
+            (connection,) = place.server.connections
+            packet = encode_request(P.ECHO_REQ, b"x" * 2**20)
+            sent = 0
+
+            async def send(size: int) -> float:
+                """Send more of it; when the server wants it to have gone on."""
+                nonlocal sent
+                client.writer.write(packet[sent : sent + size])
+                sent += size
+                await until(lambda: len(connection._reader._partial or b"") == sent)
+                assert connection._stale is not None
+                return connection._stale
+
+            begun = await send(100)
+            assert await send(1000) == begun
+            assert begun < (later := await send(PROGRESS))
+            assert await send(1000) == later
+            assert later < await send(PROGRESS)
+            client.writer.write(packet[sent:])
+            assert await client.hear() == [(P.ECHO_RES, [b"x" * 2**20])]
+            assert connection._stale is None
 
     @in_a_loop
     async def test_stream_that_is_always_inside_a_packet_goes_on(self, quick_ticks):
