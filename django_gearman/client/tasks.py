@@ -622,7 +622,9 @@ class TaskRun:
             raise told.raised
         if told.is_settled:
             self._land(there, told)
-        if told.error is not None:
+        if told.too_large is not None:
+            task.fail(told.too_large)
+        elif told.error is not None:
             task.fail(server_error(server, told.kind, *told.error))
 
     def _land(self, there: dict[JobRequest | Question, Task], landed: JobRequest | Question) -> None:

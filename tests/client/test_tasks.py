@@ -17,6 +17,7 @@ from django_gearman.exceptions import (
     JobFailed,
     NoWorker,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from django_gearman.protocol.packets import PacketType
@@ -269,6 +270,38 @@ class TestTasks:
         with pytest.raises(ValueError, match="has a NUL"):
             client.add_task_status("a\0b")
         assert client.run_tasks() == []
+
+
+class TestLargeResults:
+    """More than ``max_packet``: of one task, and not of those beside it."""
+
+    def test_the_others_go_on(self, server: harness.GearmanServerProcess) -> None:
+        functions = {"large": lambda job: b"x" * int(job.workload)}
+        sizes = (0, 900, 3_000_000, 1000, 800, 3_000_000, 700)
+        with Client([server.address], max_packet=1000) as client, harness.worker_thread(functions, server):
+            tasks = [client.add_task("large", b"%d" % size) for size in sizes]
+            kept = [client.add_task_background("kept", b"%d" % number) for number in range(100)]
+            client.run_tasks(timeout=60)
+            assert [type(task.error) if task.error else len(task.data) for task in tasks] == [
+                0,
+                900,
+                ResultTooLarge,
+                ResultTooLarge,
+                800,
+                ResultTooLarge,
+                700,
+            ]
+            assert not any(task.error for task in kept)
+            assert client.do("large", b"9", timeout=60) == b"x" * 9
+
+    def test_a_part_is_of_all(self, server: harness.GearmanServerProcess) -> None:
+        """What came after it would look as if it was whole."""
+        with Client([server.address], max_packet=1000) as client:
+            task = client.add_task("large part")
+            functions = {"large part": lambda job: job.send_data(b"x" * 2000)}
+            with harness.worker_thread(functions, server):
+                client.run_tasks(timeout=60)
+        assert type(task.error) is ResultTooLarge
 
 
 class TestLostTasks:
