@@ -717,12 +717,10 @@ class Client(Submitter):
 
     def _submit_tasks(self, run: TaskRun, sessions: dict[str, _Session]) -> None:
         while (task := run.next()) is not None:
-            candidates = run.candidates(task, self._servers)
             try:
-                if not candidates:
-                    raise self._servers.unreachable()
+                candidates = run.candidates(task, self._servers)
                 session = sessions.get(candidates[0]) or self._take(candidates)
-            except ConnectionFailed as error:
+            except (ConnectionFailed, ConnectionLost) as error:
                 run.unreachable(task, error)
                 continue
             known = sessions.setdefault(session.server, session)
@@ -756,7 +754,7 @@ class Client(Submitter):
                     error = ConnectionLost(session.server, str(error))
                 if isinstance(error, ResponseTimeout):
                     self._servers.failed(session.server, waited=True)
-                run.lost(session.server, error)
+                run.lost(self._servers, session.server, error)
 
     def _give_up(self, run: TaskRun, sessions: Mapping[str, _Session], timeout: float) -> None:
         for server, session in sessions.items():
