@@ -814,7 +814,7 @@ class AsyncClient(Submitter):
                 return
             await self._run_submission(task, task.request, timeout, deadline, resubmit=resubmit)
         except GearmanError as error:
-            if task.is_done:
+            if task.is_done or (task.request is not None and error is task.request.raised):
                 raise  # of a call-back
             task.fail(error)
 
@@ -866,10 +866,10 @@ class AsyncClient(Submitter):
         link.users += 1
         try:
             yield
-        except ConnectionLost:
-            # Nothing comes of it here; its call-backs go along where it is submitted again.
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ConnectionLost) and (request is None or error is not request.raised):
+                # Nothing comes of it here; its call-backs go along where it is submitted again.
+                raise
             if request is not None and not request.is_settled and not request.background:
                 if request.listens:
                     # Its job is somebody else's, and not dropped with the connection.

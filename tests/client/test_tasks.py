@@ -14,6 +14,7 @@ from django_gearman.client.tasks import Task
 from django_gearman.exceptions import (
     ConnectionFailed,
     ConnectionLost,
+    GearmanError,
     JobFailed,
     NoWorker,
     ResponseTimeout,
@@ -241,6 +242,44 @@ class TestTasks:
         with pytest.raises(ZeroDivisionError):
             client.run_tasks(timeout=10)
         assert client.do("reverse", b"ab", timeout=10) == b"ba"
+
+    @pytest.mark.parametrize("event", ["on_created", "on_data", "on_complete"])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            JobFailed("another"),
+            ServerError("127.0.0.1:1", "CODE", "text"),
+            ConnectionLost("127.0.0.1:1", "gone"),
+            ResponseTimeout("another job", 1.0),
+            ResultTooLarge("127.0.0.1:1", 9),
+        ],
+    )
+    def test_a_callback_that_raises_what_tasks_do(self, client: Any, event: str, error: GearmanError) -> None:
+        """It is none of the task's own errors."""
+        told: list[Task] = []
+
+        def callback(task: Task) -> None:
+            raise error
+
+        task = client.add_task("tell", on_fail=told.append, **{event: callback})
+        with pytest.raises(type(error)) as caught:
+            client.run_tasks(timeout=10, resubmit=True)
+        assert caught.value is error
+        assert task.error is None
+        assert told == []
+        assert client.do("reverse", b"ab", timeout=10) == b"ba"
+
+    @pytest.mark.parametrize("error", [JobFailed("another"), ConnectionLost("127.0.0.1:1", "gone")])
+    def test_one_that_fails_when_a_task_has(self, client: Any, error: GearmanError) -> None:
+        def callback(task: Task) -> None:
+            raise error
+
+        for function in ("fail", "refused\n"):
+            task = client.add_task(function, on_fail=callback)
+            with pytest.raises(type(error)) as caught:
+                client.run_tasks(timeout=10)
+            assert caught.value is error
+            assert task.error is not error
 
     def test_a_refusal_is_of_one(self, client: Any) -> None:
         refused = client.add_task("a\nb")
