@@ -224,6 +224,9 @@ class TooLarge(GearmanError, ValueError):
 class ResultTooLarge(TooLarge, ConnectionLost):
     """The server sent more than a packet may have; the connection was closed, or the packet passed over."""
 
+    end: tuple[int, bytes] | None = None
+    """Type and handle of what is passed over; None where the connection cannot go on."""
+
     def __init__(self, server: str, limit: int) -> None:
         self.server = server
         self.reason = "it sent too large a packet"

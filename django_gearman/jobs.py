@@ -296,8 +296,12 @@ class Job(Generic[P, R]):
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
         inserted = insert(record, using)
         result: JobResult[R] = JobResult(inserted)
-        # A job of its unique that was there already is told of once.
-        return self._enqueued(result) if inserted is record else result
+        if inserted is not record:
+            # A job of its unique that was there already is told of once.
+            return result
+        self._enqueued(result)
+        result._note_new()
+        return result
 
     def _enqueued(self, result: JobResult[R]) -> JobResult[R]:
         # Who listens for one function names it by the decorated one, not by what ``using`` made of it.

@@ -47,8 +47,14 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
+PROGRESS: Final = 256 * 1024
+"""Bytes of a packet that are to come in ``TransportLimits.incomplete`` seconds, unless it is whole before."""
+
 LATE: Final = 0.005
-"""Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
+"""
+Seconds for which what may wait for company stays in the core: entries, which the journal lets wait longer,
+and output that nobody waits for. To send it would cost a system call, and wake a process.
+"""
 
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
@@ -102,7 +108,7 @@ class TransportLimits:
     """Seconds in which a peer takes something of what is sent to it, when much waits."""
 
     incomplete: float = 30.0
-    """Seconds that a packet may take to arrive; a connection between packets may be idle for ever."""
+    """Seconds that each ``PROGRESS`` bytes of a packet may take to arrive; between packets it may be idle."""
 
     http_idle: float = 60.0
     """Seconds that an HTTP connection may be open without a request."""
@@ -128,6 +134,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_arrived",
         "_blocked",
         "_handed",
         "_reader",
@@ -154,7 +161,9 @@ class Connection(asyncio.Protocol):
         self._ahead = False
         """Whether the peer has submitted more than the store can take for now; nothing is read from it."""
         self._stale: float | None = None
-        """When the packet that has begun must be there, or a closing connection gone; None for no limit."""
+        """When a packet that has begun must have gone on, or a closing connection be gone; None for never."""
+        self._arrived = 0
+        """Bytes that came since that was noted."""
         self._transport: asyncio.Transport
         self.peer: Peer
 
@@ -184,6 +193,7 @@ class Connection(asyncio.Protocol):
         self._server.schedule_turn()
 
     def data_received(self, data: bytes) -> None:
+        self._arrived += len(data)
         self._reader.feed(data)
         self._read()
 
@@ -261,7 +271,9 @@ class Connection(asyncio.Protocol):
     def _note_incomplete(self, *, went_on: bool) -> None:
         if not self._reader.incomplete:
             self._stale = None
-        elif went_on or self._stale is None:
+        elif went_on or self._stale is None or self._arrived >= PROGRESS:
+            # A large packet may come slowly, as over a long line; libgearman takes half a second for a MiB.
+            self._arrived = 0
             self._expect_progress()
 
     def _expect_progress(self) -> None:
@@ -365,6 +377,7 @@ class HTTPConnection(Connection):
     def data_received(self, data: bytes) -> None:
         if self._lingers:
             return
+        self._arrived += len(data)
         self._conversation.feed(data)
         self._read()
         if self._conversation.busy and self._conversation.ahead > MAX_AHEAD:
@@ -430,10 +443,13 @@ class HTTPConnection(Connection):
             stage, limit = "", None
         elif self._conversation.incomplete:
             stage, limit = "end the request", limits.incomplete
+            if self._arrived >= PROGRESS:
+                self._stage = ""
         else:
             stage, limit = "begin a request", limits.http_idle
         if stage != self._stage:
             self._stage = stage
+            self._arrived = 0
             self._stale = None if limit is None else self._server.loop.time() + limit
 
     def close_if_stale(self, now: float) -> None:
@@ -743,24 +759,35 @@ class GearmanServer:
             or core.urgent
             or core.woken
             or core.questions
-            or core.claim_wanted
             or core.shutdown_wanted is not None
             or core.limits.limiters
-            or not 0 < len(core.dirty) <= 2
+            or len(core.dirty) > 2
             or any(each.listens for each in core.dirty if each is not peer)
         ):
             self.schedule_turn()
             return
-        if core.dirty[0] is peer:
+        if core.dirty and core.dirty[0] is peer:
             # Who spoke has time: the other gets a job, or the end of one.
             core.dirty.reverse()
         self._send()
-        if core.entries and not self._late_turn_scheduled:
+        if core.claim_wanted:
+            self._claim()
+        if core.entries:
+            self._schedule_late_turn()
+
+    def _schedule_late_turn(self) -> None:
+        if not self._late_turn_scheduled:
             self._late_turn_scheduled = True
             self.loop.call_later(LATE, self._late_turn)
 
     def _late_turn(self) -> None:
         self._late_turn_scheduled = False
+        core = self.core
+        patient, core.patient = core.patient, []
+        # Some were sent it since, with other things.
+        core.dirty += [peer for peer in patient if peer.is_patient and peer.output]
+        for peer in patient:
+            peer.is_patient = False
         self._turn()
 
     def bound_output(self) -> None:
@@ -786,6 +813,8 @@ class GearmanServer:
             for peer in dirty:
                 output, peer.output = peer.output, []
                 cast(Connection, peer.shell).write(output)
+        if core.patient:
+            self._schedule_late_turn()
 
     def _turn(self) -> None:
         self._turn_scheduled = False
@@ -812,7 +841,12 @@ class GearmanServer:
             core.questions = []
             self._thread.kick()
         if core.claim_wanted:
-            core.claim_wanted = False
+            self._claim()
+
+    def _claim(self) -> None:
+        """Have the journal look at the database door, which the core wants it to."""
+        self.core.claim_wanted = False
+        if self._thread is not None:
             self._journal.claim_soon()
             self._thread.kick()
 
