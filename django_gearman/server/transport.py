@@ -17,6 +17,7 @@ import socket
 import ssl
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -46,6 +47,9 @@ TICK: Final = 1.0
 
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
+
+TLS_PART: Final = 64 * 1024
+"""Bytes handed to TLS at a time: what it has encrypted and passed on, nobody counts any more."""
 
 LATE: Final = 0.005
 """Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
@@ -129,8 +133,11 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_ahead",
         "_blocked",
+        "_full",
         "_handed",
+        "_held",
         "_reader",
+        "_rest",
         "_server",
         "_stale",
         "_taken",
@@ -145,6 +152,12 @@ class Connection(asyncio.Protocol):
         self._reader = PacketReader(REQUEST, max_body=limits.max_packet, max_line=limits.max_line)
         self._blocked = False
         """Whether the peer does not take what it is sent. Then what follows is told."""
+        self._rest: deque[memoryview] | None = None
+        """What TLS was not given yet; None of a connection in plain text, whose transport keeps it all."""
+        self._held = 0
+        """Bytes of it."""
+        self._full = False
+        """Whether TLS takes no more for now. As long as it does, nothing is kept from it."""
         self._handed = 0
         """Bytes that waited to be sent, or came to be, since it is so."""
         self._taken = 0
@@ -169,7 +182,11 @@ class Connection(asyncio.Protocol):
         # One that is gone already has no name, and is nobody of ours.
         address = name[0] if isinstance(name, tuple) else "unix" if sock.family == socket.AF_UNIX else "?"
         limits = self._server.limits
-        self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
+        if transport.get_extra_info("sslcontext") is None:
+            self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
+        else:
+            self._rest = deque()
+            self._transport.set_write_buffer_limits(high=TLS_PART, low=TLS_PART // 4)
         self.peer = self._server.core.connected(sock.fileno(), address, self)
         connections = self._server.connections
         connections.add(self)
@@ -178,6 +195,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._rest, self._held = None, 0
         self._server.forget(self)
         self._server.core.disconnected(self.peer)
         self._server.serve_woken()
@@ -255,6 +273,7 @@ class Connection(asyncio.Protocol):
         # What was answered before belongs to the peer still.
         output, self.peer.output = self.peer.output, []
         self.write(output)
+        self._hand_all()
         self._transport.close()
         self._expect_progress()
 
@@ -283,6 +302,7 @@ class Connection(asyncio.Protocol):
         # The transport closes by itself, once everything is sent; of TLS, it takes nothing more to send.
         output, self.peer.output = self.peer.output, []
         self.write(output)
+        self._hand_all()
         self._expect_progress()
 
     def write(self, output: list[bytes]) -> None:
@@ -293,7 +313,12 @@ class Connection(asyncio.Protocol):
         data = b"".join(output)
         if self._blocked:
             self._handed += len(data)
-        transport.write(data)
+        if self._rest is None or (not self._full and len(data) <= TLS_PART):
+            transport.write(data)
+        else:
+            self._rest.append(memoryview(data))
+            self._held += len(data)
+            self._hand_some()
         if self._ahead:
             line = self.peer.line
             if line is None or len(line) <= self._server.limits.unanswered // 2:
@@ -305,7 +330,30 @@ class Connection(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
-        return self._transport.get_write_buffer_size()
+        return self._held + self._transport.get_write_buffer_size()
+
+    def _hand_some(self) -> None:
+        """Give TLS of what it was not given yet as much as it takes for now."""
+        rest = self._rest
+        assert rest is not None, "a connection in plain text keeps nothing back"
+        while rest and not self._full:
+            part = rest.popleft()
+            if len(part) > TLS_PART:
+                rest.appendleft(part[TLS_PART:])
+                part = part[:TLS_PART]
+            self._held -= len(part)
+            self._transport.write(part)
+        soft = self._server.limits.output_soft
+        if not self._blocked and self._held > soft:
+            self._block()
+        elif self._blocked and self._held <= soft // 4:
+            self._unblock()
+
+    def _hand_all(self) -> None:
+        """Give TLS all of it, before the transport is closed: that sends what it has."""
+        while self._rest:
+            self._transport.write(self._rest.popleft())
+        self._held = 0
 
     def _is_stuck(self, now: float) -> bool:
         """Whether much waits, and the peer has taken nothing of it for long. A slow one is none of these."""
@@ -322,12 +370,25 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def pause_writing(self) -> None:
+        if self._rest is None:
+            self._block()
+        else:
+            self._full = True
+
+    def resume_writing(self) -> None:
+        if self._rest is None:
+            self._unblock()
+        else:
+            self._full = False
+            self._hand_some()
+
+    def _block(self) -> None:
         self._blocked = True
         self._handed, self._taken, self._taken_at = self.unsent, 0, self._server.loop.time()
         self._server.blocked.add(self)
         self._transport.pause_reading()
 
-    def resume_writing(self) -> None:
+    def _unblock(self) -> None:
         self._blocked = False
         self._server.blocked.discard(self)
         # The rest of a packet could not be read meanwhile.
@@ -338,6 +399,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def close(self) -> None:
+        self._hand_all()
         self._transport.close()
 
 
