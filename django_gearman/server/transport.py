@@ -325,7 +325,7 @@ class Connection(asyncio.Protocol):
                 self._ahead = False
                 self._server.loop.call_soon(self._go_on)
         if self._blocked and self.unsent > self._server.limits.output_hard:
-            self._server.bound_output()
+            self._server.bound_output(self._server.blocked)
 
     @property
     def unsent(self) -> int:
@@ -367,6 +367,7 @@ class Connection(asyncio.Protocol):
     def drop(self, reason: str) -> None:
         """Close at once, and throw away what waits to be sent."""
         logger.warning("Connection of %s closed: %s", self.peer.address, reason)
+        self._rest, self._held = None, 0
         self._transport.abort()
 
     def pause_writing(self) -> None:
@@ -757,9 +758,12 @@ class GearmanServer:
             now = self.loop.time()
             core.now = time.time()
             core.clock = now
+            waiting = 0
             for connection in list(self.connections):
                 connection.close_if_stale(now)
-            self.bound_output()
+                waiting += connection.unsent
+            if waiting > self.limits.output_total:
+                self.bound_output(self.connections)
             core.tick()
             core.serve_woken()
             self._journal.refuse_overdue()
@@ -825,14 +829,15 @@ class GearmanServer:
         self._late_turn_scheduled = False
         self._turn()
 
-    def bound_output(self) -> None:
-        """While too much waits to be sent to all together, close the connection for which the most does."""
-        while sum(connection.unsent for connection in self.blocked) > self.limits.output_total:
-            largest = max(self.blocked, key=lambda connection: connection.unsent)
-            waiting = largest.unsent / 2**20
+    def bound_output(self, among: Collection[Connection]) -> None:
+        """While too much waits to be sent to these together, close the connection for which the most does."""
+        waiting = {connection: connection.unsent for connection in among}
+        while sum(waiting.values()) > self.limits.output_total:
+            largest = max(waiting, key=waiting.__getitem__)
+            unsent = waiting.pop(largest) / 2**20
             # Not again before the loop has forgotten it.
             self.blocked.discard(largest)
-            largest.drop(f"{waiting:.0f} MiB wait to be sent to it, and it takes them too slowly")
+            largest.drop(f"{unsent:.0f} MiB wait to be sent to it, and it takes them too slowly")
 
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""
