@@ -626,6 +626,26 @@ class TestStream:
                 incoming.write(read_all(sock))
                 assert end.read(100) == b".\n"
 
+    def test_goodbye_while_much_waits_does_not_end_the_server(self, files: Files, loop_factory: Any) -> None:
+        with serving(files.server(), loop_factory) as place:
+            for _ in range(5):
+                incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+                end = files.client().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+                with place.plain() as sock:
+                    while True:
+                        try:
+                            end.do_handshake()
+                            break
+                        except ssl.SSLWantReadError:
+                            sock.sendall(outgoing.read())
+                            incoming.write(sock.recv(65536))
+                    end.write(encode_request(P.ECHO_REQ, b"x" * LARGE))
+                    with pytest.raises(ssl.SSLWantReadError):
+                        end.unwrap()
+                    sock.sendall(outgoing.read())
+                    read_all(sock)
+                assert place.works(files.client())
+
 
 class TestEnds:
     """Client and worker."""

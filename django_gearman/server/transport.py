@@ -51,6 +51,9 @@ PACKETS_PER_TURN: Final = 200
 TLS_PART: Final = 64 * 1024
 """Bytes handed to TLS at a time: what it has encrypted and passed on, nobody counts any more."""
 
+LOSES_WRITER: Final = (3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2)
+"""Whether asyncio fails, again and again, when TLS writes on after its socket was closed (gh-115514)."""
+
 LATE: Final = 0.005
 """Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
 
@@ -303,6 +306,15 @@ class Connection(asyncio.Protocol):
         output, self.peer.output = self.peer.output, []
         self.write(output)
         self._hand_all()
+        if (
+            LOSES_WRITER
+            and isinstance(self._server.loop, asyncio.SelectorEventLoop)
+            and self._transport.get_extra_info("sslcontext") is not None
+            and self._transport.get_write_buffer_size()
+        ):
+            # The error would be taken for one of ours, and end the server.
+            self._transport.abort()
+            return
         self._expect_progress()
 
     def write(self, output: list[bytes]) -> None:
@@ -400,8 +412,9 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def close(self) -> None:
-        self._hand_all()
-        self._transport.close()
+        if not self._transport.is_closing():
+            self._hand_all()
+            self._transport.close()
 
 
 class HTTPConnection(Connection):
