@@ -1081,7 +1081,7 @@ def scheduled_record(schedule: Schedule) -> JobRecord:
     Raises:
         TypeError: The arguments do not fit the function.
         ValueError: They are too large, or the function's ``unique`` or ``limit_key`` raised.
-        OperationalError, InterfaceError: That asked a database which cannot tell now.
+        OperationalError: That asked a database which cannot tell, now or until it is migrated.
     """
     made = registry.get(schedule.function)
     options = conf.settings_for()
@@ -1116,10 +1116,10 @@ def _named(name: str, given: Unique | None) -> Unique | None:
     def make(*args: Any, **kwargs: Any) -> str:
         try:
             return given(*args, **kwargs)
-        except (OperationalError, InterfaceError):
-            raise
         except Exception as error:
-            raise ValueError(f"the {name} raised {type(error).__name__}: {error}") from error
+            can_tell = not isinstance(error, OperationalError | InterfaceError)
+            kind = ValueError if can_tell else OperationalError
+            raise kind(f"the {name} raised {type(error).__name__}: {error}") from error
 
     return make
 

@@ -743,6 +743,29 @@ class TestTakeOver:
             write(store, finished(number))
             assert row(number).status == Status.SUCCESSFUL
 
+    def test_outage_while_one_looks_at_the_others_leaves_them_their_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(database.store, queued(), started())
+        other._lease._looked_for_dead -= 70.0
+        wants_a_look = Lease.wants_a_look_at_others.fget
+        assert wants_a_look is not None
+        looks: list[Lease] = []
+
+        def wants_a_look_and_hangs(lease: Lease) -> bool:
+            if not wants_a_look(lease):
+                return False
+            looks.append(lease)
+            self.outage(database.store, other, seconds=70.0)
+            return True
+
+        monkeypatch.setattr(Lease, "wants_a_look_at_others", property(wants_a_look_and_hangs))
+        for _ in range(3):
+            assert other.claim(10, {}).jobs == []
+        assert looks == [other._lease]
+        write(database.store, finished())
+        assert row().status == Status.SUCCESSFUL
+
     def test_who_does_not_come_back_after_an_outage_loses_its_jobs(
         self, database: DatabaseHouse, other: DatabaseStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -148,6 +148,9 @@ class Lease:
         more = False
         for lease in dead:
             with self.transaction():
+                if monotonic() < self._judges_from:
+                    # The database was away during this look, and they are silent for that.
+                    return
                 if silent.filter(pk=lease.pk, epoch=lease.epoch).update(epoch=F("epoch") + 1):
                     more |= self._free_jobs_of(lease)
         if not more:

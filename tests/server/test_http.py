@@ -470,6 +470,16 @@ class TestConnections:
         assert visitor.reply().code == 408
         assert visitor.conversation.closed
 
+    def test_expired_request_of_many_small_chunks(self, visitor: Visitor):
+        conversation = visitor.conversation
+        conversation.feed(request(body=None, Transfer_Encoding="chunked") + b"1\r\na\r\n" * LINES_PER_TURN)
+        assert conversation.take() is None
+        assert conversation.more
+        conversation.expire()
+        # Who would go on would go on for as long as the client takes to read why.
+        assert conversation.take() is None
+        assert not conversation.more
+
     def test_expired_without_a_request(self, visitor: Visitor):
         visitor.conversation.expire()
         assert visitor.hears() == b""

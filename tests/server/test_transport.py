@@ -390,6 +390,19 @@ class TestLimits:
             assert not place.server.blocked
 
     @in_a_loop
+    async def test_peers_for_each_of_which_a_little_waits_are_bounded_together(self, quick_ticks):
+        async with hall(output_soft=2**23, output_total=2**23) as place:
+            clients = [await place.connect(receive_buffer=2**14) for _ in range(8)]
+            for client in clients:
+                client.writer.transport.pause_reading()
+                client.say(P.ECHO_REQ, b"x" * 7 * 2**20)
+            # For none of them so much that it would not be read.
+            await until(lambda: 0 < len(place.server.connections) < 8)
+            await until(lambda: sum(each.unsent for each in place.server.connections) <= 2**23)
+            assert (await (await place.connect()).ask(P.ECHO_REQ, b"x")) == (P.ECHO_RES, [b"x"])
+            assert not place.server.blocked
+
+    @in_a_loop
     async def test_packet_above_the_hard_limit_arrives(self, quick_ticks):
         async with hall(output_soft=2**16, output_hard=2**18) as place:
             worker, client = await place.worker(b"f"), await place.connect(receive_buffer=2**14)
