@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from django_gearman.client.sync import Client
+from django_gearman.client.tasks import BESIDE
 from django_gearman.exceptions import JobFailed
 from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType
 from django_gearman.worker import link, loop
@@ -101,7 +102,7 @@ class TestJobs:
             harness.worker_thread({function: reverse}, server, max_packet=size),
             Client([server.address], timeout=30, max_packet=size) as client,
         ):
-            for spare in (8, 100):
+            for spare in (BESIDE, 100):
                 workload = bytes(size - len(function) - len(unique) - spare)
                 assert client.do(function, workload, unique=unique, timeout=30) == workload
 
