@@ -106,6 +106,9 @@ MAX_LIMIT_KEY: Final = 64
 MAX_UNIQUE: Final = 200
 """Bytes of a unique that is sent as it is; longer ones are hashed."""
 
+MAX_WIRE_UNIQUE: Final = 63
+"""Bytes that gearmand keeps of a unique: longer ones are hashed with ``ENQUEUE = "wire"``."""
+
 LONGEST_PAUSE: Final = 3600.0
 """Seconds between two attempts at the most, where no ``backoff`` says otherwise."""
 
@@ -289,8 +292,9 @@ class Job(Generic[P, R]):
         if options.enqueue == "wire":
             # gearmand's stores would overwrite jobs without a unique.
             record.unique = record.unique or uuid.uuid4().hex
-            transaction.on_commit(partial(submit, record), using=options.database)
-            return self._enqueued(WireJobResult(record))
+            result: WireJobResult[R] = WireJobResult(record)
+            transaction.on_commit(partial(submit, record, result.acknowledged), using=options.database)
+            return self._enqueued(result)
         return self._insert_one(record, options.database)
 
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
@@ -357,10 +361,13 @@ class Job(Generic[P, R]):
         if options.enqueue != "wire":
             with transaction.atomic(using=options.database):
                 return [self._insert_one(record, options.database) for record in records]
+        results: list[WireJobResult[R]] = []
         for record in records:
             record.unique = record.unique or uuid.uuid4().hex
-        transaction.on_commit(partial(submit_many, records), using=options.database)
-        return [self._enqueued(WireJobResult(record)) for record in records]
+            results.append(WireJobResult(record))
+        submissions = [(record, each.acknowledged) for record, each in zip(records, results, strict=True)]
+        transaction.on_commit(partial(submit_many, submissions), using=options.database)
+        return [self._enqueued(each) for each in results]
 
     def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
         if self.raw:
@@ -435,7 +442,7 @@ class Job(Generic[P, R]):
             )
         if options.enqueue == "wire":
             self._refuse_lost_key(args, kwargs)
-        workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options)
         if options.enqueue == "wire":
             self._refuse_too_large(workload, unique or uuid.uuid4().hex, options)
         return rows.new(
@@ -546,7 +553,7 @@ class Job(Generic[P, R]):
                 "have it run later by enqueue(), or leave run_after out",
             )
         self._refuse_lost_key(args, kwargs)
-        workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options)
         self._refuse_too_large(workload, unique, options)
         timeout = options.run_timeout if self.run_timeout is None else self.run_timeout
         return workload, unique, timeout
@@ -661,14 +668,33 @@ class Job(Generic[P, R]):
         value = self.function(*args, **kwargs)
         return run(value) if inspect.iscoroutine(value) else value
 
-    def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
+    def _encode_both(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
+    ) -> tuple[bytes, str]:
         """The workload of a submission, and its unique."""
-        workload = self._encode(args, kwargs, limit)
+        workload = self._encode(args, kwargs, options.max_packet)
         unique = self._unique_of(args, kwargs)
         if unique == "-":
             # Equal workloads are one job, whoever asks for it.
-            workload = self._encode(args, kwargs, limit, traced=False)
+            workload = self._encode(args, kwargs, options.max_packet, traced=False)
+        if unique and options.enqueue == "wire":
+            unique = self._wire_unique(unique, workload)
         return workload, unique
+
+    def _wire_unique(self, unique: str, workload: bytes) -> str:
+        """
+        A unique as a job server is to have it that is asked for the job by that alone.
+
+        It answers for a unique whichever the function, and for ``-`` not at all. What somebody made
+        himself stays as it is where it is short enough: others may submit the same.
+        """
+        if unique == "-":
+            return hashlib.sha256(self.name.encode() + b"\0" + workload).hexdigest()[:MAX_WIRE_UNIQUE]
+        named = f"{self.name}:{unique}"
+        sent = unique if callable(self.unique) else named
+        if len(sent.encode()) <= MAX_WIRE_UNIQUE:
+            return sent
+        return hashlib.sha256(named.encode()).hexdigest()[:MAX_WIRE_UNIQUE]
 
     def _encode(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, *, traced: bool = True

@@ -23,7 +23,7 @@ from django.db import transaction
 
 from . import conf, continuations, rows
 from .client.admin_client import AdminClient
-from .client.tasks import EXPLANATION_TIMEOUT, deadline_in
+from .client.tasks import EXPLANATION_TIMEOUT, JobStatus, deadline_in
 from .exceptions import (
     ConnectionFailed,
     ConnectionLost,
@@ -41,7 +41,7 @@ from .exceptions import (
 from .insertion import like
 from .models import Cancellation, JobRecord, unique_key_of
 from .registry import decode_result
-from .submission import async_client_for, client_for, identity, insert, nudge, nudge_after_commit
+from .submission import async_client_for, client_for, client_of, identity, insert, nudge, nudge_after_commit
 
 R = TypeVar("R")
 
@@ -462,6 +462,16 @@ class WireJobResult(JobResult[R]):
     there is no value to wait for, and a failure looks like a success.
     """
 
+    def __init__(self, record: JobRecord) -> None:
+        super().__init__(record)
+        self._server = ""
+        """Which of the servers has it, and gave it its handle; empty when that is not known."""
+
+    def acknowledged(self, server: str, handle: str) -> None:
+        """A job server has it now."""
+        self._server = server
+        self._record.handle = handle
+
     @property
     def id(self) -> str:
         """The job's unique."""
@@ -482,11 +492,12 @@ class WireJobResult(JobResult[R]):
 
         Raises:
             ResultNotKept: It knows the job no more: it has ended, or was lost.
+            ConnectionFailed, ConnectionLost: The server that has the job does not answer.
         """
         record = self._record
         if record.handle is None:
             return
-        standing = client_for().job_status_unique(record.unique)
+        standing = self._standing()
         if not standing.known:
             raise self._not_kept()
         if standing.running:
@@ -510,15 +521,17 @@ class WireJobResult(JobResult[R]):
         machine alone: elsewhere, cancel jobs of its records.
 
         Raises:
+            ConnectionFailed, ConnectionLost: The server that has the job does not answer.
             InvalidCall: The result is of ``get_result``, and the job is there still.
+            ResultNotKept: It is of that, and the job is there no more.
             ServerError: It does not take the command from here.
         """
         if self._record.handle is None:
             return False
         if self.handle:
-            return _cancel_by_wire(self.handle)
-        if not client_for().job_status_unique(self.id).known:
-            return False
+            # Handles are a server's own, and of one run of it: another may have the same by now.
+            return self._standing().known and _cancel_by_wire(self.handle, self._server)
+        self.refresh()
         raise InvalidCall(
             f"job {self.id} ({self.function})",
             "no handle here",
@@ -526,12 +539,24 @@ class WireJobResult(JobResult[R]):
             "keep the result of enqueue(), or its handle for `manage.py gearman_status --cancel`",
         )
 
+    def _standing(self) -> JobStatus:
+        """
+        What the server that has the job says of it; each is asked where that is not known.
+
+        It must know both of the unique and the handle: after a restart one of them may be another job's.
+        """
+        client = client_of(self._server) if self._server else client_for()
+        standing: JobStatus = client.job_status_unique(self._record.unique)
+        if standing.known and self.handle:
+            return client.job_status(self.handle)
+        return standing
+
     def retry(self) -> JobResult[R]:
         """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""
         raise self._not_kept()
 
     def _not_kept(self) -> ResultNotKept:
-        server = conf.settings_for().servers[0]
+        server = self._server or conf.settings_for().servers[0]
         return ResultNotKept(self.id, server, client_for().server_version(server))
 
 
@@ -673,24 +698,22 @@ def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, in
     return done, waiting
 
 
-def _cancel_by_wire(handle: str) -> bool:
+def _cancel_by_wire(handle: str, server: str) -> bool:
     """
-    Whether one of the job servers had the job, and has ended it.
+    Whether the job server had the job, and has ended it.
 
     Raises:
-        ServerError: One of ours may have it, and takes the command from its own machine alone.
+        ServerError: It is ours, and takes the command from its own machine alone.
     """
-    refusal: ServerError | None = None
-    for admin in _admins():
-        try:
+    options = conf.settings_for()
+    tls = conf.client_tls(options)
+    try:
+        with AdminClient(
+            server, connect_timeout=options.connect_timeout, timeout=options.timeout, tls=tls
+        ) as admin:
             admin.cancel(handle)
-        except ServerError as error:
-            if error.code == "PERMISSION_DENIED":
-                refusal = error
-        except (GearmanError, ValueError):
-            continue
-        else:
-            return True
-    if refusal is not None:
-        raise refusal
-    return False
+    except ServerError as error:
+        if error.code == "UNKNOWN_JOB":
+            return False
+        raise
+    return True
