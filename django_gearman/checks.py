@@ -30,15 +30,30 @@ from .schedules import time_zone
 def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """Every alias of ``GEARMAN`` can be read."""
     messages: list[CheckMessage] = []
-    configured = getattr(settings, "GEARMAN", {})
-    for alias in configured if isinstance(configured, dict) else [conf.DEFAULT_ALIAS]:
+
+    def refuse(error: ImproperlyConfigured) -> None:
+        messages.append(Error(str(error), hint="The README lists every setting.", id="django_gearman.E002"))
+
+    try:
+        configured = conf.aliases()
+    except ImproperlyConfigured as error:
+        refuse(error)
+        return messages
+    for alias in configured:
         try:
             options = conf.settings_for(alias)
         except ImproperlyConfigured as error:
-            messages.append(
-                Error(str(error), hint="The README lists every setting.", id="django_gearman.E002")
-            )
+            refuse(error)
             continue
+        if alias != conf.DEFAULT_ALIAS:
+            messages.append(
+                Warning(
+                    f"GEARMAN[{alias!r}] is used by nobody: jobs, workers and job servers have the settings "
+                    f"of GEARMAN[{conf.DEFAULT_ALIAS!r}].",
+                    hint=f"Move what is to hold to {conf.DEFAULT_ALIAS!r}, and leave the rest out.",
+                    id="django_gearman.W010",
+                )
+            )
         if options.database not in settings.DATABASES:
             messages.append(
                 Error(
@@ -246,9 +261,12 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
 
 
 def _readable_aliases() -> list[tuple[str, conf.GearmanSettings]]:
-    configured = getattr(settings, "GEARMAN", {})
     found = []
-    for alias in configured if isinstance(configured, dict) else []:
+    try:
+        configured = conf.aliases()
+    except ImproperlyConfigured:
+        return []  # check_settings tells
+    for alias in configured:
         try:
             found.append((alias, conf.settings_for(alias)))
         except ImproperlyConfigured:

@@ -172,9 +172,7 @@ def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
     Raises:
         ImproperlyConfigured: A key or value is wrong; the sentence names it.
     """
-    configured = getattr(settings, "GEARMAN", {})
-    if not isinstance(configured, Mapping):
-        raise ImproperlyConfigured(f"GEARMAN must be a dict of aliases, not {configured!r}")
+    configured = aliases()
     if alias not in configured:
         if alias == DEFAULT_ALIAS:
             return GearmanSettings()
@@ -184,6 +182,32 @@ def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
     if not isinstance(options, Mapping):
         raise ImproperlyConfigured(f"GEARMAN[{alias!r}] must be a dict, not {options!r}")
     return _checked(alias, options)
+
+
+def aliases() -> Mapping[str, Any]:
+    """
+    ``settings.GEARMAN`` itself, whose values are not looked at.
+
+    Raises:
+        ImproperlyConfigured: Its keys are no aliases, or none of them is the one that is used.
+    """
+    configured = getattr(settings, "GEARMAN", {})
+    if not isinstance(configured, Mapping):
+        raise ImproperlyConfigured(f"GEARMAN must be a dict of aliases, not {configured!r}")
+    names = [field.name.upper() for field in fields(GearmanSettings)]
+    for key, value in configured.items():
+        if key in names or (str(key).upper() in names and not isinstance(value, Mapping)):
+            raise ImproperlyConfigured(
+                f"GEARMAN[{key!r}] is no alias but a setting; put it under GEARMAN[{DEFAULT_ALIAS!r}]"
+            )
+    if not configured or DEFAULT_ALIAS in configured:
+        return configured
+    known = ", ".join(map(repr, configured))
+    guess = get_close_matches(DEFAULT_ALIAS, map(str, configured), n=1)
+    hint = f"; is {guess[0]!r} it, misspelt?" if guess else ""
+    raise ImproperlyConfigured(
+        f"GEARMAN has no {DEFAULT_ALIAS!r}, whose settings are used (it has {known}){hint}"
+    )
 
 
 def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:

@@ -42,6 +42,9 @@ class TestSettings:
             ([], ["django_gearman.E002"]),
             ({"default": {"SERVRES": []}}, ["django_gearman.E002"]),
             ({"default": {}, "other": {"TIMEOUT": -1}, "third": None}, ["django_gearman.E002"] * 2),
+            ({"defualt": {"TIMEOUT": 5}, "other": {}}, ["django_gearman.E002"]),
+            ({"SERVERS": ["a:1"], "TIMEOUT": 5}, ["django_gearman.E002"]),
+            ({"default": {}, "defualt": {"TIMEOUT": 5}}, ["django_gearman.W010"]),
             ({"default": {"DATABASE": "jobs"}}, ["django_gearman.E009"]),
             (
                 {"default": {"DATABASE": "jobs"}, "other": {"X": 1}},
@@ -211,10 +214,10 @@ class TestTLS:
         there = tmp_path / "ca.pem"
         there.touch()
         files = {"TLS_CA": there, "TLS_CERTIFICATE": "/nowhere/a.pem", "TLS_KEY": str(tmp_path)}
-        settings.GEARMAN = {"default": {}, "other": files}
+        settings.GEARMAN = {"default": files}
         found = run_checks(tags=["gearman"])
         assert [message.id for message in found] == ["django_gearman.E010"] * 2
-        assert "GEARMAN['other']['TLS_CERTIFICATE'] is '/nowhere/a.pem'" in found[0].msg
+        assert "GEARMAN['default']['TLS_CERTIFICATE'] is '/nowhere/a.pem'" in found[0].msg
         assert "['TLS_KEY']" in found[1].msg
 
     @pytest.mark.parametrize(

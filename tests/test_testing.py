@@ -437,7 +437,7 @@ class TestSettings:
             conf.settings_for()
 
     def test_other_aliases_stay(self, settings: Any) -> None:
-        settings.GEARMAN = {"other": {"TIMEOUT": 5}}
+        settings.GEARMAN = {"default": {}, "other": {"TIMEOUT": 5}}
         with override_gearman(TIMEOUT=6):
             assert (conf.settings_for("other").timeout, conf.settings_for().timeout) == (5, 6)
 
