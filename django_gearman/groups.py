@@ -898,10 +898,11 @@ class GroupResult(Generic[V]):
     def _too_late(self, timeout: float) -> ResponseTimeout:
         what = f"group {self.id} ({self.name}), of which {self.finished} of {self.total} have ended,"
         next_up = self._members.filter(status__in=JobRecord.SERVED).order_by("group_index")
-        function = next_up.values_list("function", flat=True).first()
-        if function is None:
+        member = next_up.only("function", "status", "run_after").first()
+        if member is None:
             return ResponseTimeout(what, timeout)
-        return timed_out(what, timeout, function, self._using)
+        not_before = member.run_after if member.status == JobRecord.Status.SCHEDULED else None
+        return timed_out(what, timeout, member.function, self._using, not_before)
 
     def cancel(self) -> bool:
         """

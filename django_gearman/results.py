@@ -309,7 +309,10 @@ class JobResult(Generic[R]):
             return False
 
     def _too_late(self, timeout: float) -> ResponseTimeout:
-        return timed_out(f"job {self._name}", timeout, self.function, self._record._state.db)
+        record = self._record
+        is_later = record.status == JobRecord.Status.SCHEDULED
+        not_before = record.run_after if is_later else None
+        return timed_out(f"job {self._name}", timeout, self.function, record._state.db, not_before)
 
     def cancel(self) -> bool:
         """
@@ -591,9 +594,18 @@ def _admins() -> Generator[AdminClient, None, None]:
             yield admin
 
 
-def timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:
-    """What ``get`` raises: with the reason, when it is that nobody can run the job."""
-    error = ResponseTimeout(what, timeout)
+def timed_out(
+    what: str, timeout: float, function: str, using: str | None, not_before: datetime | None = None
+) -> ResponseTimeout:
+    """
+    What ``get`` raises: with the reason, when it is that nobody can run the job.
+
+    Args:
+        not_before: Of a job for later, the moment before which nobody is to.
+    """
+    told = []
+    if not_before is not None:
+        told.append(f"{function} is not to run before {not_before.isoformat(' ', 'seconds')}")
     asked = 0
     for admin in _admins():
         try:
@@ -602,13 +614,20 @@ def timed_out(what: str, timeout: float, function: str, using: str | None) -> Re
             continue
         asked += 1
         if any(row.name == function and row.workers for row in rows):
-            return error
+            return ResponseTimeout(what, timeout, "; ".join(told))
     servers = ", ".join(conf.settings_for().servers)
     if not asked:
-        error.add_note(f"No job server answers at {servers}; is `manage.py gearman_server` running?")
-        return error
+        told.append(f"no job server answers at {servers}; is `manage.py gearman_server` running?")
+        return ResponseTimeout(what, timeout, "; ".join(told))
     ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
-    return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
+    return NoWorker(
+        what,
+        timeout,
+        function=function,
+        waiting=max(ready.count(), 1),
+        server=servers,
+        reason="; ".join(told),
+    )
 
 
 def _cancel_at_door(id: int, using: str) -> bool:
