@@ -1035,7 +1035,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         max_attempts: How often it is run at the most, when it raises or its worker is lost. Without
             it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
         backoff: Called with the exception and the ``JobResult``; seconds until the next
-            attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
+            attempt, or None for none. By default about 2, 4, 8, ... up to an hour. Without
+            ``max_attempts`` only ``Retry`` asks it.
         unique: While a job with the same is to do, a submission is that one: a name of an argument,
             several, or a function of the arguments that returns a str.
         rate_limit: How many may begin in any period, over all workers and servers: ``"10/m"``, ``"5/30s"``;
