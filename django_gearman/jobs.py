@@ -68,6 +68,7 @@ from .exceptions import (
     JobFailed,
     JobResultDoesNotExist,
     JobResultMismatch,
+    NotJSON,
     TooLarge,
 )
 from .insertion import insert_workloads
@@ -79,6 +80,7 @@ from .submission import (
     identity,
     insert,
     nudge_after_commit,
+    off_the_loop,
     submit,
     submit_many,
     waiting_client,
@@ -286,16 +288,18 @@ class Job(Generic[P, R]):
 
         Raises:
             TypeError: The arguments do not fit the function, or JSON cannot carry one.
+            SynchronousOnlyOperation: An event loop runs in this thread.
         """
         options = conf.settings_for()
-        record = self._new_record(args, kwargs, options)
-        if options.enqueue == "wire":
-            # gearmand's stores would overwrite jobs without a unique.
-            record.unique = record.unique or uuid.uuid4().hex
-            result: WireJobResult[R] = WireJobResult(record)
-            transaction.on_commit(partial(submit, record, result.acknowledged), using=options.database)
-            return self._enqueued(result)
-        return self._insert_one(record, options.database)
+        with off_the_loop:
+            record = self._new_record(args, kwargs, options)
+            if options.enqueue == "wire":
+                # gearmand's stores would overwrite jobs without a unique.
+                record.unique = record.unique or uuid.uuid4().hex
+                result: WireJobResult[R] = WireJobResult(record)
+                transaction.on_commit(partial(submit, record, result.acknowledged), using=options.database)
+                return self._enqueued(result)
+            return self._insert_one(record, options.database)
 
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
         inserted = insert(record, using)
@@ -322,6 +326,7 @@ class Job(Generic[P, R]):
             A result for each, in their order; equal uniques have the same job.
         Raises:
             TypeError: Arguments do not fit the function, or JSON cannot carry one; nothing was enqueued.
+                It says of which call, counted from 0.
         """
         options = conf.settings_for()
         given: object = calls
@@ -333,11 +338,13 @@ class Job(Generic[P, R]):
         if not pairs:
             return []
         if self.unique is not None or self.limit_key is not None or options.enqueue == "wire":
-            return self._enqueue_each(pairs, options)
+            with off_the_loop:
+                return self._enqueue_each(pairs, options)
         workloads = self._encode_many(pairs, options.max_packet)
         args, kwargs = pairs[0]
         template = self._new_record(args, kwargs, options)
-        ids = insert_workloads(template, workloads, options.database)
+        with off_the_loop:
+            ids = insert_workloads(template, workloads, options.database)
         template._state.adding, template._state.db = False, options.database
         nudge_after_commit(options.database)
         results: list[JobResult[R]] = [
@@ -357,7 +364,13 @@ class Job(Generic[P, R]):
     def _enqueue_each(
         self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], options: conf.GearmanSettings
     ) -> list[JobResult[R]]:
-        records = [self._new_record(args, kwargs, options) for args, kwargs in pairs]
+        records: list[JobRecord] = []
+        try:
+            for args, kwargs in pairs:
+                records.append(self._new_record(args, kwargs, options))
+        except (TypeError, TooLarge) as error:
+            self._name_call(error, len(records))
+            raise
         if options.enqueue != "wire":
             with transaction.atomic(using=options.database):
                 return [self._insert_one(record, options.database) for record in records]
@@ -370,9 +383,7 @@ class Job(Generic[P, R]):
         return [self._enqueued(each) for each in results]
 
     def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
-        if self.raw:
-            return [self._encode(args, kwargs, limit) for args, kwargs in pairs]
-        workloads = []
+        workloads: list[bytes] = []
         trace = tracing.current()
         traced: dict[str, Any] = {tracing.KEY: trace} if trace else {}
         fitting: set[tuple[object, ...]] = set()
@@ -380,7 +391,7 @@ class Job(Generic[P, R]):
             # Whether arguments fit depends on how many there are, and on their names.
             shape = (len(args), *kwargs)
             try:
-                if shape not in fitting:
+                if self.raw or shape not in fitting:
                     raise TypeError
                 for value in args:
                     refuse_unless_json(value, "")
@@ -390,11 +401,28 @@ class Job(Generic[P, R]):
                 if len(workload) > limit:
                     raise TypeError
             except TypeError:
-                # By the way that says what is wrong.
-                workload = self._encode(args, kwargs, limit)
+                workload = self._encode_one_of_many(args, kwargs, limit, len(workloads))
                 fitting.add(shape)
             workloads.append(workload)
         return workloads
+
+    def _encode_one_of_many(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, place: int
+    ) -> bytes:
+        """By the way that says what is wrong, and of which call."""
+        try:
+            return self._encode(args, kwargs, limit)
+        except (TypeError, TooLarge) as error:
+            self._name_call(error, place)
+            raise
+
+    def _name_call(self, error: TypeError | TooLarge, place: int) -> None:
+        """Say in an error's sentence which call of ``enqueue_many`` it is of."""
+        where = f"call {place} of {self.name}.enqueue_many(): "
+        if isinstance(error, NotJSON | TooLarge):
+            error.what = where + error.what
+        elif type(error) is TypeError:
+            error.args = (f"{where}{error}",)
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.signals import setting_changed
 from django.db import IntegrityError, connections, transaction
 from django.dispatch import receiver
@@ -57,6 +58,22 @@ def waiting_client() -> Client:
         SynchronousOnlyOperation: An event loop runs in this thread.
     """
     return client_for()
+
+
+class _OffTheLoop:
+    """Has Django's refusal of its database where an event loop runs say what to do there."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SynchronousOnlyOperation):
+            raise SynchronousOnlyOperation(
+                "An event loop would stand still until the database has the job - use the async twin "
+                "(aenqueue, aenqueue_many), a thread or sync_to_async."
+            ) from None
+
+
+off_the_loop: Final = _OffTheLoop()
 
 
 def client_of(server: str) -> Client:
