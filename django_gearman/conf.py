@@ -181,7 +181,7 @@ def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
     options = configured[alias]
     if not isinstance(options, Mapping):
         raise ImproperlyConfigured(f"GEARMAN[{alias!r}] must be a dict, not {options!r}")
-    return _checked(alias, options)
+    return checked(alias, options)
 
 
 def aliases() -> Mapping[str, Any]:
@@ -210,7 +210,13 @@ def aliases() -> Mapping[str, Any]:
     )
 
 
-def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
+def checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
+    """
+    The settings that an alias would have with these.
+
+    Raises:
+        ImproperlyConfigured: A key or value is wrong; the sentence names it.
+    """
     names = {field.name.upper(): field for field in fields(GearmanSettings)}
     values: dict[str, Any] = {}
     for key, value in options.items():
@@ -254,9 +260,9 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif isinstance(field.default, str) and not isinstance(value, str):
             raise ImproperlyConfigured(f"{where} must be a string, not {value!r}")
         values[field.name] = value
-    checked = GearmanSettings(**values)
-    _check_tls(f"GEARMAN[{alias!r}]", checked)
-    return checked
+    made = GearmanSettings(**values)
+    _check_tls(f"GEARMAN[{alias!r}]", made)
+    return made
 
 
 def _group(where: str, name: object, options: object) -> WorkerGroup:
