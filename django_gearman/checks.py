@@ -22,6 +22,7 @@ from .durability import durability_problems
 from .exceptions import InvalidSchedule, MissingCronsim
 from .jobs import declared_schedules, scheduled_record
 from .models import Schedule
+from .registry import registry
 from .scheduler import columns_of
 from .schedules import time_zone
 
@@ -209,6 +210,30 @@ def check_tls_files(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
             ("TLS_KEY", options.tls_key),
         )
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK))
+    ]
+
+
+@register("gearman")
+def check_workers(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """What the groups of ``WORKERS`` serve is there."""
+    options = dict(_readable_aliases()).get(conf.DEFAULT_ALIAS)
+    if options is None or not registry:
+        return []
+    queues = {job.queue_name for job in registry.values()}
+    return [
+        Warning(
+            f"GEARMAN[{conf.DEFAULT_ALIAS!r}]['WORKERS'][{group.name!r}]['{key}'] names {name!r}, {problem}.",
+            hint=f"Known are {', '.join(sorted(known))}.",
+            id="django_gearman.W011",
+        )
+        for group in options.workers.values()
+        for key, names, known, problem in (
+            ("FUNCTIONS", group.functions, registry.keys(), "which is no function under @job or @task"),
+            ("EXCLUDE", group.exclude, registry.keys(), "which is no function under @job or @task"),
+            ("QUEUES", group.queues, queues, "a queue without functions"),
+        )
+        for name in names
+        if name not in known
     ]
 
 

@@ -842,8 +842,9 @@ class Job(Generic[P, R]):
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
             number = getattr(self, option)
             if number is not None and (type(number) is not int or not 1 <= number <= highest):
+                kind = "whole number of seconds" if option == "timeout" else "whole number"
                 raise InvalidJob(
-                    f"{option} of {self.name} must be a whole number from 1 to {highest}, not {number!r}"
+                    f"{option} of {self.name} must be a {kind} from 1 to {highest}, not {number!r}"
                 )
         self._validate_names("unique", self.unique)
         self._validate_limits()

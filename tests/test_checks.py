@@ -209,6 +209,21 @@ class TestTaskBackends:
         assert found.hint == 'Add "django_tasks" to INSTALLED_APPS.'
 
 
+class TestWorkers:
+    def test_what_groups_name_that_is_not_there(self, settings: Any) -> None:
+        groups = {
+            "some": {"FUNCTIONS": ["tests.app.jobs.add", "tests.app.jobs.ad"]},
+            "rest": {"QUEUES": ["default", "vidoe"], "EXCLUDE": ["shuot"]},
+        }
+        settings.GEARMAN = {"default": {"WORKERS": groups}}
+        found = run_checks(tags=["gearman"])
+        assert [message.id for message in found] == ["django_gearman.W011"] * 3
+        assert "['WORKERS']['some']['FUNCTIONS'] names 'tests.app.jobs.ad', which is no" in found[0].msg
+        assert "['WORKERS']['rest']['EXCLUDE'] names 'shuot', which is no function" in found[1].msg
+        assert "['WORKERS']['rest']['QUEUES'] names 'vidoe', a queue without functions" in found[2].msg
+        assert all("tests.app.jobs.add" in str(message.hint) for message in found[:2])
+
+
 class TestTLS:
     def test_files_that_are_not_there(self, settings: Any, tmp_path: Path) -> None:
         there = tmp_path / "ca.pem"

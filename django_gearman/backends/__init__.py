@@ -270,9 +270,8 @@ class _WithOptions(BaseTaskBackend):
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
             number = getattr(task, option, None)
             if number is not None and (type(number) is not int or not 1 <= number <= highest):
-                raise InvalidTask(
-                    f"{option} of {path} must be a whole number from 1 to {highest}, not {number!r}"
-                )
+                kind = "whole number of seconds" if option == "timeout" else "whole number"
+                raise InvalidTask(f"{option} of {path} must be a {kind} from 1 to {highest}, not {number!r}")
         backoff = getattr(task, "backoff", None)
         if backoff is not None and not callable(backoff):
             raise InvalidTask(

@@ -209,6 +209,7 @@ class TestChoice:
             assert jobs.add.name in rest
             assert not {leave_trace.name, pools.encode.name} & rest
             assert pools.encode.enqueue("film").get(timeout=30) in worker.children()
+            assert f"No group of WORKERS serves {leave_trace.name}\n" in worker.stderr
         # When a process is replaced is not whom it serves.
         command = ["gearman_worker", "--max-jobs", "1000", "--max-memory", "900"]
         with harness.ManagedProcess(command, started="rest: 1 to 3", env=env):
