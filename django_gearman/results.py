@@ -525,16 +525,22 @@ class WireJobResult(JobResult[R]):
 
         Raises:
             ConnectionFailed, ConnectionLost: The server that has the job does not answer.
-            InvalidCall: The result is of ``get_result``, and the job is there still.
+            InvalidCall: The job is there, and its handle is not known: the result is of ``get_result``, or
+                the server was started again since.
             ResultNotKept: It is of that, and the job is there no more.
             ServerError: It does not take the command from here.
         """
         if self._record.handle is None:
             return False
-        if self.handle:
-            # Handles are a server's own, and of one run of it: another may have the same by now.
-            return self._standing().known and _cancel_by_wire(self.handle, self._server)
-        self.refresh()
+        if not self.handle:
+            self.refresh()
+        elif not self._standing().known:
+            return False
+        # Handles are a server's own, and of one run of it: another's job may have the same by now.
+        elif client_of(self._server).job_status(self.handle).known:
+            return _cancel_by_wire(self.handle, self._server)
+        elif not self._standing().known:
+            return False
         raise InvalidCall(
             f"job {self.id} ({self.function})",
             "no handle here",
@@ -543,16 +549,9 @@ class WireJobResult(JobResult[R]):
         )
 
     def _standing(self) -> JobStatus:
-        """
-        What the server that has the job says of it; each is asked where that is not known.
-
-        It must know both of the unique and the handle: after a restart one of them may be another job's.
-        """
+        """What the server that has the job says of its unique; each is asked where that is not known."""
         client = client_of(self._server) if self._server else client_for()
-        standing: JobStatus = client.job_status_unique(self._record.unique)
-        if standing.known and self.handle:
-            return client.job_status(self.handle)
-        return standing
+        return client.job_status_unique(self._record.unique)
 
     def retry(self) -> JobResult[R]:
         """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""

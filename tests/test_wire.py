@@ -292,6 +292,20 @@ class TestHandlesThatAreGivenTwice:
         assert not any(server.ignored())
         assert there[0].cancel() is True
 
+    def test_of_a_unique_that_has_another_one_by_now(self, server: Gearmand):
+        keyed = jobs.shout.using(unique="order-7")
+        jobs.shout.enqueue(b"before it")
+        lost = keyed.enqueue(b"x")
+        server.stop()
+        server.start()
+        again = keyed.enqueue(b"x")
+        assert (again.id, again.handle == lost.handle) == (lost.id, False)
+        lost.refresh()
+        assert lost.status == "READY"
+        with pytest.raises(InvalidCall, match="has no handle here"):
+            lost.cancel()
+        assert server.ignored() == [False]
+
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("server", ["gearmand"], indirect=True)
