@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from asgiref.sync import sync_to_async
 from django.db import close_old_connections, connections, reset_queries
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 from django.dispatch import Signal
 
@@ -32,6 +33,9 @@ from .registry import registry
 from .results import JobResult
 
 logger = logging.getLogger(__name__)
+
+LONGEST_SHARED: Final = 60.0
+"""Seconds past its ``CONN_MAX_AGE`` after which a connection that always has a job takes no more."""
 
 MOST_PAUSE: Final = 10 * 365 * 86_400.0
 """Seconds until the next attempt at the most, as the job server has it."""
@@ -152,8 +156,10 @@ async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
     Receivers of signals, and what decides on another attempt, may query: they run beside the event loop.
     """
     attempt = _Attempt(job, assigned)
-    await sync_to_async(_tend_connections)()
+    guest = object()
+    _guests.add(guest)
     try:
+        await sync_to_async(_tend_connections)(guest)
         with closing(attempt.context), logs.logging_as(attempt.context), attempt.traced():
             await sync_to_async(attempt.tell_start)()
             try:
@@ -164,15 +170,62 @@ async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
             await sync_to_async(attempt.tell_success)()
             return result
     finally:
-        await sync_to_async(_tend_connections)()
+        _guests.discard(guest)
+        await sync_to_async(_tend_connections)(guest)
 
 
-def _tend_connections() -> None:
+_guests: Final[set[object]] = set()
+"""A mark of each coroutine job under way: they share the thread of ``sync_to_async`` and its connections."""
+
+
+class _Aside(threading.local):
+    """Connections of a thread that are left to the jobs which may be in the middle of a query there."""
+
+    def __init__(self) -> None:
+        self.connections: dict[str, tuple[BaseDatabaseWrapper, set[object]]] = {}
+        """{alias: (connection, marks of those jobs)}; one of an alias at a time."""
+
+
+_aside = _Aside()
+
+
+def _tend_connections(guest: object) -> None:
+    """
+    Before and after a coroutine job: in the thread of ``sync_to_async``, so that nobody queries meanwhile.
+
+    Whether another job is in the middle of a query, as between two chunks of
+    ``aiterator()``, does not show. Only who is alone closes what still works.
+    """
     reset_queries()
+    others = _guests - {guest}
     for connection in connections.all(initialized_only=True):
-        # Of the jobs that share this thread, one may be in the middle of a transaction.
-        if not connection.in_atomic_block:
+        # One may be in the middle of a transaction.
+        if connection.in_atomic_block:
+            continue
+        if not others:
             connection.close_if_unusable_or_obsolete()
+        elif connection.connection is not None:
+            _tend_shared(connection, others)
+    for alias, (connection, users) in list(_aside.connections.items()):
+        if users.isdisjoint(_guests):
+            del _aside.connections[alias]
+            connection.close()
+
+
+def _tend_shared(connection: BaseDatabaseWrapper, others: set[object]) -> None:
+    """Close what is broken; leave what has long been obsolete to the jobs that may be at a query there."""
+    connection.health_check_done = False  # type: ignore[attr-defined]  # as CONN_HEALTH_CHECKS has it
+    if connection.errors_occurred:
+        if not connection.is_usable():
+            connection.close()
+            return
+        connection.errors_occurred = False
+    # A worker that always has a job would keep it for ever. From here on each query gets another.
+    is_old = connection.close_at is not None and time.monotonic() >= connection.close_at + LONGEST_SHARED
+    is_plain = connection.get_autocommit() == connection.settings_dict["AUTOCOMMIT"]
+    if is_old and is_plain and connection.alias not in _aside.connections:
+        _aside.connections[connection.alias] = connection, others
+        del connections[connection.alias]
 
 
 _kept = threading.local()
@@ -198,18 +251,28 @@ def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 async def _tended(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Await an ``async def``, with the connections tended that its ``sync_to_async`` uses."""
-    if _opened_beside.is_set():
-        await sync_to_async(_tend_beside)()
+    guest = object()
+    # In another thread of jobs there may be one, too.
+    _guests.add(guest)
     try:
+        if _opened_beside.is_set():
+            await sync_to_async(_tend_beside)(guest)
         value = await coroutine
     except Exception:
-        if _opened_beside.is_set():
-            await sync_to_async(_tend_beside)()
+        await _tend_after(guest)
         raise
-    # What was interrupted may be at a query still, for which nobody is to wait: the next one tends.
-    if _opened_beside.is_set():
-        await sync_to_async(_tend_beside)()
+    except BaseException:
+        # What was interrupted may be at a query still, for which nobody is to wait: the next one tends.
+        _guests.discard(guest)
+        raise
+    await _tend_after(guest)
     return value
+
+
+async def _tend_after(guest: object) -> None:
+    _guests.discard(guest)
+    if _opened_beside.is_set():
+        await sync_to_async(_tend_beside)(guest)
 
 
 _opened_beside = threading.Event()
@@ -228,8 +291,10 @@ def _note_connection(**kwargs: object) -> None:
 connection_created.connect(_note_connection)
 
 
-def _tend_beside() -> None:
-    _tend_connections()
+def _tend_beside(guest: object) -> None:
+    _tend_connections(guest)
+    if _aside.connections:
+        return
     if all(connection.connection is None for connection in connections.all(initialized_only=True)):
         _opened_beside.clear()
 

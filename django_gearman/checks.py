@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 from django.apps import AppConfig, apps
 from django.conf import settings
@@ -26,6 +26,9 @@ from .registry import registry
 from .scheduler import columns_of
 from .schedules import time_zone
 
+_OF_OURS: Final = " in the repository of django_gearman"
+"""Where the pages are that a hint names: a wheel has none."""
+
 
 @register("gearman")
 def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
@@ -33,7 +36,8 @@ def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) ->
     messages: list[CheckMessage] = []
 
     def refuse(error: ImproperlyConfigured) -> None:
-        messages.append(Error(str(error), hint="The README lists every setting.", id="django_gearman.E002"))
+        hint = f"The README{_OF_OURS} lists every setting."
+        messages.append(Error(str(error), hint=hint, id="django_gearman.E002"))
 
     try:
         configured = conf.aliases()
@@ -148,7 +152,7 @@ def check_task_backends(*, app_configs: Sequence[AppConfig] | None, **kwargs: An
             messages.append(
                 Error(
                     f"TASKS[{alias!r}]['BACKEND'] is {path!r}, which cannot be imported: {error}.",
-                    hint='Ours is "django_gearman.backends.GearmanBackend"; see docs/tasks.md.',
+                    hint=f'Ours is "django_gearman.backends.GearmanBackend"; see docs/tasks.md{_OF_OURS}.',
                     id="django_gearman.E017",
                 )
             )
@@ -278,7 +282,7 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
             messages.append(
                 Error(
                     f"The schedule of {name} does not work: {error}.",
-                    hint="See cron(), every() and their arguments in docs/schedules.md.",
+                    hint=f"See cron(), every() and their arguments in docs/schedules.md{_OF_OURS}.",
                     id="django_gearman.E006",
                 )
             )

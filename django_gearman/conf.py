@@ -2,7 +2,8 @@
 ``settings.GEARMAN``, read once into frozen dataclasses.
 
 The one place that reads settings: everything below gets keyword arguments.
-``GEARMAN`` is a dict of aliases, as ``DATABASES`` and ``CACHES`` are.
+``GEARMAN`` is a dict of aliases, as ``DATABASES`` and ``CACHES`` are. Others than
+``default`` are checked, and used by nothing yet.
 """
 
 from __future__ import annotations

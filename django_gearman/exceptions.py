@@ -228,6 +228,9 @@ class TooLarge(GearmanError, ValueError):
 class ResultTooLarge(TooLarge, ConnectionLost):
     """The server sent more than a packet may have; the connection was closed, or the packet passed over."""
 
+    end: tuple[int, bytes] | None = None
+    """Type and handle of what is passed over; None where the connection cannot go on."""
+
     def __init__(self, server: str, limit: int) -> None:
         self.server = server
         self.reason = "it sent too large a packet"
@@ -493,11 +496,11 @@ class InvalidJob(GearmanError, TypeError):
 
 class InvalidCall(GearmanError, ValueError):
     """
-    A call that cannot be made with an option that ``using`` or the decorator gave the job.
+    A call that cannot be made with what ``using`` or the decorator gave the job, or with what is missing.
 
     Attributes:
         job: The function.
-        option: Its name, such as ``run_after``.
+        option: The option's name, such as ``run_after``, or what is missing.
         problem: Why not.
         remedy: What to do instead.
     """
@@ -521,8 +524,8 @@ class MissingCronsim(InvalidSchedule):
 
     def __str__(self) -> str:
         return (
-            "cron schedules need the cronsim library: pip install 'django-gearman[schedules]' "
-            "(intervals need nothing)"
+            "cron schedules need the cronsim library: pip install cronsim "
+            "(our extra [schedules]; intervals need nothing)"
         )
 
 

@@ -672,6 +672,11 @@ class GroupResult(Generic[V]):
             raise GroupDoesNotExist(str(id)) from None
 
     @classmethod
+    async def afind(cls, id: str | int) -> GroupResult[Any]:
+        """As ``find``."""
+        return await sync_to_async(cls.find)(id)
+
+    @classmethod
     def of_job(cls, id: int) -> GroupResult[Any] | None:
         """The group that a record is a member of, or that it follows; None for none."""
         using = conf.settings_for().database

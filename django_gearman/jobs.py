@@ -304,8 +304,12 @@ class Job(Generic[P, R]):
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
         inserted = insert(record, using)
         result: JobResult[R] = JobResult(inserted)
-        # A job of its unique that was there already is told of once.
-        return self._enqueued(result) if inserted is record else result
+        if inserted is not record:
+            # A job of its unique that was there already is told of once.
+            return result
+        self._enqueued(result)
+        result._note_new()
+        return result
 
     def _enqueued(self, result: JobResult[R]) -> JobResult[R]:
         # Who listens for one function names it by the decorated one, not by what ``using`` made of it.
@@ -320,7 +324,9 @@ class Job(Generic[P, R]):
         """
         As ``enqueue`` for each pair of positional and named arguments: all of them, or none.
 
-        One statement for thousands of rows, and one nudge.
+        One statement for thousands of rows, and one nudge; a statement for each on
+        MySQL, and of a job with ``unique`` or ``limit_key``. With ``ENQUEUE = "wire"``
+        what was submitted before one that cannot be stays submitted.
 
         Returns:
             A result for each, in their order; equal uniques have the same job.
@@ -493,8 +499,9 @@ class Job(Generic[P, R]):
         """
         Have the function run by a worker at once, and wait for its value.
 
-        A foreground job: nothing is kept of it when this process or the job
-        server ends. Waits for ``RUN_TIMEOUT`` seconds at the most.
+        A foreground job: it is gone when this process or the job server ends
+        before it does. Its record tells of it, unless ``RECORD_FOREGROUND`` is
+        off. Waits for ``RUN_TIMEOUT`` seconds at the most.
 
         Raises:
             JobFailed: The function raised; the attributes say what and where.
@@ -642,6 +649,10 @@ class Job(Generic[P, R]):
         if record.function != self.name:
             raise JobResultMismatch(str(id), record.function, self.name)
         return JobResult(record)
+
+    async def aget_result(self, id: str) -> JobResult[R]:
+        """As ``get_result``."""
+        return await sync_to_async(self.get_result)(id)
 
     @property
     def is_async(self) -> bool:
@@ -1126,7 +1137,7 @@ def scheduled_record(schedule: Schedule) -> JobRecord:
     Raises:
         TypeError: The arguments do not fit the function.
         ValueError: They are too large, or the function's ``unique`` or ``limit_key`` raised.
-        OperationalError, InterfaceError: That asked a database which cannot tell now.
+        OperationalError: That asked a database which cannot tell, now or until it is migrated.
     """
     made = registry.get(schedule.function)
     options = conf.settings_for()
@@ -1161,10 +1172,10 @@ def _named(name: str, given: Unique | None) -> Unique | None:
     def make(*args: Any, **kwargs: Any) -> str:
         try:
             return given(*args, **kwargs)
-        except (OperationalError, InterfaceError):
-            raise
         except Exception as error:
-            raise ValueError(f"the {name} raised {type(error).__name__}: {error}") from error
+            can_tell = not isinstance(error, OperationalError | InterfaceError)
+            kind = ValueError if can_tell else OperationalError
+            raise kind(f"the {name} raised {type(error).__name__}: {error}") from error
 
     return make
 

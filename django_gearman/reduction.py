@@ -123,7 +123,7 @@ async def amap_reduce(
     deadline = deadline_in(timeout)
     running: dict[asyncio.Task[bytes], _Piece] = {}
     try:
-        async with asyncio.timeout(None if deadline is None else deadline - monotonic()):
+        async with asyncio.timeout(None if deadline is None else deadline - monotonic()) as limit:
             while True:
                 while len(running) < in_flight and (piece := work.next()) is not None:
                     running[asyncio.create_task(piece.arun())] = piece
@@ -133,11 +133,14 @@ async def amap_reduce(
                 for task in done:
                     piece = running.pop(task)
                     try:
-                        work.ended(piece, task.result())
+                        result = task.result()
                     except GearmanError as error:
                         work.failed(piece, error)
+                    else:
+                        # What a reducer raises is no error of the piece's.
+                        work.ended(piece, result)
     except TimeoutError as error:
-        if isinstance(error, GearmanError):
+        if isinstance(error, GearmanError) or not limit.expired():
             raise
         raise ResponseTimeout(f"map_reduce of {mapper.name}", timeout or 0.0) from None
     finally:

@@ -57,6 +57,9 @@ LISTENING_PAUSE: Final = 0.005
 NUDGE_AGAIN: Final = 0.2
 """Seconds after which job servers are told once more that somebody waits for a job's end."""
 
+NEW_FOR: Final = 0.0005
+"""Seconds after its commit in which a job has hardly ended; one that has is seen at the next look."""
+
 LISTEN_FOR: Final = 30.0
 """Seconds that ``get`` waits by the wire before it looks at the record all the same."""
 
@@ -76,7 +79,8 @@ class JobResult(Generic[R]):
     """
     A job as its record shows it; ``refresh`` looks again.
 
-    A superset of Django's ``TaskResult``.
+    In the words of Django's ``TaskResult``, of which it has all but the task, its arguments,
+    the backend and the workers; with more statuses, and progress, logs, waiting and cancelling.
     """
 
     def __init__(self, record: JobRecord) -> None:
@@ -103,6 +107,14 @@ class JobResult(Generic[R]):
         return hash(self.id)
 
     _made_of: tuple[JobRecord, int, bytes]
+
+    _new_until = 0.0
+    """Monotonic time until which a look would show nothing that is not known: a server will tell its end."""
+
+    def _note_new(self) -> None:
+        """The job was inserted just now."""
+        if not transaction.get_connection(self._record._state.db).in_atomic_block:
+            self._new_until = monotonic() + NEW_FOR
 
     @property
     def id(self) -> str:
@@ -223,7 +235,8 @@ class JobResult(Generic[R]):
             WaitInTransaction: A transaction is open that hides the job.
         """
         patience = Patience(timeout)
-        self._look_before_waiting()
+        if monotonic() >= self._new_until:
+            self._look_before_waiting()
         if self.is_finished:
             return self.return_value
         with closing(client_for().watch(self.id)) as watch:
@@ -258,7 +271,8 @@ class JobResult(Generic[R]):
     async def aget(self, timeout: float | None = None) -> R:
         """As ``get``."""
         patience = Patience(timeout)
-        await sync_to_async(self._look_before_waiting)()
+        if monotonic() >= self._new_until:
+            await sync_to_async(self._look_before_waiting)()
         if self.is_finished:
             return self.return_value
         watch = await async_client_for().watch(self.id)

@@ -22,6 +22,9 @@ from .models import JobRecord
 _SIGNALS_OF_SAVE = (pre_save, post_save)
 _SIGNALS_OF_INIT = (pre_init, post_init)
 
+_PLAIN = frozenset({type(None), str, int, bool, bytes})
+"""Types whose values every driver takes as they are."""
+
 AnyField: TypeAlias = "Field[Any, Any]"
 
 
@@ -50,8 +53,8 @@ def insert(record: JobRecord, using: str) -> None:
     values = []
     for field in fields:
         value = getattr(record, field.attname)
-        # Nothing and plain text go as they are; to ask each field would take as long as to insert the row.
-        if value is not None and type(value) is not str:
+        # To ask each field would take as long as to insert the row.
+        if type(value) not in _PLAIN:
             value = field.get_db_prep_save(value, connection)
         values.append(value)
     with transaction.mark_for_rollback_on_error(using=using), connection.cursor() as cursor:

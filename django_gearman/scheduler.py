@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Final
 
 from django.conf import settings
-from django.db import DataError, IntegrityError, transaction
+from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, transaction
 from django.db.models import Q, QuerySet
 
 from . import schedules
@@ -36,6 +36,9 @@ SLICE: Final = 0.2
 
 REVIEW_INTERVAL: Final = 10
 """Seconds between two looks for rows that were edited without ``Schedule.save``."""
+
+TRY_AGAIN: Final = 10.0
+"""Seconds until the next try of a schedule whose ``unique`` or ``limit_key`` a database did not answer."""
 
 WRONG_CLOCK: Final = 86_400
 """Seconds that a next time may lie behind what follows from the clock; if more, the clock was wrong."""
@@ -61,6 +64,8 @@ class Scheduler:
         self._reviewed: int | None = None
         """When all rows were last looked at; None for never."""
         self._is_new = True
+        self._waiting: dict[int, float] = {}
+        """{schedule that a database did not answer: when it is tried again}."""
 
     def has_work(self, now: int) -> bool:
         """Whether ``work`` would do anything. Reads, and does not write."""
@@ -91,7 +96,12 @@ class Scheduler:
                 break
 
     def _due(self, now: int) -> QuerySet[Schedule]:
-        return self._readable().filter(next_at__lte=now)
+        due = self._readable().filter(next_at__lte=now)
+        if self._waiting:
+            clock = monotonic()
+            self._waiting = {row: until for row, until in self._waiting.items() if until > clock}
+            due = due.exclude(pk__in=list(self._waiting))
+        return due
 
     def _wants_review(self, now: int) -> bool:
         return self._reviewed is None or abs(now - self._reviewed) >= REVIEW_INTERVAL
@@ -102,20 +112,32 @@ class Scheduler:
             row
             for row in self._readable().filter(~Q(plan="") | Q(enabled=True, withdrawn=False)).order_by("pk")
             # What could not be fired may be what a new version of the code can.
-            if row.plan != row.current_plan or (self._is_new and row.error) or _is_misled(row, now)
+            if row.plan != row.current_plan
+            or (self._is_new and row.error and row.next_at is None)
+            or _is_misled(row, now)
         ]
 
     def _try(self, schedule: Schedule, do: Callable[[Schedule, int], None], now: int) -> None:
-        """Do it; a schedule that cannot be fired is set aside, and its neighbours are not."""
+        """Do it; a schedule that cannot be fired is set aside or put off, and its neighbours are not."""
         try:
             with transaction.atomic(using=self._using):
                 do(schedule, now)
         except (InvalidSchedule, TypeError, ValueError, DataError, IntegrityError) as error:
-            reason = " ".join(str(error).split())
-            # What an error of somebody else's says may be what no database takes.
-            reason = reason.encode(errors="replace").decode().replace("\0", "\ufffd")
+            reason = _in_a_line(error)
             logger.error("Schedule %s makes no jobs until it is mended: %s", schedule.name, reason)
             self._rows().filter(pk=schedule.pk).update(error=reason, next_at=None, plan=schedule.current_plan)
+        except (DatabaseError, InterfaceError) as error:
+            if transaction.get_connection(self._using).needs_rollback:
+                # The savepoint could not be undone: it is our own database that does not answer.
+                raise
+            self._put_off(schedule, _in_a_line(error))
+
+    def _put_off(self, schedule: Schedule, reason: str) -> None:
+        """Leave it due. What it asks may be down, or wait for a migration: who sees the row is told."""
+        self._waiting[schedule.pk] = monotonic() + TRY_AGAIN
+        mine = self._rows().filter(pk=schedule.pk, plan=schedule.plan, next_at=schedule.next_at)
+        if mine.exclude(error=reason).update(error=reason):
+            logger.error("Schedule %s makes no jobs for now, and is tried again: %s", schedule.name, reason)
 
     def _replan(self, schedule: Schedule, now: int) -> None:
         mine = self._rows().filter(pk=schedule.pk, plan=schedule.plan, next_at=schedule.next_at)
@@ -168,6 +190,12 @@ def insert(record: JobRecord, using: str) -> bool:
             raise
         return False  # somebody was quicker
     return True
+
+
+def _in_a_line(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    # What an error of somebody else's says may be what no database takes.
+    return reason.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 def _is_misled(schedule: Schedule, now: int) -> bool:

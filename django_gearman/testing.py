@@ -27,6 +27,7 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
+from django.db.models import Count
 from django.test import override_settings
 
 from . import conf
@@ -41,9 +42,11 @@ from .protocol.reader import PacketReader
 from .registry import queue_of, registry
 from .results import JobResult
 from .server.core import JobServer
+from .server.entries import Waiting
 from .server.journal import Journal
 from .server.options import ServerOptions
 from .store import DatabaseStore
+from .store.columns import AT_DOOR, READY
 from .store.door import Door, DoorRow
 from .testing_process import VARIABLE
 from .worker.loop import AssignedJob
@@ -528,6 +531,18 @@ class _TestDoor(Door):
             statement = statement.replace(" ORDER BY", newer, 1)
             parameters = [*parameters[:-1], self.last_passed_over, parameters[-1]]
         return super()._rows_of(statement, parameters)
+
+    def count(self) -> dict[tuple[bytes, int], Waiting]:
+        """As a server's, without what is passed over: for one that is more urgent the core would wait."""
+        counts: dict[tuple[bytes, int], Waiting] = {}
+        rows = self._db.records().filter(server=None, status__in=AT_DOOR, pk__gt=self.last_passed_over)
+        each = rows.order_by().values_list("function", "priority", "status").annotate(Count("pk"))
+        for function, priority, status, count in each:
+            is_ready = status == READY
+            key = function.encode(), priority if is_ready else 0
+            ready, later = counts.get(key, (0, 0))
+            counts[key] = Waiting(ready + count, later) if is_ready else Waiting(ready, later + count)
+        return counts
 
 
 class _Link:

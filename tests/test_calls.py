@@ -22,6 +22,7 @@ from django.utils import timezone
 from django_gearman import Data, GroupResult, JobResult, Progress, Value, Warned, chain, conf, group
 from django_gearman.exceptions import (
     GearmanError,
+    GroupDoesNotExist,
     GroupFailed,
     JobFailed,
     JobNotFinished,
@@ -424,6 +425,21 @@ class TestWords:
             jobs.shout.enqueue(bytes(1001))
         with pytest.raises(TooLarge):
             jobs.shout.enqueue_many([((bytes(1001),), {})])
+
+
+@pytest.mark.django_db
+class TestFoundAgain:
+    def test_a_job(self) -> None:
+        result = jobs.add.enqueue(1)
+        assert awaited(jobs.add.aget_result(result.id)) == result
+        with pytest.raises(JobResultDoesNotExist):
+            awaited(jobs.add.aget_result("x"))
+
+    def test_a_group(self) -> None:
+        made = group(jobs.add.s(1)).enqueue()
+        assert awaited(GroupResult.afind(made.id)) == made
+        with pytest.raises(GroupDoesNotExist):
+            awaited(GroupResult.afind("x"))
 
 
 class TestCall:

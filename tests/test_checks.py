@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,6 +27,7 @@ from django_gearman.registry import registry
 from django_gearman.schedules import Declaration
 
 from .app.jobs import fail
+from .harness import ROOT
 
 
 def ids(**options: Any) -> list[str | None]:
@@ -178,7 +180,7 @@ class TestSchedules:
         job(schedule=[cron("* * * * *", args=["x"]), cron("1 * * * *", args=["x"], name="b")])(fail.function)
         (found,) = run_checks(tags=["gearman"])
         assert found.id == "django_gearman.E011"
-        assert "pip install 'django-gearman[schedules]'" in found.msg
+        assert "pip install cronsim (our extra [schedules];" in found.msg
 
 
 @pytest.mark.skipif(not hasattr(settings, "TASKS"), reason="needs django.tasks or django-tasks")
@@ -353,3 +355,10 @@ class TestDurability:
                 cursor.execute("DROP TABLE of_another_engine")
         assert "W005" in told
         assert "MyISAM" in told
+
+
+def test_every_check_is_listed():
+    code = "".join(path.read_text() for path in (ROOT / "django_gearman").rglob("*.py"))
+    ids = set(re.findall(r"\bdjango_gearman\.([EW]\d{3})\b", code))
+    table = set(re.findall(r"^\| ([EW]\d{3}) \|", (ROOT / "docs" / "upgrading.md").read_text(), re.M))
+    assert table == ids

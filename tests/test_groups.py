@@ -22,6 +22,7 @@ from django_gearman.exceptions import (
     GroupFailed,
     GroupNotFinished,
     InvalidGroup,
+    JobFailed,
     NotJSON,
     ResponseTimeout,
     WaitInTransaction,
@@ -537,6 +538,41 @@ class TestReduction:
             settings.GEARMAN = {}
         assert caught.value.timeout == 0.25
         assert list(items) == list(range(2, 10))
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            TimeoutError("the database did not answer"),
+            JobFailed("another"),
+            ConnectionLost("127.0.0.1:1", "gone"),
+            CommandNotSupported("127.0.0.1:1", "server_error", "", command="SUBMIT_REDUCE_JOB", version=""),
+        ],
+    )
+    @pytest.mark.parametrize("reduce", REDUCE)
+    def test_what_its_functions_raise(self, settings: Any, reduce: Reduce, error: Exception) -> None:
+        """It is no error of the jobs, nor is the time up."""
+
+        def reducer(left: int, right: int) -> int:
+            raise error
+
+        def items() -> Iterator[int]:
+            yield 1
+            raise error
+
+        functions = {jobs.total.name: lambda assigned: b"1"}
+        with (
+            harness.server(store="memory") as server,
+            harness.worker_thread(functions, server.port),
+        ):
+            settings.GEARMAN = server.setting
+            for call in (
+                lambda: reduce(jobs.total, reducer, range(3), chunk=1, timeout=60),
+                lambda: reduce(jobs.total, sum_of_two, items(), chunk=1, timeout=60),
+            ):
+                with pytest.raises(type(error)) as caught:
+                    call()
+                assert caught.value is error
+            settings.GEARMAN = {}
 
     @pytest.mark.parametrize("resubmit", [False, True])
     @pytest.mark.parametrize("reduce", REDUCE)

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from asgiref.sync import SyncToAsync, sync_to_async
@@ -21,8 +21,8 @@ from django.contrib.auth.models import User
 from django.db import OperationalError, connection, connections, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, JobResult, group, job, rows
-from django_gearman.attempts import pause_before_retry, perform_assigned
+from django_gearman import JobContext, JobResult, attempts, group, job, rows
+from django_gearman.attempts import aperform_assigned, pause_before_retry, perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     Discard,
@@ -962,6 +962,93 @@ class TestDatabaseConnections:
             is_free.set()
             asyncio.run(sync_to_async(connections.close_all)())
 
+    def test_jobs_side_by_side_leave_each_other_theirs(self, registry: dict[str, Any]) -> None:
+        """That one is in the middle of a query, between two chunks, does not show."""
+        names = make_users()
+
+        async def main() -> None:
+            reading, gate = await begin_reading()
+            assert await aperform_assigned(job(name="acount")(acount_users), no_arguments()) == b"6"
+            with pytest.raises(ValueError, match="after its query"):
+                await aperform_assigned(job(name="acount and fail")(acount_users_and_fail), no_arguments())
+            gate.go_on.set()
+            assert json.loads(await reading) == names
+            # The last out.
+            assert await sync_to_async(lambda: connection.connection)() is None
+
+        asyncio.run(main())
+
+    def test_jobs_in_threads_too(self, registry: dict[str, Any]) -> None:
+        """Each thread has an event loop, and all have one thread of ``sync_to_async``."""
+        names = make_users()
+        gate = Gate()
+
+        def read() -> bytes:
+            try:
+                return perform_assigned(job(name="read")(read_users), no_arguments())
+            finally:
+                # A worker's threads last.
+                attempts._kept.loop.close()
+
+        with ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(read)
+            try:
+                assert gate.is_reached.wait(30)
+                assert perform_assigned(job(name="acount")(acount_users), no_arguments()) == b"6"
+            finally:
+                gate.go_on.set()
+            assert json.loads(reading.result()) == names
+        assert asyncio.run(sync_to_async(lambda: connection.connection)()) is None
+
+    def test_a_worker_that_always_has_a_job(
+        self, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is old is left to who may be in the middle of a query, and closed with the last of them."""
+        monkeypatch.setattr(attempts, "LONGEST_SHARED", 0.0)
+        names = make_users()
+
+        async def main() -> None:
+            reading, gate = await begin_reading()
+            old: Any = await sync_to_async(lambda: connections["default"])()
+            later, gate_of_later = await begin_reading()
+            new: Any = await sync_to_async(lambda: connections["default"])()
+            assert new is not old
+            assert await aperform_assigned(job(name="acount")(acount_users), no_arguments()) == b"6"
+            assert await sync_to_async(lambda: connections["default"])() is new, "two at the most"
+            gate.go_on.set()
+            assert json.loads(await reading) == names
+            assert old.connection is None
+            gate_of_later.go_on.set()
+            assert json.loads(await later) == names
+            assert new.connection is None
+            assert await sync_to_async(lambda: connection.connection)() is None
+
+        asyncio.run(main())
+
+    def test_one_that_was_lost_beside_another_job(
+        self, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("ends its session as an administrator of PostgreSQL can")
+        monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", None)
+        make_users()
+        made = job(name="acount")(acount_users)
+
+        async def main() -> None:
+            reading, gate = await begin_reading()
+            await sync_to_async(end_session)()
+            with pytest.raises(OperationalError):
+                await aperform_assigned(made, no_arguments())
+            assert await aperform_assigned(made, no_arguments()) == b"6"
+            gate.go_on.set()
+            with pytest.raises(OperationalError):
+                await reading
+
+        try:
+            asyncio.run(main())
+        finally:
+            asyncio.run(sync_to_async(connections.close_all)())
+
     def test_an_async_job_s_that_was_lost(
         self, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -987,6 +1074,46 @@ def count_users() -> int:
 
 async def acount_users() -> int:
     return await User.objects.acount()
+
+
+def make_users() -> list[str]:
+    names = [f"user {number}" for number in range(6)]
+    User.objects.bulk_create(User(username=name) for name in names)
+    connection.close()
+    return names
+
+
+class Gate:
+    """Where the next job of ``read_users`` waits, in the middle of its query."""
+
+    made: ClassVar[list[Gate]] = []
+
+    def __init__(self) -> None:
+        self.is_reached = threading.Event()
+        self.go_on = threading.Event()
+        self.made.append(self)
+
+
+async def read_users() -> list[str]:
+    gate = Gate.made.pop()
+    names: list[str] = []
+    async for user in User.objects.order_by("pk").aiterator(chunk_size=3):
+        names.append(user.username)
+        if len(names) == 3:
+            gate.is_reached.set()
+            await asyncio.to_thread(gate.go_on.wait, 30)
+    return names
+
+
+async def begin_reading() -> tuple[asyncio.Task[bytes], Gate]:
+    gate = Gate()
+    reading = asyncio.create_task(aperform_assigned(job(name="read")(read_users), no_arguments()))
+    assert await asyncio.to_thread(gate.is_reached.wait, 30)
+    return reading, gate
+
+
+def no_arguments() -> Reports:
+    return Reports(b'{"args": [], "kwargs": {}}')
 
 
 async def acount_users_and_fail() -> None:

@@ -359,7 +359,7 @@ class TestWrongOnes:
 
     def test_without_the_library_the_sentence_names_the_extra(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(schedules, "has_cronsim", lambda: False)
-        with pytest.raises(MissingCronsim, match=r"pip install 'django-gearman\[schedules\]'"):
+        with pytest.raises(MissingCronsim, match=r"pip install cronsim \(our extra \[schedules\]"):
             timing("* * * * *", None, "UTC")
         assert timing("", timedelta(minutes=1), "UTC").next_after(0, None) == 60
 

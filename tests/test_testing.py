@@ -331,6 +331,17 @@ class TestRun:
         assert [each.id for each in gearman_jobs.run_all(scheduled=True)] == [result.id]
         assert JobRecord.objects.filter(status="SUCCESSFUL").count() == 2
 
+    def test_what_was_forgotten_is_not_waited_for(self, gearman_jobs: GearmanJobs) -> None:
+        """It is more urgent than the rest, of which there is more than a claim takes."""
+        jobs.shout.using(priority=5).enqueue(b"forgotten")
+        jobs.shout.using(priority=5, run_after=timezone.now() + timedelta(days=1)).enqueue(b"forgotten")
+        gearman_jobs.clear()
+        results = [jobs.shout.enqueue(b"x" * 2**20) for _ in range(20)]
+        urgent = jobs.shout.using(priority=3).enqueue(b"x")
+        ids = [each.id for each in gearman_jobs.run_all(check=True)]
+        assert ids == [urgent.id, *(result.id for result in results)]
+        assert gearman_jobs.pending == []
+
     def test_functions_that_nobody_here_has(self, gearman_jobs: GearmanJobs) -> None:
         JobRecord.objects.create(function="of.php")
         assert gearman_jobs.run_all() == []

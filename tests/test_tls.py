@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def serving(
         yield place
     finally:
         if thread.is_alive():
-            server.loop.call_soon_threadsafe(stopped[0].set)
+            # Its loop is closed already where the test has ended it.
+            with suppress(RuntimeError):
+                server.loop.call_soon_threadsafe(stopped[0].set)
         thread.join(LIMIT)
     assert not thread.is_alive()
     assert not failures, failures
@@ -174,6 +177,15 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
         for record in caplog.records
         if record.levelno >= logging.WARNING and record.name.startswith("django_gearman")
     ]
+
+
+def narrow(place: Place, files: Files) -> ssl.SSLSocket:
+    """A connection of a peer for which the system keeps little."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    sock.settimeout(LIMIT)
+    sock.connect(place.address)
+    return files.client().wrap_socket(sock, server_hostname="127.0.0.1")
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -449,8 +461,13 @@ class TestStream:
             assert sock.recv(100) == b".\n"
 
     def test_peer_that_does_not_read_is_closed(
-        self, files: Files, loop_factory: Any, caplog: pytest.LogCaptureFixture
+        self,
+        files: Files,
+        loop_factory: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
+        monkeypatch.setattr(transport_module, "TICK", 0.01)
         limits = {"output_soft": 2**16, "output_hard": 2**18, "stuck": 0.1}
         with serving(files.server(), loop_factory, **limits) as place:
             worker, client = place.connect(files.client()), place.connect(files.client())
@@ -466,6 +483,71 @@ class TestStream:
                     worker.sendall(encode_request(P.WORK_DATA, handle, b"x" * 2**18))
                     worker.sendall(encode_request(P.ECHO_REQ, b"going on"))
                     hear(worker, 1)
+
+    def test_peer_that_takes_nothing_of_one_large_reply_is_closed(
+        self,
+        files: Files,
+        loop_factory: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(transport_module, "TICK", 0.01)
+        limits = {"output_soft": 2**16, "output_hard": 2**18, "stuck": 0.1}
+        with serving(files.server(), loop_factory, **limits) as place, narrow(place, files) as sock:
+            sock.sendall(encode_request(P.ECHO_REQ, b"x" * LARGE))
+            harness.wait_until(lambda: "does not take what it is sent" in caplog.text)
+            harness.wait_until(lambda: not place.server.connections)
+            assert not place.server.blocked
+
+    def test_peer_that_takes_a_large_reply_slowly_stays(
+        self, files: Files, loop_factory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transport_module, "TICK", 600.0)
+        limits = {"output_soft": 2**16, "output_hard": 2**18, "stuck": 10.0}
+        with serving(files.server(), loop_factory, **limits) as place, narrow(place, files) as sock:
+            sock.sendall(encode_request(P.ECHO_REQ, b"x" * LARGE))
+            harness.wait_until(lambda: len(place.server.blocked) == 1)
+            (blocked,) = place.server.blocked
+            # The system takes a little for it. Each look comes 20 s after the one before.
+            later = itertools.count(place.server.loop.time() + 20, 20)
+            harness.wait_until(lambda: blocked._is_stuck(next(later)))
+            unsent, taken = blocked.unsent, 0
+            assert LARGE // 2 < unsent < 2 * LARGE
+            deadline = time.monotonic() + LIMIT
+            # By more than what may be on its way from the one buffer to the other as we look.
+            while blocked.unsent > unsent - 2**18:
+                assert time.monotonic() < deadline
+                taken += len(sock.recv(2**16))
+            assert blocked.unsent > 2**18
+            assert not blocked._is_stuck(next(later))
+            while taken < LARGE + 12:
+                taken += len(sock.recv(2**20))
+            harness.wait_until(lambda: not place.server.blocked)
+            assert blocked.unsent == 0
+
+    def test_large_replies_come_in_order(self, files: Files, loop_factory: Any) -> None:
+        replies = [b"%d" % number * (2**20 if number % 3 else 1) for number in range(12)]
+        with serving(files.server(), loop_factory) as place, narrow(place, files) as sock:
+            sock.sendall(b"".join(encode_request(P.ECHO_REQ, reply) for reply in replies))
+            harness.wait_until(lambda: any(each.unsent > 2**20 for each in list(place.server.connections)))
+            assert hear(sock, len(replies)) == [(P.ECHO_RES, [reply]) for reply in replies]
+
+    @pytest.mark.parametrize("end", ["unreadable", "stop"])
+    def test_large_reply_arrives_though_it_is_the_last(
+        self, files: Files, loop_factory: Any, end: str
+    ) -> None:
+        question = encode_request(P.ECHO_REQ, b"x" * LARGE)
+        with (
+            serving(files.server(), loop_factory, output_soft=2 * LARGE) as place,
+            narrow(place, files) as sock,
+        ):
+            if end == "unreadable":
+                sock.sendall(question + b"\0FOO" + bytes(8))
+            else:
+                sock.sendall(question)
+                harness.wait_until(lambda: any(each.unsent for each in list(place.server.connections)))
+                place.server.loop.call_soon_threadsafe(place.server._stopped.set)
+            assert len(read_all(sock)) == LARGE + 12
 
     def test_peer_that_does_not_read_is_not_read_above_the_soft_limit(
         self, files: Files, loop_factory: Any
@@ -493,7 +575,7 @@ class TestStream:
             assert place.works(files.client())
             # libuv reads up to 32 times, 256 KiB each, before others get their turn.
             for connection in blocked():
-                assert connection._transport.get_write_buffer_size() < soft + 2 * 32 * 2**18 < len(data)
+                assert connection.unsent < soft + 2 * 32 * 2**18 < len(data)
             # A record is half written and the answers wait: both directions move at once.
             reader = PacketReader(RESPONSE)
             heard = 0
@@ -544,6 +626,26 @@ class TestStream:
                 sock.sendall(outgoing.read())
                 incoming.write(read_all(sock))
                 assert end.read(100) == b".\n"
+
+    def test_goodbye_while_much_waits_does_not_end_the_server(self, files: Files, loop_factory: Any) -> None:
+        with serving(files.server(), loop_factory) as place:
+            for _ in range(5):
+                incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+                end = files.client().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+                with place.plain() as sock:
+                    while True:
+                        try:
+                            end.do_handshake()
+                            break
+                        except ssl.SSLWantReadError:
+                            sock.sendall(outgoing.read())
+                            incoming.write(sock.recv(65536))
+                    end.write(encode_request(P.ECHO_REQ, b"x" * LARGE))
+                    with pytest.raises(ssl.SSLWantReadError):
+                        end.unwrap()
+                    sock.sendall(outgoing.read())
+                    read_all(sock)
+                assert place.works(files.client())
 
 
 class TestEnds:

@@ -98,7 +98,10 @@ class TestWithout:
         )
         ((id, message),) = told
         assert id == "django_gearman.E017"
-        assert "need Django 6 or the django-tasks package: pip install 'django-gearman[tasks]'" in message
+        assert (
+            "need Django 6 or the django-tasks package: pip install django-tasks (our extra [tasks])"
+            in message
+        )
 
     def test_nothing_of_it_is_imported_for_other_backends(self) -> None:
         (told,) = run(

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.db.models import QuerySet
 from django.forms import ModelForm, Textarea
 from django.http import HttpRequest
@@ -46,7 +46,7 @@ class ScheduleForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know 
             probe = Schedule(function=function, args=cleaned["args"], kwargs=cleaned["kwargs"])
             try:
                 scheduled_record(probe)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OperationalError) as error:
                 raise ValidationError({"args": str(error)}) from error
         return cleaned
 
@@ -114,7 +114,7 @@ class ScheduleAdmin(Look, ScheduleModelAdmin):
         for row in queryset:
             try:
                 record = scheduled_record(row)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OperationalError) as error:
                 self.message_user(request, f"{row}: {error}", messages.ERROR)
                 continue
             record.client = f"schedule {row.name}"[:128]

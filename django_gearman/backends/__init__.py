@@ -66,7 +66,7 @@ except ImportError:
     except ModuleNotFoundError as error:
         raise ImportError(
             "the task backends of django_gearman need Django 6 or the django-tasks package: "
-            "pip install 'django-gearman[tasks]'"
+            "pip install django-tasks (our extra [tasks])"
         ) from error
 
 __all__ = [

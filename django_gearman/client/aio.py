@@ -36,8 +36,9 @@ from ..exceptions import (
 from ..protocol.packets import GROUP, RESPONSE, ROW, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
 from .admin_client import FunctionStatus, function_status
-from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, unreadable
-from .core import FINAL, ClientProtocol, JobRequest, Priority, Question
+from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of
+from .core import ClientProtocol, JobRequest, Priority, Question
+from .large import LargeEnds
 from .servers import CIRCUIT, QUICK, Route, allowance
 from .tasks import (
     DEFAULT_SERVERS,
@@ -68,28 +69,8 @@ S = TypeVar("S", bound=JobStatus)
 MAX_RETIRED: Final = 8
 """Connections to one server that are kept open only for jobs that run on them."""
 
-LONGEST_HANDLE: Final = 512
-"""Bytes in which the handle of a job ends, where the rest of the packet is too much."""
-
 _NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
 """What comes of asking a server in words, when it does not answer as it should."""
-
-
-class _Large:
-    """
-    A packet with the end of a job that is larger than may be taken; others on the connection go on.
-
-    Args:
-        left: Bytes of its body that are still to come.
-        error: For who waits for the job.
-    """
-
-    def __init__(self, kind: PacketType, left: int, error: ResultTooLarge) -> None:
-        self.kind = kind
-        self.left = left
-        self.error = error
-        self.head: bytes | None = b""
-        """What came of the handle; None when that is known."""
 
 
 class _Link(asyncio.Protocol):
@@ -107,12 +88,10 @@ class _Link(asyncio.Protocol):
         """Whether a job on it has nobody waiting: it is closed as soon as nobody else needs it."""
         self.asking: asyncio.Task[list[FunctionStatus]] | None = None
         """What the server says of its functions, for calls whose time is up."""
-        self._reader = PacketReader(RESPONSE, max_body=max_packet)
+        self._reader: PacketReader | LargeEnds = PacketReader(RESPONSE, max_body=max_packet)
         self._max_packet = max_packet
         self._received = False
         """Whether anything ever came."""
-        self._large: _Large | None = None
-        """What is passed over."""
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
         self._writable: asyncio.Future[None] | None = None
@@ -140,54 +119,33 @@ class _Link(asyncio.Protocol):
             self._lose(ConnectionLost(self.server, SPEAKS_TLS))
             return
         self._received = True
-        while data:
-            if self._large is not None:
-                data = self._pass_over(self._large, data)
-            self._reader.feed(data)
-            data = b""
+        self._reader.feed(data)
+        goes_on = True
+        while goes_on:
+            goes_on = False
             try:
                 while (packet := self._reader.take()) is not None:
                     told = self.protocol.receive(packet)
                     if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
                         _wake(waiter)
-            except ProtocolError as error:
-                data = self._refused(error)
+            except (ProtocolError, ConnectionLost) as error:
+                goes_on = self._goes_on_after(error)
 
-    def _refused(self, error: ProtocolError) -> bytes:
-        """
-        Break the connection, or begin to pass over the end of a job that is too large.
-
-        Returns:
-            What came of that, and after it.
-        """
-        lost = unreadable(self.server, error, self._max_packet)
-        if isinstance(lost, ResultTooLarge):
-            kind, size, data = self._reader.too_large()
-            if kind in FINAL:
-                self._reader = PacketReader(RESPONSE, max_body=self._max_packet)
-                self._large = _Large(PacketType(kind), size, lost)
-                return data
-        self._lose(lost)
-        return b""
-
-    def _pass_over(self, large: _Large, data: bytes) -> bytes:
-        """Drop what came of a packet, once it is known whose it is; what came after it."""
-        if large.head is not None:
-            large.head += data[: min(large.left, LONGEST_HANDLE)]
-            handle, nul, _ = large.head.partition(b"\0")
-            if nul:
-                large.head = None
-                told = self.protocol.end_without(large.kind, handle, large.error)
-                if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
-                    _wake(waiter)
-            elif len(large.head) >= LONGEST_HANDLE or len(data) >= large.left:
-                self._lose(large.error)
-                return b""
-        after = data[large.left :]
-        large.left -= len(data) - len(after)
-        if not large.left:
-            self._large = None
-        return after
+    def _goes_on_after(self, error: ProtocolError | ConnectionLost) -> bool:
+        """Break the connection, unless it is one job's end alone that could not be read."""
+        try:
+            if isinstance(error, ProtocolError):
+                self._reader = LargeEnds(self._reader, error, self.server, self._max_packet)
+                return True
+        except ConnectionLost as lost:
+            error = lost
+        if not isinstance(error, ResultTooLarge) or error.end is None:
+            self._lose(error)
+            return False
+        told = self.protocol.end_without(*error.end, error)
+        if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
+            _wake(waiter)
+        return True
 
     def connection_lost(self, error: Exception | None) -> None:
         reason = "the server closed it" if error is None else reason_of(error)
@@ -749,6 +707,8 @@ class AsyncClient(Submitter):
             raise (await self._nobody_came(link, request, late) or late) from None
         if request.raised is not None:
             raise request.raised
+        if request.too_large is not None:
+            raise request.too_large
 
     def _note_silence(self, link: _Link, answer_by: float) -> None:
         if monotonic() >= answer_by:
@@ -852,7 +812,7 @@ class AsyncClient(Submitter):
                 return
             await self._run_submission(task, task.request, timeout, deadline, resubmit=resubmit)
         except GearmanError as error:
-            if task.is_done:
+            if task.is_done or (task.request is not None and error is task.request.raised):
                 raise  # of a call-back
             task.fail(error)
 
@@ -904,10 +864,10 @@ class AsyncClient(Submitter):
         link.users += 1
         try:
             yield
-        except ConnectionLost:
-            # Nothing comes of it here; its call-backs go along where it is submitted again.
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ConnectionLost) and (request is None or error is not request.raised):
+                # Nothing comes of it here; its call-backs go along where it is submitted again.
+                raise
             if request is not None and not request.is_settled and not request.background:
                 if request.listens:
                     # Its job is somebody else's, and not dropped with the connection.

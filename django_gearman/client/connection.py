@@ -14,15 +14,10 @@ from time import monotonic
 from typing import Final
 
 from .. import tls as tls_reasons
-from ..exceptions import (
-    ConnectionFailed,
-    ConnectionLost,
-    ProtocolError,
-    ResponseTimeout,
-    ResultTooLarge,
-)
+from ..exceptions import ConnectionFailed, ConnectionLost, ProtocolError, ResponseTimeout
 from ..protocol.packets import RESPONSE, PacketType, encode_request
 from ..protocol.reader import MAX_BODY, Packet, PacketReader
+from .large import LargeEnds
 
 _CHUNK: Final = 256 * 1024
 
@@ -66,7 +61,7 @@ class Connection:
     ) -> None:
         self.server = f"{host}:{port}"
         self._max_packet = max_packet
-        self._reader = PacketReader(RESPONSE, max_body=max_packet)
+        self._reader: PacketReader | LargeEnds = PacketReader(RESPONSE, max_body=max_packet)
         self._send_timeout = send_timeout
         self._received = False
         """Whether anything ever came."""
@@ -180,6 +175,7 @@ class Connection:
             what: What is waited for, to say when it does not come.
         Raises:
             ResponseTimeout: It did not come in time.
+            ResultTooLarge: It had an ``end``: that is passed over, and the next may be received.
             ConnectionLost: The connection broke, or the other end is no job server.
         """
         started = monotonic()
@@ -193,11 +189,12 @@ class Connection:
             self._fill(timeout)
 
     def take(self) -> Packet | None:
-        """The next packet of what was received already; None when there is none."""
+        """The next packet of what was received already; None when there is none. Raises as ``receive``."""
         try:
             return self._reader.take()
         except ProtocolError as error:
-            raise unreadable(self.server, error, self._max_packet) from error
+            self._reader = LargeEnds(self._reader, error, self.server, self._max_packet)
+        return self._reader.take()
 
     def fill(self) -> None:
         """Receive what is there, without waiting; then ``take``."""
@@ -223,6 +220,11 @@ class Connection:
     def has_decrypted(self) -> bool:
         """Whether bytes wait that ``select`` does not see any more."""
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether more is to come of what is too large, and nobody's any more."""
+        return isinstance(self._reader, LargeEnds) and self._reader.is_passing
 
     def _fill(self, timeout: float | None) -> bool:
         """Receive once; whether something came that can be taken."""
@@ -263,13 +265,6 @@ class Connection:
     def close(self) -> None:
         """Close this process's end; in a forked child the parent's stays open."""
         self._socket.close()
-
-
-def unreadable(server: str, error: ProtocolError, max_packet: int) -> ConnectionLost:
-    """What to raise when what a server sent cannot be read."""
-    if error.code == b"ARGUMENT_TOO_LARGE":
-        return ResultTooLarge(server, max_packet)
-    return ConnectionLost(server, f"it speaks no Gearman: {error}")
 
 
 def not_proven(error: ConnectionLost, host: str, *, tls: bool) -> ConnectionFailed:

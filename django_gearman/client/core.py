@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from ..exceptions import ProtocolError
+from ..exceptions import ProtocolError, ResultTooLarge
 from ..protocol.packets import LISTEN, PacketType, encode_request
 from ..protocol.reader import Packet
 
@@ -78,6 +78,9 @@ class JobRequest:
 
     data: bytes = b""
     """The result, or the exception's data."""
+
+    too_large: ResultTooLarge | None = None
+    """Why there is no ``data`` though the job ended; who waits for it is to raise it."""
 
     raised: Exception | None = None
     """What a call-back raised; who waits for the job is to raise it."""
@@ -209,7 +212,7 @@ class ClientProtocol:
             return self._answer(kind, arguments)
         raise ProtocolError(b"UNEXPECTED_PACKET", b"The server answered what was not asked")
 
-    def end_without(self, kind: PacketType, handle: bytes, error: Exception) -> JobRequest | None:
+    def end_without(self, kind: int, handle: bytes, error: ResultTooLarge) -> JobRequest | None:
         """
         A job has ended, and what came of it could not be taken: who waits for it is to raise why.
 
@@ -222,8 +225,8 @@ class ClientProtocol:
         request = requests.popleft()
         if not requests:
             del self._jobs[handle]
-        request.outcome = kind
-        request.raised = request.raised or error
+        request.outcome = PacketType(kind)
+        request.too_large = error
         return request
 
     def _answer(self, kind: int, arguments: list[bytes]) -> JobRequest | Question:

@@ -223,7 +223,10 @@ class Route:
             ConnectionLost: It may not.
         """
         if self._request is not None:
-            if isinstance(error, ResultTooLarge) or not self._request.may_move(resubmit=self._resubmit):
+            # A call-back may have lost a connection of its own.
+            of_a_callback = error is self._request.raised
+            may_move = self._request.may_move(resubmit=self._resubmit)
+            if of_a_callback or isinstance(error, ResultTooLarge) or not may_move:
                 raise error
             self._request.start_over()
         self._lost = error

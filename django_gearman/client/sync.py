@@ -29,6 +29,7 @@ from ..exceptions import (
     NoWorker,
     ProtocolError,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from ..protocol.packets import CLAIM, CLAIMED, GROUP, ROW, PacketType
@@ -433,7 +434,8 @@ class Client(Submitter):
         finally:
             for session in sessions.values():
                 # A connection with jobs of nobody is closed, so that the server drops them.
-                if is_over and not session.unsent and not session.protocol.has_jobs:
+                is_free = not session.unsent and not session.protocol.has_jobs
+                if is_over and is_free and not session.connection.is_passing:
                     self._give_back(session)
                 else:
                     session.close()
@@ -736,12 +738,10 @@ class Client(Submitter):
 
     def _submit_tasks(self, run: TaskRun, sessions: dict[str, _Session]) -> None:
         while (task := run.next()) is not None:
-            candidates = run.candidates(task, self._servers)
             try:
-                if not candidates:
-                    raise self._servers.unreachable()
+                candidates = run.candidates(task, self._servers)
                 session = sessions.get(candidates[0]) or self._take(candidates)
-            except ConnectionFailed as error:
+            except (ConnectionFailed, ConnectionLost) as error:
                 run.unreachable(task, error)
                 continue
             known = sessions.setdefault(session.server, session)
@@ -767,16 +767,15 @@ class Client(Submitter):
             selector.select(wait)
         now = monotonic()
         for session in list(sessions.values()):
-            try:
-                self._tend_session(run, session, now)
-            except (ConnectionLost, ProtocolError, ResponseTimeout) as error:
+            error = self._tend_session(run, session, now)
+            if error is not None:
                 del sessions[session.server]
                 session.close()
                 if isinstance(error, ProtocolError):
                     error = ConnectionLost(session.server, str(error))
                 if isinstance(error, ResponseTimeout):
                     self._servers.failed(session.server, waited=True)
-                run.lost(session.server, error)
+                run.lost(self._servers, session.server, error)
 
     def _give_up(self, run: TaskRun, sessions: Mapping[str, _Session], timeout: float) -> None:
         for server, session in sessions.items():
@@ -798,7 +797,29 @@ class Client(Submitter):
                 rows[server] = admin.status()
         return rows
 
-    def _tend_session(self, run: TaskRun, session: _Session, now: float) -> None:
+    def _tend_session(self, run: TaskRun, session: _Session, now: float) -> GearmanError | None:
+        """Send and receive what can be; why nothing more can be, if so."""
+        protocol, connection = session.protocol, session.connection
+        try:
+            self._exchange(session, now)
+        except (ConnectionLost, ResponseTimeout) as error:
+            return error
+        while True:
+            try:
+                packet = connection.take()
+                if packet is None:
+                    return None
+                told = protocol.receive(packet)
+            except ResultTooLarge as error:
+                if error.end is None:
+                    return error
+                told = protocol.end_without(*error.end, error)
+            except (ConnectionLost, ProtocolError) as error:
+                return error
+            # What a call-back raises is none of the connection's errors, whatever its class.
+            run.told(session.server, told)
+
+    def _exchange(self, session: _Session, now: float) -> None:
         connection = session.connection
         if session.unsent:
             # A copy: the buffer must not change while a view of it is out.
@@ -810,8 +831,6 @@ class Client(Submitter):
             return
         session.heard_at = now
         connection.fill_ready()
-        while (packet := connection.take()) is not None:
-            run.told(session.server, session.protocol.receive(packet))
 
     # Connections.
 

@@ -19,6 +19,7 @@ from ..addresses import DEFAULT_PORT
 from ..encoding import exception_of
 from ..exceptions import (
     CommandNotSupported,
+    ConnectionFailed,
     ConnectionLost,
     GearmanError,
     JobFailed,
@@ -31,7 +32,7 @@ from ..protocol.packets import PacketType
 from ..protocol.reader import MAX_BODY
 from .admin_client import FunctionStatus
 from .core import ClientProtocol, DataHandler, JobRequest, Priority, Question, StatusHandler
-from .servers import CIRCUIT, Servers
+from .servers import CIRCUIT, Route, Servers
 
 V = TypeVar("V")
 
@@ -594,7 +595,8 @@ class TaskRun:
         self._resubmit = resubmit
         self._in_flight: dict[str, dict[JobRequest | Question, Task]] = {}
         self._count = 0
-        self._lost_on: dict[Task, dict[str, GearmanError]] = {}
+        self._routes: dict[Task, Route] = {}
+        """Of tasks whose connection broke; before that, each goes to the best server."""
 
     @property
     def is_over(self) -> bool:
@@ -611,9 +613,19 @@ class TaskRun:
         return None
 
     def candidates(self, task: Task, servers: Servers) -> list[str]:
-        """Servers to try for a task; none when it cannot be submitted anywhere."""
-        key = b"" if task.request is None else task.request.key
-        return [name for name in servers.order(key) if name not in self._lost_on.get(task, ())]
+        """
+        Servers to try for a task, the best first.
+
+        Raises:
+            ConnectionFailed, ConnectionLost: None is left; see ``unreachable``.
+        """
+        route = self._routes.get(task)
+        if route is not None:
+            return route.candidates()
+        candidates = servers.order(b"" if task.request is None else task.request.key)
+        if not candidates:
+            raise servers.unreachable()
+        return candidates
 
     def submit(self, task: Task, server: str, protocol: ClientProtocol) -> bytes:
         """Bytes to send to the server."""
@@ -647,7 +659,9 @@ class TaskRun:
             raise told.raised
         if told.is_settled:
             self._land(there, told)
-        if told.error is not None:
+        if told.too_large is not None:
+            task.fail(told.too_large)
+        elif told.error is not None:
             task.fail(server_error(server, told.kind, *told.error))
 
     def _land(self, there: dict[JobRequest | Question, Task], landed: JobRequest | Question) -> None:
@@ -657,29 +671,38 @@ class TaskRun:
     def has_jobs_at(self, server: str) -> bool:
         return bool(self._in_flight.get(server))
 
-    def lost(self, server: str, error: GearmanError) -> None:
+    def lost(self, servers: Servers, server: str, error: GearmanError) -> None:
         """What was in flight there goes to another server if it may, and fails if not."""
         there = self._in_flight.pop(server, {})
         self._count -= len(there)
         for task in there.values():
-            request = task.request
-            movable = not isinstance(error, TooLarge) and (
-                request is None or request.may_move(resubmit=self._resubmit or task.resubmit)
-            )
-            if movable and isinstance(error, ConnectionLost):
-                if request is not None:
-                    request.start_over()
+            if isinstance(error, ConnectionLost) and self._may_move(task, servers, server, error):
+                if task.request is not None:
                     task.handle = ""
-                self._lost_on.setdefault(task, {})[server] = error
                 self._waiting.append(task)
             else:
                 task.fail(error)
 
-    def unreachable(self, task: Task, error: GearmanError) -> None:
-        """No server takes it."""
-        # What became of it at a server that had it says more.
-        lost = list(self._lost_on.get(task, {}).values())
-        task.fail(lost[-1] if lost else error)
+    def _may_move(self, task: Task, servers: Servers, server: str, error: ConnectionLost) -> bool:
+        route = self._routes.get(task)
+        if route is None:
+            route = Route(servers, task.request, resubmit=self._resubmit or task.resubmit)
+        try:
+            route.lost(server, error)
+        except ConnectionLost:
+            return False
+        self._routes[task] = route
+        return True
+
+    def unreachable(self, task: Task, error: ConnectionFailed | ConnectionLost) -> None:
+        """None of its candidates takes it: it tries those again that broke with it, or fails."""
+        route = self._routes.get(task)
+        if route is None or isinstance(error, ConnectionLost):
+            task.fail(error)
+        elif route.may_return():
+            self._waiting.appendleft(task)
+        else:
+            task.fail(route.unreachable(error))
 
     def give_up(self, error: Callable[[Task], ResponseTimeout]) -> None:
         """The time is up for what has not ended."""

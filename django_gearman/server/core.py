@@ -88,10 +88,10 @@ class JobServer:
     """
     The state of one job server, and what each event does to it.
 
-    After every call ``serve_woken``. Before the next wait: send ``output`` of the ``dirty``
-    peers, give ``entries`` and ``questions`` to the journal, and look at ``claim_wanted`` and
-    ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic seconds, for time limits)
-    before events are handed in.
+    After every call ``serve_woken``. Before the next wait: send ``output`` of the ``dirty`` peers, and in a
+    moment that of the ``patient`` ones, give ``entries`` and ``questions`` to the journal, and look at
+    ``claim_wanted`` and ``shutdown_wanted``. Set ``now`` (seconds since 1970) and ``clock`` (monotonic
+    seconds, for time limits) before events are handed in.
     """
 
     def __init__(self, options: ServerOptions | None = None) -> None:
@@ -109,6 +109,7 @@ class JobServer:
         self.ready: dict[Function, None] = {}
         """Functions with jobs to hand out."""
         self.dirty: list[Peer] = []
+        self.patient: list[Peer] = []
         self.woken: deque[Peer] = deque()
         """Who slept and is to be handed a job: see ``packets.WAITS``."""
         self.is_gone: Callable[[Peer], bool] = lambda peer: False
@@ -476,7 +477,10 @@ class JobServer:
         if peer.woken_for is not None:
             self.pass_on_wake(peer, function)
         if function is None:
-            self.send(peer, _NO_JOB)
+            if peer.waits:
+                self.send_at_leisure(peer, _NO_JOB)
+            else:
+                self.send(peer, _NO_JOB)
             if self.limits.blocked:
                 self.limits.want(peer, sleeps=False)
             return None
@@ -578,7 +582,7 @@ class JobServer:
             self.send(peer, encode_response(PacketType.OPTION_RES, option))
         elif option.startswith((LISTEN + ROW, LISTEN + GROUP)) and self.durable:
             if self._watchers.add(peer, option.removeprefix(LISTEN), self.clock):
-                self.send(peer, encode_response(PacketType.OPTION_RES, option))
+                self.send_at_leisure(peer, encode_response(PacketType.OPTION_RES, option))
             else:
                 self.refuse(peer, b"JOB_NOT_FOUND", b"No such job to listen to")
         elif option.startswith(LISTEN):
@@ -926,8 +930,19 @@ class JobServer:
         if peer.line is not None:
             peer.line.append(data)
             return
-        if not peer.output:
+        if not peer.output or peer.is_patient:
             self.dirty.append(peer)
+            peer.is_patient = False
+        peer.output.append(data)
+
+    def send_at_leisure(self, peer: Peer, data: bytes) -> None:
+        """Send what nobody waits for: in a moment, or with the next thing that somebody does wait for."""
+        if peer.line is not None or (peer.output and not peer.is_patient):
+            self.send(peer, data)
+            return
+        if not peer.output:
+            self.patient.append(peer)
+            peer.is_patient = True
         peer.output.append(data)
 
     def answer_later(self, peer: Peer, job: Job) -> None:
@@ -960,8 +975,9 @@ class JobServer:
         """Send what stands in a peer's line before the first answer that is not known."""
         line = peer.line
         assert line is not None, "nothing stands there"
-        if not peer.output:
+        if not peer.output or peer.is_patient:
             self.dirty.append(peer)
+            peer.is_patient = False
         while line:
             head = line[0]
             if isinstance(head, Answer):

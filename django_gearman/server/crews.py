@@ -106,14 +106,18 @@ class Crews:
             self._server.lose_jobs_of(worker)
 
     def _join(self, peer: Peer, token: bytes) -> None:
-        peer.crew = token[:MAX_TOKEN]
+        token = token[:MAX_TOKEN]
+        if peer.crew != token:
+            # Of the one that it led it is the lead no more.
+            self.peer_left(peer)
+            peer.crew = token
 
     def _lead(self, peer: Peer, token: bytes) -> None:
         if not token:
             # Of none are all workers without a crew: nobody speaks for those.
             self._server.refuse(peer, b"UNKNOWN_OPTION", b"Server does not recognize given option")
             return
-        peer.crew = token[:MAX_TOKEN]
+        self._join(peer, token)
         self._leads[peer.crew] = peer
         self._server.send(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))
 

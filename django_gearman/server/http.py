@@ -173,6 +173,7 @@ class Conversation:
 
     def take(self) -> Packet | None:
         """The next submission as a packet; None when none is there, or one is under way."""
+        self.more = False
         if self.busy or self.closed:
             return None
         try:
@@ -205,7 +206,6 @@ class Conversation:
 
     def _read(self) -> bytes | None:
         """The workload, once the request is whole."""
-        self.more = False
         for _ in range(LINES_PER_TURN):
             if self._state == _BODY:
                 return self._cut() if len(self._buffer) >= self._missing else None

@@ -39,6 +39,7 @@ class Peer:
         "enlisted",
         "exceptions",
         "excused",
+        "is_patient",
         "line",
         "listens",
         "number",
@@ -77,6 +78,8 @@ class Peer:
         """Handles of jobs that were cancelled while it ran them: it goes on, and need not hear of it."""
         self.output: list[bytes] = []
         """What the shell is to send."""
+        self.is_patient = False
+        """Whether it waits for nothing of that: it stands among the ``patient``, not among the ``dirty``."""
         self.line: deque[bytes | Answer] | None = None
         """Replies behind one that waits for its commit, which is the first; None when none waits."""
         self.waits = False

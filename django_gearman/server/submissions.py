@@ -220,7 +220,8 @@ class Submissions:
     def _claim(self, peer: Peer) -> None:
         server = self._server
         server.claim_wanted = True
-        server.send(peer, encode_response(PacketType.JOB_CREATED, server.handle_prefix + CLAIMED))
+        created = encode_response(PacketType.JOB_CREATED, server.handle_prefix + CLAIMED)
+        server.send_at_leisure(peer, created)
 
     def _record(self, job: Job, peer: Peer) -> None:
         server = self._server

@@ -17,6 +17,7 @@ import socket
 import ssl
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -47,8 +48,20 @@ TICK: Final = 1.0
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
+PROGRESS: Final = 256 * 1024
+"""Bytes of a packet that are to come in ``TransportLimits.incomplete`` seconds, unless it is whole before."""
+
+TLS_PART: Final = 64 * 1024
+"""Bytes handed to TLS at a time: what it has encrypted and passed on, nobody counts any more."""
+
+LOSES_WRITER: Final = (3, 12) <= sys.version_info < (3, 12, 9) or (3, 13) <= sys.version_info < (3, 13, 2)
+"""Whether asyncio fails, again and again, when TLS writes on after its socket was closed (gh-115514)."""
+
 LATE: Final = 0.005
-"""Seconds for which entries that may wait for company stay in the core; the journal lets them wait longer."""
+"""
+Seconds for which what may wait for company stays in the core: entries, which the journal lets wait longer,
+and output that nobody waits for. To send it would cost a system call, and wake a process.
+"""
 
 TEND_AFTER: Final = 5.0
 """Seconds from the start to the store's first housekeeping: replayed jobs and clients come first."""
@@ -102,7 +115,7 @@ class TransportLimits:
     """Seconds in which a peer takes something of what is sent to it, when much waits."""
 
     incomplete: float = 30.0
-    """Seconds that a packet may take to arrive; a connection between packets may be idle for ever."""
+    """Seconds that each ``PROGRESS`` bytes of a packet may take to arrive; between packets it may be idle."""
 
     http_idle: float = 60.0
     """Seconds that an HTTP connection may be open without a request."""
@@ -128,9 +141,13 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_arrived",
         "_blocked",
+        "_full",
         "_handed",
+        "_held",
         "_reader",
+        "_rest",
         "_server",
         "_stale",
         "_taken",
@@ -145,6 +162,12 @@ class Connection(asyncio.Protocol):
         self._reader = PacketReader(REQUEST, max_body=limits.max_packet, max_line=limits.max_line)
         self._blocked = False
         """Whether the peer does not take what it is sent. Then what follows is told."""
+        self._rest: deque[memoryview] | None = None
+        """What TLS was not given yet; None of a connection in plain text, whose transport keeps it all."""
+        self._held = 0
+        """Bytes of it."""
+        self._full = False
+        """Whether TLS takes no more for now. As long as it does, nothing is kept from it."""
         self._handed = 0
         """Bytes that waited to be sent, or came to be, since it is so."""
         self._taken = 0
@@ -154,7 +177,9 @@ class Connection(asyncio.Protocol):
         self._ahead = False
         """Whether the peer has submitted more than the store can take for now; nothing is read from it."""
         self._stale: float | None = None
-        """When the packet that has begun must be there, or a closing connection gone; None for no limit."""
+        """When a packet that has begun must have gone on, or a closing connection be gone; None for never."""
+        self._arrived = 0
+        """Bytes that came since that was noted."""
         self._transport: asyncio.Transport
         self.peer: Peer
 
@@ -169,7 +194,11 @@ class Connection(asyncio.Protocol):
         # One that is gone already has no name, and is nobody of ours.
         address = name[0] if isinstance(name, tuple) else "unix" if sock.family == socket.AF_UNIX else "?"
         limits = self._server.limits
-        self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
+        if transport.get_extra_info("sslcontext") is None:
+            self._transport.set_write_buffer_limits(high=limits.output_soft, low=limits.output_soft // 4)
+        else:
+            self._rest = deque()
+            self._transport.set_write_buffer_limits(high=TLS_PART, low=TLS_PART // 4)
         self.peer = self._server.core.connected(sock.fileno(), address, self)
         connections = self._server.connections
         connections.add(self)
@@ -178,12 +207,14 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._rest, self._held = None, 0
         self._server.forget(self)
         self._server.core.disconnected(self.peer)
         self._server.serve_woken()
         self._server.schedule_turn()
 
     def data_received(self, data: bytes) -> None:
+        self._arrived += len(data)
         self._reader.feed(data)
         self._read()
 
@@ -255,13 +286,16 @@ class Connection(asyncio.Protocol):
         # What was answered before belongs to the peer still.
         output, self.peer.output = self.peer.output, []
         self.write(output)
+        self._hand_all()
         self._transport.close()
         self._expect_progress()
 
     def _note_incomplete(self, *, went_on: bool) -> None:
         if not self._reader.incomplete:
             self._stale = None
-        elif went_on or self._stale is None:
+        elif went_on or self._stale is None or self._arrived >= PROGRESS:
+            # A large packet may come slowly, as over a long line; libgearman takes half a second for a MiB.
+            self._arrived = 0
             self._expect_progress()
 
     def _expect_progress(self) -> None:
@@ -283,6 +317,16 @@ class Connection(asyncio.Protocol):
         # The transport closes by itself, once everything is sent; of TLS, it takes nothing more to send.
         output, self.peer.output = self.peer.output, []
         self.write(output)
+        self._hand_all()
+        if (
+            LOSES_WRITER
+            and isinstance(self._server.loop, asyncio.SelectorEventLoop)
+            and self._transport.get_extra_info("sslcontext") is not None
+            and self._transport.get_write_buffer_size()
+        ):
+            # The error would be taken for one of ours, and end the server.
+            self._transport.abort()
+            return
         self._expect_progress()
 
     def write(self, output: list[bytes]) -> None:
@@ -293,19 +337,47 @@ class Connection(asyncio.Protocol):
         data = b"".join(output)
         if self._blocked:
             self._handed += len(data)
-        transport.write(data)
+        if self._rest is None or (not self._full and len(data) <= TLS_PART):
+            transport.write(data)
+        else:
+            self._rest.append(memoryview(data))
+            self._held += len(data)
+            self._hand_some()
         if self._ahead:
             line = self.peer.line
             if line is None or len(line) <= self._server.limits.unanswered // 2:
                 self._ahead = False
                 self._server.loop.call_soon(self._go_on)
         if self._blocked and self.unsent > self._server.limits.output_hard:
-            self._server.bound_output()
+            self._server.bound_output(self._server.blocked)
 
     @property
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
-        return self._transport.get_write_buffer_size()
+        return self._held + self._transport.get_write_buffer_size()
+
+    def _hand_some(self) -> None:
+        """Give TLS of what it was not given yet as much as it takes for now."""
+        rest = self._rest
+        assert rest is not None, "a connection in plain text keeps nothing back"
+        while rest and not self._full:
+            part = rest.popleft()
+            if len(part) > TLS_PART:
+                rest.appendleft(part[TLS_PART:])
+                part = part[:TLS_PART]
+            self._held -= len(part)
+            self._transport.write(part)
+        soft = self._server.limits.output_soft
+        if not self._blocked and self._held > soft:
+            self._block()
+        elif self._blocked and self._held <= soft // 4:
+            self._unblock()
+
+    def _hand_all(self) -> None:
+        """Give TLS all of it, before the transport is closed: that sends what it has."""
+        while self._rest:
+            self._transport.write(self._rest.popleft())
+        self._held = 0
 
     def _is_stuck(self, now: float) -> bool:
         """Whether much waits, and the peer has taken nothing of it for long. A slow one is none of these."""
@@ -319,15 +391,29 @@ class Connection(asyncio.Protocol):
     def drop(self, reason: str) -> None:
         """Close at once, and throw away what waits to be sent."""
         logger.warning("Connection of %s closed: %s", self.peer.address, reason)
+        self._rest, self._held = None, 0
         self._transport.abort()
 
     def pause_writing(self) -> None:
+        if self._rest is None:
+            self._block()
+        else:
+            self._full = True
+
+    def resume_writing(self) -> None:
+        if self._rest is None:
+            self._unblock()
+        else:
+            self._full = False
+            self._hand_some()
+
+    def _block(self) -> None:
         self._blocked = True
         self._handed, self._taken, self._taken_at = self.unsent, 0, self._server.loop.time()
         self._server.blocked.add(self)
         self._transport.pause_reading()
 
-    def resume_writing(self) -> None:
+    def _unblock(self) -> None:
         self._blocked = False
         self._server.blocked.discard(self)
         # The rest of a packet could not be read meanwhile.
@@ -338,7 +424,9 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def close(self) -> None:
-        self._transport.close()
+        if not self._transport.is_closing():
+            self._hand_all()
+            self._transport.close()
 
 
 class HTTPConnection(Connection):
@@ -365,6 +453,7 @@ class HTTPConnection(Connection):
     def data_received(self, data: bytes) -> None:
         if self._lingers:
             return
+        self._arrived += len(data)
         self._conversation.feed(data)
         self._read()
         if self._conversation.busy and self._conversation.ahead > MAX_AHEAD:
@@ -430,10 +519,13 @@ class HTTPConnection(Connection):
             stage, limit = "", None
         elif self._conversation.incomplete:
             stage, limit = "end the request", limits.incomplete
+            if self._arrived >= PROGRESS:
+                self._stage = ""
         else:
             stage, limit = "begin a request", limits.http_idle
         if stage != self._stage:
             self._stage = stage
+            self._arrived = 0
             self._stale = None if limit is None else self._server.loop.time() + limit
 
     def close_if_stale(self, now: float) -> None:
@@ -695,9 +787,12 @@ class GearmanServer:
             now = self.loop.time()
             core.now = time.time()
             core.clock = now
+            waiting = 0
             for connection in list(self.connections):
                 connection.close_if_stale(now)
-            self.bound_output()
+                waiting += connection.unsent
+            if waiting > self.limits.output_total:
+                self.bound_output(self.connections)
             core.tick()
             core.serve_woken()
             self._journal.refuse_overdue()
@@ -743,34 +838,47 @@ class GearmanServer:
             or core.urgent
             or core.woken
             or core.questions
-            or core.claim_wanted
             or core.shutdown_wanted is not None
             or core.limits.limiters
-            or not 0 < len(core.dirty) <= 2
+            or len(core.dirty) > 2
             or any(each.listens for each in core.dirty if each is not peer)
         ):
             self.schedule_turn()
             return
-        if core.dirty[0] is peer:
+        if core.dirty and core.dirty[0] is peer:
             # Who spoke has time: the other gets a job, or the end of one.
             core.dirty.reverse()
         self._send()
-        if core.entries and not self._late_turn_scheduled:
+        if core.claim_wanted:
+            self._claim()
+        if core.entries:
+            self._schedule_late_turn()
+
+    def _schedule_late_turn(self) -> None:
+        if not self._late_turn_scheduled:
             self._late_turn_scheduled = True
             self.loop.call_later(LATE, self._late_turn)
 
     def _late_turn(self) -> None:
         self._late_turn_scheduled = False
+        core = self.core
+        patient, core.patient = core.patient, []
+        for peer in patient:
+            # Some were sent it since, with other things.
+            if peer.is_patient and peer.output:
+                core.dirty.append(peer)
+            peer.is_patient = False
         self._turn()
 
-    def bound_output(self) -> None:
-        """While too much waits to be sent to all together, close the connection for which the most does."""
-        while sum(connection.unsent for connection in self.blocked) > self.limits.output_total:
-            largest = max(self.blocked, key=lambda connection: connection.unsent)
-            waiting = largest.unsent / 2**20
+    def bound_output(self, among: Collection[Connection]) -> None:
+        """While too much waits to be sent to these together, close the connection for which the most does."""
+        waiting = {connection: connection.unsent for connection in among}
+        while sum(waiting.values()) > self.limits.output_total:
+            largest = max(waiting, key=waiting.__getitem__)
+            unsent = waiting.pop(largest) / 2**20
             # Not again before the loop has forgotten it.
             self.blocked.discard(largest)
-            largest.drop(f"{waiting:.0f} MiB wait to be sent to it, and it takes them too slowly")
+            largest.drop(f"{unsent:.0f} MiB wait to be sent to it, and it takes them too slowly")
 
     def schedule_turn(self) -> None:
         """Something happened in the core: send and write what it left, once this turn's input is read."""
@@ -786,6 +894,8 @@ class GearmanServer:
             for peer in dirty:
                 output, peer.output = peer.output, []
                 cast(Connection, peer.shell).write(output)
+        if core.patient:
+            self._schedule_late_turn()
 
     def _turn(self) -> None:
         self._turn_scheduled = False
@@ -812,7 +922,12 @@ class GearmanServer:
             core.questions = []
             self._thread.kick()
         if core.claim_wanted:
-            core.claim_wanted = False
+            self._claim()
+
+    def _claim(self) -> None:
+        """Have the journal look at the database door, which the core wants it to."""
+        self.core.claim_wanted = False
+        if self._thread is not None:
             self._journal.claim_soon()
             self._thread.kick()
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from threading import get_ident
 from typing import Any
 
 from django.db import DatabaseError, InterfaceError, connections, transaction
@@ -39,38 +40,35 @@ class Database:
         """{name: field} of a record."""
         self.table = connections[using].ops.quote_name(JobRecord._meta.db_table)
         """The records' table, quoted."""
+        self._connection: tuple[int, BaseDatabaseWrapper] | None = None
+        """The thread that asked last, and its connection: Django is slower to find it than SQLite a row."""
         self._prepared: object = None
         """The driver's connection that ``_prepare`` has seen."""
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, and synced; every database error leaves as ``StoreError``."""
-        with self.errors(), transaction.atomic(using=self.using):
-            yield
-            if self.connection.needs_rollback:
-                # A savepoint could not be rolled back; Django would now undo everything without a word.
-                raise DatabaseError("The transaction is broken")
-
-    @contextmanager
-    def unsynced_transaction(self) -> Iterator[None]:
+    def transaction(self, *, synced: bool = True) -> Iterator[None]:
         """
-        All or nothing, and on SQLite perhaps nothing after a power failure.
+        All or nothing; every database error leaves as ``StoreError``.
 
-        For claims: then their rows lie at the door, as before, and nobody was told of anything.
-        The next commit that is synced keeps all before it.
+        Args:
+            synced: Without, on SQLite, perhaps nothing after a power failure. For claims: then their rows
+                lie at the door, as before, and nobody was told of anything. The next commit that is
+                synced keeps all before it.
         """
-        connection = self.connection
         with self.errors():
-            relaxes = connection.vendor == "sqlite" and not connection.in_atomic_block
+            connection = self.connection
+            relaxes = not synced and connection.vendor == "sqlite" and not connection.in_atomic_block
             if relaxes:
                 self.execute("PRAGMA synchronous=NORMAL", [])
-        try:
-            with self.transaction():
-                yield
-        finally:
-            # A connection that was let go of begins anew.
-            if relaxes and self._prepared is not None:
-                with self.errors():
+            try:
+                with transaction.atomic(using=self.using):
+                    yield
+                    if connection.needs_rollback:
+                        # A savepoint could not be rolled back; Django would undo all without a word.
+                        raise DatabaseError("The transaction is broken")
+            finally:
+                # A connection that was let go of begins anew.
+                if relaxes and self._prepared is not None:
                     self.execute("PRAGMA synchronous=FULL", [])
 
     @contextmanager
@@ -147,13 +145,21 @@ class Database:
         with connection.cursor() as cursor:
             cursor.executemany(sql, rows)
 
+    @property
+    def is_alone_at_work(self) -> bool:
+        """Whether nobody else can write while a transaction of ours is open: SQLite has one lock for all."""
+        return self.connection.vendor == "sqlite"
+
     @cached_property
     def sql(self) -> Statements:
         return Statements(self.connection)
 
     @property
     def connection(self) -> BaseDatabaseWrapper:
-        return connections[self.using]
+        thread = get_ident()
+        if self._connection is None or self._connection[0] != thread:
+            self._connection = thread, connections[self.using]
+        return self._connection[1]
 
     def records(self) -> QuerySet[JobRecord]:
         return JobRecord.objects.using(self.using)

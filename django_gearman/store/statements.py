@@ -231,6 +231,10 @@ class Statements:
             f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
+        self.holds = (
+            f"SELECT 1 FROM {quote(ServerLease._meta.db_table)} "
+            f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
+        )
         if is_postgres:
             # A queue grows and shrinks within seconds. What PostgreSQL knows of the table is older than
             # that, and it would rather read all of it than look rows up by their keys. What it has to read

@@ -338,17 +338,18 @@ class Supervisor:
             self._fork(slot)
 
     def _fork(self, slot: int) -> None:
-        control_read, control_write = os.pipe()
         row = self._board.row(slot)
         row.clear()
         sys.stdout.flush()
         sys.stderr.flush()
+        control: tuple[int, ...] = ()
         try:
+            control = control_read, control_write = os.pipe()
             pid = os.fork()
         except OSError as error:
-            # Too many processes, or too little memory, for now: the others have jobs in hand.
-            os.close(control_read)
-            os.close(control_write)
+            # Too many files or processes, or too little memory, for now: the others have jobs in hand.
+            for descriptor in control:
+                os.close(descriptor)
             logger.error("No process could be started (%s); trying again in %g s", error, FORK_PAUSE)
             self._start_at[slot] = monotonic() + FORK_PAUSE
             return
@@ -494,7 +495,11 @@ class Supervisor:
                     self._kill_for(child, job, f"Time limit of {job.limit:g} s: killed")
         if self._kill_at is not None:
             return
-        if not self._is_ready and all(child.row.ready for child in self._children.values()):
+        if (
+            not self._is_ready
+            and self._children
+            and all(child.row.ready for child in self._children.values())
+        ):
             self._is_ready = True
             self._notifier.ready()
         self._scale(now)
@@ -631,6 +636,11 @@ class Supervisor:
             logger.error("The new code does not start (status %d, see above); going on with the old", code)
             self._go_on_with_old()
             return
+        if self._try_again:
+            # Other code than what was tried would take over.
+            self._try_again = False
+            self._begin_reload()
+            return
         logger.info("The new code takes over; %d processes finish their job first", len(self._children))
         # One that comes now is the other's.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -639,6 +649,7 @@ class Supervisor:
         except OSError as error:
             logger.error("The new code cannot take over (%s); going on with the old", error)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            self._go_on_with_old()
 
     def _go_on_with_old(self) -> None:
         self._notifier.ready()

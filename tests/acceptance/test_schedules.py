@@ -148,7 +148,7 @@ class TestWithoutCronsim:
             Schedule.objects.create(name="n", function="f", cron="* * * * *")
         done = start(self.ENV | ({"GEARMAN_TEST_SCHEDULE": "* * * * *@x"} if of_the_code else {}))
         assert done.returncode == 1
-        assert "pip install 'django-gearman[schedules]'" in done.stderr
+        assert "pip install cronsim (our extra [schedules];" in done.stderr
         assert "Traceback" not in done.stderr
 
 

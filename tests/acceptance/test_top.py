@@ -171,7 +171,7 @@ class TestMistakes:
         for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "rich", None)
-        with pytest.raises(CommandError, match=r"pip install 'django-gearman\[top\]'"):
+        with pytest.raises(CommandError, match=r"pip install rich \(our extra \[top\]\)"):
             top()
 
     @pytest.mark.parametrize("interval", ["0", "x", "-1", "nan"])

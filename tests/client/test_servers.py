@@ -424,6 +424,42 @@ class TestResubmission:
         ):
             client.do("f", b"w", timeout=30, resubmit=True)
 
+    def test_tasks_go_back_to_one_that_broke(self) -> None:
+        """As ``do``."""
+        lose = play(*self.proof, P.SUBMIT_JOB)
+        answer = play(*self.proof, P.SUBMIT_JOB, self.taken, (P.WORK_COMPLETE, b"H:2", b"r"), None)
+        with (
+            fake_server(lose, answer) as first,
+            fake_server(lose) as second,
+            Client(addresses(first, second), timeout=30) as client,
+        ):
+            task = client.add_task("f", b"w")
+            client.run_tasks(timeout=30, resubmit=True)
+        assert task.result() == b"r"
+
+    @pytest.mark.parametrize("background", [False, True])
+    def test_tasks_back_to_one_that_broke_since_the_other_is_away(self, background: bool) -> None:
+        submit = P.SUBMIT_JOB_BG if background else P.SUBMIT_JOB
+        lose = play(*self.proof, submit)
+        answer = play(*self.proof, submit, self.taken, (P.WORK_COMPLETE, b"H:2", b"r"), None)
+        with (
+            fake_server(lose, answer) as first,
+            Client(addresses(first, harness.free_port()), timeout=30) as client,
+        ):
+            task = client.add_task_background("f", b"w") if background else client.add_task("f", b"w")
+            client.run_tasks(timeout=30, resubmit=not background)
+        assert (task.handle, task.error) == ("H:2", None)
+
+    def test_tasks_not_back_for_ever(self) -> None:
+        lose = play(*self.proof, P.SUBMIT_JOB)
+        with (
+            fake_server(*[lose] * 10) as first,
+            Client(addresses(first, harness.free_port()), timeout=30) as client,
+        ):
+            task = client.add_task("f", b"w")
+            client.run_tasks(timeout=30, resubmit=True)
+        assert isinstance(task.error, ConnectionLost)
+
     def test_tasks(self) -> None:
         one, other = self.both(
             [P.SUBMIT_JOB_BG, (P.JOB_CREATED, b"H:1"), P.SUBMIT_JOB_BG, P.SUBMIT_JOB],

@@ -115,7 +115,14 @@ class TestForeground:
             client.do("tell", timeout=10, on_data=lambda data: 1 / 0)
         assert client.do("reverse", b"ab", timeout=10) == b"ba"
 
-    @pytest.mark.parametrize("error", [JobFailed("another"), ServerError("127.0.0.1:1", "CODE", "text")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            JobFailed("another"),
+            ServerError("127.0.0.1:1", "CODE", "text"),
+            ConnectionLost("127.0.0.1:1", "gone"),
+        ],
+    )
     def test_a_callback_that_raises_what_jobs_do_hears_no_more(
         self, server: harness.GearmanServerProcess, client: Client, error: GearmanError
     ) -> None:
@@ -140,6 +147,26 @@ class TestForeground:
             go_on.set()
             assert client.do("after it", b"ab", timeout=30) == b"ba"
         assert told == [b"first"]
+
+    def test_a_callback_that_lost_another_connection(self, server: harness.GearmanServerProcess) -> None:
+        """The job's own is there: it is not submitted again."""
+        ran: list[bytes] = []
+
+        def talk(job: AssignedJob) -> bytes:
+            ran.append(job.workload)
+            job.send_data(b"part")
+            return b""
+
+        def on_data(data: bytes) -> None:
+            raise ConnectionLost("127.0.0.1:1", "gone")
+
+        servers = [server.address, f"127.0.0.1:{harness.free_port()}"]
+        with Client(servers, timeout=30) as client, harness.worker_thread({"talk once": talk}, server):
+            with pytest.raises(ConnectionLost, match=r"127\.0\.0\.1:1 "):
+                client.do("talk once", timeout=30, on_data=on_data, resubmit=True)
+            # It would have been there by now.
+            client.do("talk once", b"the next", timeout=30)
+        assert ran == [b"", b"the next"]
 
     def test_a_callback_may_use_the_client(self, client: Client) -> None:
         told: list[bytes] = []

@@ -14,9 +14,11 @@ from django_gearman.client.tasks import Task
 from django_gearman.exceptions import (
     ConnectionFailed,
     ConnectionLost,
+    GearmanError,
     JobFailed,
     NoWorker,
     ResponseTimeout,
+    ResultTooLarge,
     ServerError,
 )
 from django_gearman.protocol.packets import PacketType
@@ -241,6 +243,44 @@ class TestTasks:
             client.run_tasks(timeout=10)
         assert client.do("reverse", b"ab", timeout=10) == b"ba"
 
+    @pytest.mark.parametrize("event", ["on_created", "on_data", "on_complete"])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            JobFailed("another"),
+            ServerError("127.0.0.1:1", "CODE", "text"),
+            ConnectionLost("127.0.0.1:1", "gone"),
+            ResponseTimeout("another job", 1.0),
+            ResultTooLarge("127.0.0.1:1", 9),
+        ],
+    )
+    def test_a_callback_that_raises_what_tasks_do(self, client: Any, event: str, error: GearmanError) -> None:
+        """It is none of the task's own errors."""
+        told: list[Task] = []
+
+        def callback(task: Task) -> None:
+            raise error
+
+        task = client.add_task("tell", on_fail=told.append, **{event: callback})
+        with pytest.raises(type(error)) as caught:
+            client.run_tasks(timeout=10, resubmit=True)
+        assert caught.value is error
+        assert task.error is None
+        assert told == []
+        assert client.do("reverse", b"ab", timeout=10) == b"ba"
+
+    @pytest.mark.parametrize("error", [JobFailed("another"), ConnectionLost("127.0.0.1:1", "gone")])
+    def test_one_that_fails_when_a_task_has(self, client: Any, error: GearmanError) -> None:
+        def callback(task: Task) -> None:
+            raise error
+
+        for function in ("fail", "refused\n"):
+            task = client.add_task(function, on_fail=callback)
+            with pytest.raises(type(error)) as caught:
+                client.run_tasks(timeout=10)
+            assert caught.value is error
+            assert task.error is not error
+
     def test_a_refusal_is_of_one(self, client: Any) -> None:
         refused = client.add_task("a\nb")
         taken = client.add_task("reverse", b"ab")
@@ -269,6 +309,38 @@ class TestTasks:
         with pytest.raises(ValueError, match="has a NUL"):
             client.add_task_status("a\0b")
         assert client.run_tasks() == []
+
+
+class TestLargeResults:
+    """More than ``max_packet``: of one task, and not of those beside it."""
+
+    def test_the_others_go_on(self, server: harness.GearmanServerProcess) -> None:
+        functions = {"large": lambda job: b"x" * int(job.workload)}
+        sizes = (0, 900, 3_000_000, 1000, 800, 3_000_000, 700)
+        with Client([server.address], max_packet=1000) as client, harness.worker_thread(functions, server):
+            tasks = [client.add_task("large", b"%d" % size) for size in sizes]
+            kept = [client.add_task_background("kept", b"%d" % number) for number in range(100)]
+            client.run_tasks(timeout=60)
+            assert [type(task.error) if task.error else len(task.data) for task in tasks] == [
+                0,
+                900,
+                ResultTooLarge,
+                ResultTooLarge,
+                800,
+                ResultTooLarge,
+                700,
+            ]
+            assert not any(task.error for task in kept)
+            assert client.do("large", b"9", timeout=60) == b"x" * 9
+
+    def test_a_part_is_of_all(self, server: harness.GearmanServerProcess) -> None:
+        """What came after it would look as if it was whole."""
+        with Client([server.address], max_packet=1000) as client:
+            task = client.add_task("large part")
+            functions = {"large part": lambda job: job.send_data(b"x" * 2000)}
+            with harness.worker_thread(functions, server):
+                client.run_tasks(timeout=60)
+        assert type(task.error) is ResultTooLarge
 
 
 class TestLostTasks:

@@ -191,6 +191,18 @@ class TestLanguages:
         assert lines[:-1] == ["part: ONE", "done: 1 of 2", "part: TWO", "done: 2 of 2", "result: 2 lines"]
         assert lines[-1] in ("it waits or runs", "it ended already")
 
+    def test_php_enqueued_as_a_row(self, page: Page, start, stack: ExitStack):
+        # Our own worker knows the function and is told to leave it.
+        with (page.folder / "shop" / "jobs.py").open("a") as file:
+            file.write("\nfrom . import others\n")
+        assert "`gearman_worker --exclude report`" in DOCUMENT.read_text()
+        env = page.environment | {"PYTHONDEVMODE": "1"}
+        own = harness.worker(page.server, options=["--exclude", "report"], processes=1, env=env)
+        stack.enter_context(own).wait_connected()
+        start(page.command("report_worker.php"), "report")
+        assert {"shop/others.py", "report_later.py"} <= BLOCKS.keys()
+        assert page.run("report_later.py", django=True) == "2 lines\n"
+
     def test_perl(self, page: Page, start):
         start(page.command("reverse_worker.pl"), "reverse")
         lines = page.run("reverse_client.pl").splitlines()

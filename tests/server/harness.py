@@ -67,7 +67,9 @@ class Caller:
         """The bytes that were left for the connection since it was last asked."""
         self.wire.core.serve_woken()
         if self.peer.output:
-            assert self.peer in self.wire.core.dirty, "the shell would not know that there is output"
+            core = self.wire.core
+            told = core.patient if self.peer.is_patient else core.dirty
+            assert self.peer in told, "the shell would not know that there is output"
         output, self.peer.output = self.peer.output, []
         return b"".join(output)
 

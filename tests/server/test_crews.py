@@ -92,6 +92,17 @@ class TestLost:
             caller.leaves()
         assert state(wire) == "ready"
 
+    @pytest.mark.parametrize("word", [b"lead other", b"crew other"])
+    def test_lead_that_goes_to_another_crew_is_not_waited_for(self, wire: Wire, word: bytes) -> None:
+        worker, foreman = member(wire), lead(wire)
+        assert grab(worker) == HANDLE
+        worker.leaves()
+        assert state(wire) == "running"
+        foreman(P.OPTION_REQ, word)
+        assert state(wire) == "ready"
+        foreman.leaves()
+        assert not wire.core.crews._leads
+
     def test_at_the_last_attempt(self, wire: Wire) -> None:
         foreman = lead(wire)
         for _ in range(3):

@@ -20,7 +20,7 @@ from django_gearman.server.core import JobServer
 from django_gearman.server.http import LINES_PER_TURN, MAX_AHEAD, MAX_HEADERS, MAX_LINE, Conversation
 from django_gearman.server.options import ServerOptions
 from django_gearman.server.peers import Peer
-from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+from django_gearman.server.transport import PROGRESS, GearmanServer, HTTPConnection, TransportLimits, bind
 from tests import harness, needs
 
 from ..acceptance.conftest import program
@@ -469,6 +469,16 @@ class TestConnections:
         visitor.conversation.expire()
         assert visitor.reply().code == 408
         assert visitor.conversation.closed
+
+    def test_expired_request_of_many_small_chunks(self, visitor: Visitor):
+        conversation = visitor.conversation
+        conversation.feed(request(body=None, Transfer_Encoding="chunked") + b"1\r\na\r\n" * LINES_PER_TURN)
+        assert conversation.take() is None
+        assert conversation.more
+        conversation.expire()
+        # Who would go on would go on for as long as the client takes to read why.
+        assert conversation.take() is None
+        assert not conversation.more
 
     def test_expired_without_a_request(self, visitor: Visitor):
         visitor.conversation.expire()
@@ -925,7 +935,7 @@ class TestSockets:
             link.writer.write(b"POST /f HTTP/1.1\r\nHost: localhost\r\nX: ")
 
             async def drip() -> None:
-                # To send something does not help: the whole request has that long.
+                # To send a little does not help.
                 while not link.writer.is_closing():
                     link.writer.write(b"x")
                     await asyncio.sleep(0.01)
@@ -934,6 +944,35 @@ class TestSockets:
             assert Reply(await link.end()).code == 408
             dripping.cancel()
             await until(lambda: not place.server.connections)
+
+    @in_a_loop
+    async def test_large_request_may_come_slowly(self):
+        async with site() as place:
+            link = await place.connect()
+            await until(lambda: bool(place.server.connections))
+            (connection,) = place.server.connections
+            assert isinstance(connection, HTTPConnection)
+            head = b"POST /f HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n"
+            sent = 0
+
+            async def send(size: int) -> float:
+                """Send more of the body; when the server wants it to have gone on."""
+                nonlocal sent
+                link.writer.write(b"x" * size)
+                sent += size
+                await until(lambda: connection._conversation.ahead == sent)
+                assert connection._stale is not None
+                return connection._stale
+
+            link.writer.write(head)
+            begun = await send(100)
+            assert await send(1000) == begun
+            assert begun < (later := await send(PROGRESS))
+            assert await send(1000) == later
+            link.writer.write(b"x" * (2**20 - sent))
+            await until(lambda: bool(place.core.jobs))
+            place.complete(place.worker(b"f"), b"done")
+            assert (await place.reply(link)).body == b"done"
 
     @in_a_loop
     async def test_idle_connection_is_closed(self, monkeypatch: pytest.MonkeyPatch):

@@ -21,11 +21,12 @@ from django_gearman.server.entries import Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
 from django_gearman.server.options import ServerOptions, Shutdown
 from django_gearman.server.peers import Peer
-from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+from django_gearman.server.transport import PROGRESS, GearmanServer, TransportLimits, bind
 
 from .harness import handle
 
 P = PacketType
+NUDGED = P.JOB_CREATED, [b"H:test:1:7.claim"]
 LIMIT = 60.0
 """Seconds after which a condition that should come is given up."""
 
@@ -228,6 +229,23 @@ class TestStream:
             assert await client.hear() == [(P.WORK_COMPLETE, [handle(1), b"cba"])]
 
     @in_a_loop
+    async def test_what_nobody_waits_for_comes_in_a_moment(self):
+        async with hall(MemoryStore()) as place:
+            client = await place.connect()
+            assert await client.ask(P.SUBMIT_JOB_BG, CLAIM, b"", b"") == NUDGED
+
+    @in_a_loop
+    async def test_what_nobody_waits_for_comes_first_with_what_is_waited_for(self):
+        async with hall(MemoryStore()) as place:
+            client = await place.connect()
+            client.say(P.SUBMIT_JOB_BG, CLAIM, b"", b"")
+            client.say(P.ECHO_REQ, b"x")
+            assert await client.hear(2) == [NUDGED, (P.ECHO_RES, [b"x"])]
+            # Nothing of it is told twice.
+            await until(lambda: not place.server.core.patient)
+            assert await client.ask(P.ECHO_REQ, b"y") == (P.ECHO_RES, [b"y"])
+
+    @in_a_loop
     async def test_large_packets_pass(self):
         workload = bytes(range(256)) * 4 * 4096
         async with hall() as place:
@@ -372,6 +390,19 @@ class TestLimits:
             assert not place.server.blocked
 
     @in_a_loop
+    async def test_peers_for_each_of_which_a_little_waits_are_bounded_together(self, quick_ticks):
+        async with hall(output_soft=2**23, output_total=2**23) as place:
+            clients = [await place.connect(receive_buffer=2**14) for _ in range(8)]
+            for client in clients:
+                client.writer.transport.pause_reading()
+                client.say(P.ECHO_REQ, b"x" * 7 * 2**20)
+            # For none of them so much that it would not be read.
+            await until(lambda: 0 < len(place.server.connections) < 8)
+            await until(lambda: sum(each.unsent for each in place.server.connections) <= 2**23)
+            assert (await (await place.connect()).ask(P.ECHO_REQ, b"x")) == (P.ECHO_RES, [b"x"])
+            assert not place.server.blocked
+
+    @in_a_loop
     async def test_packet_above_the_hard_limit_arrives(self, quick_ticks):
         async with hall(output_soft=2**16, output_hard=2**18) as place:
             worker, client = await place.worker(b"f"), await place.connect(receive_buffer=2**14)
@@ -433,6 +464,33 @@ class TestLimits:
             slow.writer.write(encode_request(P.ECHO_REQ, b"never")[:-1])
             assert await slow.end() == b"\0RES\0\0\0\x11\0\0\0\x01x"
             assert await idle.ask(P.ECHO_REQ, b"idle for longer") == (P.ECHO_RES, [b"idle for longer"])
+
+    @in_a_loop
+    async def test_large_packet_may_come_slowly(self):
+        async with hall() as place:
+            client = await place.connect()
+            await client.ask(P.ECHO_REQ, b"x")
+            (connection,) = place.server.connections
+            packet = encode_request(P.ECHO_REQ, b"x" * 2**20)
+            sent = 0
+
+            async def send(size: int) -> float:
+                """Send more of it; when the server wants it to have gone on."""
+                nonlocal sent
+                client.writer.write(packet[sent : sent + size])
+                sent += size
+                await until(lambda: len(connection._reader._partial or b"") == sent)
+                assert connection._stale is not None
+                return connection._stale
+
+            begun = await send(100)
+            assert await send(1000) == begun
+            assert begun < (later := await send(PROGRESS))
+            assert await send(1000) == later
+            assert later < await send(PROGRESS)
+            client.writer.write(packet[sent:])
+            assert await client.hear() == [(P.ECHO_RES, [b"x" * 2**20])]
+            assert connection._stale is None
 
     @in_a_loop
     async def test_stream_that_is_always_inside_a_packet_goes_on(self, quick_ticks):

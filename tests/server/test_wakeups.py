@@ -255,6 +255,24 @@ class TestWaiting:
         assert worker.hears() == []
         assert worker(P.GRAB_JOB_UNIQ) == self.assigned(2)
 
+    def test_no_job_need_not_be_sent_before_there_is_one(self):
+        wire = Wire()
+        worker = self.worker(wire, b"f")
+        wire.core.dirty.clear()
+        wire.core.receive(worker.peer, (P.GRAB_JOB_UNIQ, [b""]))
+        assert (wire.core.dirty, wire.core.patient) == ([], [worker.peer])
+        submit(wire, b"f")
+        wire.core.serve_woken()
+        assert worker.peer in wire.core.dirty
+        assert worker.hears() == [(P.NO_JOB,), *self.assigned(1)]
+
+    def test_others_are_told_at_once_that_there_is_no_job(self):
+        wire = Wire()
+        worker = wire.worker(b"f")
+        wire.core.dirty.clear()
+        wire.core.receive(worker.peer, (P.GRAB_JOB_UNIQ, [b""]))
+        assert (wire.core.dirty, wire.core.patient) == ([worker.peer], [])
+
     def test_last_to_fall_asleep_is_first(self):
         wire = Wire()
         first, last = self.waiting(wire, b"f"), self.waiting(wire, b"f")

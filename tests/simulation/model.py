@@ -1432,8 +1432,8 @@ class Server:
             self.look_at_permits()
         if core.woken:
             self.serve_woken()
-        if core.dirty:
-            dirty, core.dirty = core.dirty, []
+        if core.dirty or core.patient:
+            dirty, core.dirty, core.patient = core.dirty + core.patient, [], []
             for each in dirty:
                 if each.output and each.shell is not None:
                     self.compare(each.shell)

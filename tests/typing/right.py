@@ -172,6 +172,7 @@ def using_keeps_types() -> None:
 
 async def twins_for_asyncio() -> None:
     assert_type(await add.aenqueue(1), JobResult[str])
+    assert_type(await add.aget_result("7"), JobResult[str])
     assert_type(await add.arun(1, right=2), str)
     assert_type(await add_later.arun(1), str)
     assert_type(await add_later.acall(1), str)
@@ -236,6 +237,7 @@ def parallel() -> None:
 
 
 async def parallel_twins() -> None:
+    assert_type(await GroupResult.afind("7"), GroupResult[Any])
     assert_type(await group(add.s(1)).arun(timeout=5), list[str])
     assert_type(await (await chain(add.s(1), report.s()).aenqueue()).aget(), list[str])
     assert_type(await amap_reduce(length, merge, ["a"]), int)

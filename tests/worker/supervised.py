@@ -4,8 +4,9 @@ A program with nothing but a ``Supervisor``, for tests of processes and signals.
     python -m tests.worker.supervised WORK FOLDER PROCESSES[..MOST] GRACE
 
 In the folder, ``trial`` is the program that tries new code, ``changed`` says that there is some,
-and while ``no room`` is there no process can be started. Children leave a file ``SLOT.PID`` in the
-folder as they begin and ``SLOT.PID.done`` as they end; ``WORK`` is a function of this file.
+and while ``no room`` or ``no files`` is there no process can be started. Children leave a file
+``SLOT.PID`` in the folder as they begin and ``SLOT.PID.done`` as they end; ``WORK`` is a function
+of this file.
 """
 
 import errno
@@ -22,6 +23,7 @@ from time import monotonic
 
 from django_gearman.worker import supervisor
 from django_gearman.worker.board import Row
+from django_gearman.worker.notify import Notifier
 
 
 def idle(folder: Path, control: int, row: Row) -> None:
@@ -104,6 +106,16 @@ class Canceller:
         pass
 
 
+class Loud(Notifier):
+    """Says what a service manager is told."""
+
+    def ready(self) -> None:
+        print("told that it is ready", flush=True)
+
+    def reloading(self) -> None:
+        print("told that it loads", flush=True)
+
+
 def compute(folder: Path, control: int, row: Row) -> None:
     """A job that looks at nothing."""
     row.say_ready()
@@ -152,6 +164,7 @@ def main() -> None:
     supervisor.FORK_PAUSE = 0.05
     supervisor.TICK = 0.02
     changed, no_room, fork = Path(folder, "changed"), Path(folder, "no room"), os.fork
+    no_files, pipe = Path(folder, "no files"), os.pipe
 
     def has_changed() -> bool:
         if not changed.exists():
@@ -164,14 +177,21 @@ def main() -> None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return fork()
 
+    def pipe_if_there_are_files() -> tuple[int, int]:
+        if no_files.exists():
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        return pipe()
+
     def replace(children: str) -> None:
         raise OSError("it is only shown")
 
     os.fork = fork_if_there_is_room
+    os.pipe = pipe_if_there_are_files
     end = supervisor.Supervisor(
         [group],
         grace=float(grace),
         spokesman=Canceller(Path(folder)),
+        notifier=Loud({}),
         trial=[f"{folder}/trial"],
         replace=replace,
         code_changed=has_changed,

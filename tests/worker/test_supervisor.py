@@ -107,9 +107,13 @@ Start = Callable[..., Program]
 def start(tmp_path: Path) -> Iterator[Start]:
     programs: list[Program] = []
 
-    def start(work: str, *, processes: int | str = 2, grace: float = 60.0) -> Program:
+    def start(
+        work: str, *, processes: int | str = 2, grace: float = 60.0, there: str | None = None
+    ) -> Program:
         folder = tmp_path / str(len(programs))
         folder.mkdir()
+        if there is not None:
+            (folder / there).touch()
         programs.append(Program(work, folder, processes, grace))
         return programs[-1]
 
@@ -244,16 +248,24 @@ class TestReplace:
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
 
-    def test_when_there_is_room_again(self, start: Start) -> None:
+    @pytest.mark.parametrize("lack", ["no room", "no files"])
+    def test_when_there_is_room_again(self, start: Start, lack: str) -> None:
         program = start("idle")
         first, second = program.wait_for_children(2)
-        program.leave("no room")
+        program.leave(lack)
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: "No process could be started" in program.log)
         assert program.children() == [second]
-        program.take_away("no room")
+        program.take_away(lack)
         program.wait_for_children(2)
         assert second in program.children()
+
+    def test_nobody_is_told_that_it_is_ready_before_there_is_one(self, start: Start) -> None:
+        program = start("idle", there="no room")
+        wait_until(lambda: program.log.count("No process could be started") > 4)
+        assert "told that it is ready" not in program.log
+        program.take_away("no room")
+        wait_until(lambda: "told that it is ready" in program.log)
 
 
 class TestNewCode:
@@ -283,6 +295,31 @@ class TestNewCode:
         program.leave("end")
         wait_until(lambda: "The new code takes over" in program.log)
         assert "The new code does not start" in program.log
+
+    def test_that_is_spoiled_while_it_is_tried(self, start: Start) -> None:
+        program = start("idle")
+        children = program.wait_for_children(2)
+        program.write_trial(
+            "test ! -e bad; code=$?; touch tried; until [ -e end ]; do sleep 0.01; done; exit $code"
+        )
+        program.leave("changed")
+        wait_until(lambda: program.has("tried"))
+        program.leave("bad")
+        program.leave("changed")
+        wait_until(lambda: program.log.count("The code has changed") == 2)
+        program.leave("end")
+        wait_until(lambda: "The new code does not start" in program.log)
+        assert "The new code takes over" not in program.log
+        assert sorted(program.children()) == sorted(children)
+
+    def test_that_cannot_take_over(self, start: Start) -> None:
+        program = start("idle")
+        program.wait_for_children(2)
+        wait_until(lambda: "told that it is ready" in program.log)
+        program.write_trial("exit 0")
+        program.signal(signal.SIGHUP)
+        wait_until(lambda: "The new code cannot take over" in program.log)
+        wait_until(lambda: program.log.rfind("that it is ready") > program.log.find("that it loads"))
 
 
 class TestRange:

@@ -148,7 +148,7 @@ class Command(BaseCommand):
             from rich.console import Console
         except ImportError as error:
             raise CommandError(
-                "gearman_top draws with rich, which is not installed: pip install 'django-gearman[top]'."
+                "gearman_top draws with rich, which is not installed: pip install rich (our extra [top])."
             ) from error
         log_to_terminal(0)
         try:

@@ -412,8 +412,11 @@ class _Plan:
 
 
 def _warn_of_unserved(plans: Sequence[_Plan]) -> None:
-    """Their jobs would wait for ever, unless a worker elsewhere serves them."""
-    unserved = registry.keys() - {job.name for plan in plans for job in plan.jobs}
+    """Their jobs would wait for ever. Who excludes a function leaves it to others."""
+    known = {job.name for plan in plans for job in plan.jobs} | {
+        name for plan in plans for name in plan.group.exclude
+    }
+    unserved = registry.keys() - known
     if unserved:
         logger.warning("No group of WORKERS serves %s", ", ".join(sorted(unserved)))
 
