@@ -22,6 +22,7 @@ from .durability import durability_problems
 from .exceptions import InvalidSchedule, MissingCronsim
 from .jobs import declared_schedules, scheduled_record
 from .models import Schedule
+from .registry import registry
 from .scheduler import columns_of
 from .schedules import time_zone
 
@@ -33,19 +34,31 @@ _OF_OURS: Final = " in the repository of django_gearman"
 def check_settings(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """Every alias of ``GEARMAN`` can be read."""
     messages: list[CheckMessage] = []
-    configured = getattr(settings, "GEARMAN", {})
-    for alias in configured if isinstance(configured, dict) else [conf.DEFAULT_ALIAS]:
+
+    def refuse(error: ImproperlyConfigured) -> None:
+        hint = f"The README{_OF_OURS} lists every setting."
+        messages.append(Error(str(error), hint=hint, id="django_gearman.E002"))
+
+    try:
+        configured = conf.aliases()
+    except ImproperlyConfigured as error:
+        refuse(error)
+        return messages
+    for alias in configured:
         try:
             options = conf.settings_for(alias)
         except ImproperlyConfigured as error:
+            refuse(error)
+            continue
+        if alias != conf.DEFAULT_ALIAS:
             messages.append(
-                Error(
-                    str(error),
-                    hint=f"The README{_OF_OURS} lists every setting.",
-                    id="django_gearman.E002",
+                Warning(
+                    f"GEARMAN[{alias!r}] is used by nobody: jobs, workers and job servers have the settings "
+                    f"of GEARMAN[{conf.DEFAULT_ALIAS!r}].",
+                    hint=f"Move what is to hold to {conf.DEFAULT_ALIAS!r}, and leave the rest out.",
+                    id="django_gearman.W010",
                 )
             )
-            continue
         if options.database not in settings.DATABASES:
             messages.append(
                 Error(
@@ -204,6 +217,30 @@ def check_tls_files(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
     ]
 
 
+@register("gearman")
+def check_workers(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """What the groups of ``WORKERS`` serve is there."""
+    options = dict(_readable_aliases()).get(conf.DEFAULT_ALIAS)
+    if options is None or not registry:
+        return []
+    queues = {job.queue_name for job in registry.values()}
+    return [
+        Warning(
+            f"GEARMAN[{conf.DEFAULT_ALIAS!r}]['WORKERS'][{group.name!r}]['{key}'] names {name!r}, {problem}.",
+            hint=f"Known are {', '.join(sorted(known))}.",
+            id="django_gearman.W011",
+        )
+        for group in options.workers.values()
+        for key, names, known, problem in (
+            ("FUNCTIONS", group.functions, registry.keys(), "which is no function under @job or @task"),
+            ("EXCLUDE", group.exclude, registry.keys(), "which is no function under @job or @task"),
+            ("QUEUES", group.queues, queues, "a queue without functions"),
+        )
+        for name in names
+        if name not in known
+    ]
+
+
 @register("gearman", deploy=True)
 def check_network(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """What goes over a network is encrypted, and both ends are known."""
@@ -253,9 +290,12 @@ def check_schedules(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -
 
 
 def _readable_aliases() -> list[tuple[str, conf.GearmanSettings]]:
-    configured = getattr(settings, "GEARMAN", {})
     found = []
-    for alias in configured if isinstance(configured, dict) else []:
+    try:
+        configured = conf.aliases()
+    except ImproperlyConfigured:
+        return []  # check_settings tells
+    for alias in configured:
         try:
             found.append((alias, conf.settings_for(alias)))
         except ImproperlyConfigured:

@@ -173,9 +173,7 @@ def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
     Raises:
         ImproperlyConfigured: A key or value is wrong; the sentence names it.
     """
-    configured = getattr(settings, "GEARMAN", {})
-    if not isinstance(configured, Mapping):
-        raise ImproperlyConfigured(f"GEARMAN must be a dict of aliases, not {configured!r}")
+    configured = aliases()
     if alias not in configured:
         if alias == DEFAULT_ALIAS:
             return GearmanSettings()
@@ -184,10 +182,42 @@ def settings_for(alias: str = DEFAULT_ALIAS) -> GearmanSettings:
     options = configured[alias]
     if not isinstance(options, Mapping):
         raise ImproperlyConfigured(f"GEARMAN[{alias!r}] must be a dict, not {options!r}")
-    return _checked(alias, options)
+    return checked(alias, options)
 
 
-def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
+def aliases() -> Mapping[str, Any]:
+    """
+    ``settings.GEARMAN`` itself, whose values are not looked at.
+
+    Raises:
+        ImproperlyConfigured: Its keys are no aliases, or none of them is the one that is used.
+    """
+    configured = getattr(settings, "GEARMAN", {})
+    if not isinstance(configured, Mapping):
+        raise ImproperlyConfigured(f"GEARMAN must be a dict of aliases, not {configured!r}")
+    names = [field.name.upper() for field in fields(GearmanSettings)]
+    for key, value in configured.items():
+        if key in names or (str(key).upper() in names and not isinstance(value, Mapping)):
+            raise ImproperlyConfigured(
+                f"GEARMAN[{key!r}] is no alias but a setting; put it under GEARMAN[{DEFAULT_ALIAS!r}]"
+            )
+    if not configured or DEFAULT_ALIAS in configured:
+        return configured
+    known = ", ".join(map(repr, configured))
+    guess = get_close_matches(DEFAULT_ALIAS, map(str, configured), n=1)
+    hint = f"; is {guess[0]!r} it, misspelt?" if guess else ""
+    raise ImproperlyConfigured(
+        f"GEARMAN has no {DEFAULT_ALIAS!r}, whose settings are used (it has {known}){hint}"
+    )
+
+
+def checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
+    """
+    The settings that an alias would have with these.
+
+    Raises:
+        ImproperlyConfigured: A key or value is wrong; the sentence names it.
+    """
     names = {field.name.upper(): field for field in fields(GearmanSettings)}
     values: dict[str, Any] = {}
     for key, value in options.items():
@@ -231,9 +261,9 @@ def _checked(alias: str, options: Mapping[str, Any]) -> GearmanSettings:
         elif isinstance(field.default, str) and not isinstance(value, str):
             raise ImproperlyConfigured(f"{where} must be a string, not {value!r}")
         values[field.name] = value
-    checked = GearmanSettings(**values)
-    _check_tls(f"GEARMAN[{alias!r}]", checked)
-    return checked
+    made = GearmanSettings(**values)
+    _check_tls(f"GEARMAN[{alias!r}]", made)
+    return made
 
 
 def _group(where: str, name: object, options: object) -> WorkerGroup:

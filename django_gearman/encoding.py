@@ -80,7 +80,9 @@ def _refuse_unless_json(value: object, what: str) -> None:
             remedy = "str() of it"
         else:
             remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
-        raise NotJSON(what, f"is a {kind}, which JSON cannot carry", f"pass {remedy}")
+        # "a User", "a UUID": what begins with a u is mostly spoken as with a y.
+        article = "an" if kind[0] in "AEIOaeio" else "a"
+        raise NotJSON(what, f"is {article} {kind}, which JSON cannot carry", f"pass {remedy}")
 
 
 def dumps(value: object) -> bytes:

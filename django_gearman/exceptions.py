@@ -133,14 +133,16 @@ class CommandNotSupported(ServerError):
 
 
 class ResponseTimeout(GearmanError, TimeoutError):
-    """No answer came within the time allowed."""
+    """No answer came within the time allowed; ``reason`` says why, where that is known."""
 
-    def __init__(self, what: str, timeout: float) -> None:
+    def __init__(self, what: str, timeout: float, reason: str = "") -> None:
         self.what = what
         self.timeout = timeout
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.what} took longer than {round(self.timeout, 3):g} s"
+        reason = f"; {self.reason}" if self.reason else ""
+        return f"{self.what} took longer than {round(self.timeout, 3):g} s{reason}"
 
 
 class NoWorker(ResponseTimeout):
@@ -153,8 +155,10 @@ class NoWorker(ResponseTimeout):
         server: ``host:port`` of who said so; several with commas.
     """
 
-    def __init__(self, what: str, timeout: float, *, function: str, waiting: int, server: str) -> None:
-        super().__init__(what, timeout)
+    def __init__(
+        self, what: str, timeout: float, *, function: str, waiting: int, server: str, reason: str = ""
+    ) -> None:
+        super().__init__(what, timeout, reason)
         self.function = function
         self.waiting = waiting
         self.server = server

@@ -51,6 +51,7 @@ from .submission import (
     identity,
     insert_unless_there,
     nudge_after_commit,
+    off_the_loop,
     waiting_client,
 )
 
@@ -181,7 +182,8 @@ class group(Generic[R]):  # a function, to who uses it
             InvalidGroup: A member's unique is another job's, or ``ENQUEUE`` is ``"wire"``.
             TypeError: Arguments do not fit a function.
         """
-        return _enqueue([self], on_success, on_complete)
+        with off_the_loop:
+            return _enqueue([self], on_success, on_complete)
 
     async def aenqueue(
         self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
@@ -288,7 +290,8 @@ class chain(Generic[V]):
         Raises:
             As ``group.enqueue``.
         """
-        return _enqueue(self.steps, on_success, on_complete)
+        with off_the_loop:
+            return _enqueue(self.steps, on_success, on_complete)
 
     async def aenqueue(
         self, *, on_success: Signature[Any] | None = None, on_complete: Signature[Any] | None = None
@@ -903,10 +906,11 @@ class GroupResult(Generic[V]):
     def _too_late(self, timeout: float) -> ResponseTimeout:
         what = f"group {self.id} ({self.name}), of which {self.finished} of {self.total} have ended,"
         next_up = self._members.filter(status__in=JobRecord.SERVED).order_by("group_index")
-        function = next_up.values_list("function", flat=True).first()
-        if function is None:
+        member = next_up.only("function", "status", "run_after").first()
+        if member is None:
             return ResponseTimeout(what, timeout)
-        return timed_out(what, timeout, function, self._using)
+        not_before = member.run_after if member.status == JobRecord.Status.SCHEDULED else None
+        return timed_out(what, timeout, member.function, self._using, not_before)
 
     def cancel(self) -> bool:
         """

@@ -68,6 +68,7 @@ from .exceptions import (
     JobFailed,
     JobResultDoesNotExist,
     JobResultMismatch,
+    NotJSON,
     TooLarge,
 )
 from .insertion import insert_workloads
@@ -79,6 +80,7 @@ from .submission import (
     identity,
     insert,
     nudge_after_commit,
+    off_the_loop,
     submit,
     submit_many,
     waiting_client,
@@ -105,6 +107,9 @@ MAX_LIMIT_KEY: Final = 64
 
 MAX_UNIQUE: Final = 200
 """Bytes of a unique that is sent as it is; longer ones are hashed."""
+
+MAX_WIRE_UNIQUE: Final = 63
+"""Bytes that gearmand keeps of a unique: longer ones are hashed with ``ENQUEUE = "wire"``."""
 
 LONGEST_PAUSE: Final = 3600.0
 """Seconds between two attempts at the most, where no ``backoff`` says otherwise."""
@@ -283,15 +288,18 @@ class Job(Generic[P, R]):
 
         Raises:
             TypeError: The arguments do not fit the function, or JSON cannot carry one.
+            SynchronousOnlyOperation: An event loop runs in this thread.
         """
         options = conf.settings_for()
-        record = self._new_record(args, kwargs, options)
-        if options.enqueue == "wire":
-            # gearmand's stores would overwrite jobs without a unique.
-            record.unique = record.unique or uuid.uuid4().hex
-            transaction.on_commit(partial(submit, record), using=options.database)
-            return self._enqueued(WireJobResult(record))
-        return self._insert_one(record, options.database)
+        with off_the_loop:
+            record = self._new_record(args, kwargs, options)
+            if options.enqueue == "wire":
+                # gearmand's stores would overwrite jobs without a unique.
+                record.unique = record.unique or uuid.uuid4().hex
+                result: WireJobResult[R] = WireJobResult(record)
+                transaction.on_commit(partial(submit, record, result.acknowledged), using=options.database)
+                return self._enqueued(result)
+            return self._insert_one(record, options.database)
 
     def _insert_one(self, record: JobRecord, using: str) -> JobResult[R]:
         inserted = insert(record, using)
@@ -324,6 +332,7 @@ class Job(Generic[P, R]):
             A result for each, in their order; equal uniques have the same job.
         Raises:
             TypeError: Arguments do not fit the function, or JSON cannot carry one; nothing was enqueued.
+                It says of which call, counted from 0.
         """
         options = conf.settings_for()
         given: object = calls
@@ -335,11 +344,13 @@ class Job(Generic[P, R]):
         if not pairs:
             return []
         if self.unique is not None or self.limit_key is not None or options.enqueue == "wire":
-            return self._enqueue_each(pairs, options)
+            with off_the_loop:
+                return self._enqueue_each(pairs, options)
         workloads = self._encode_many(pairs, options.max_packet)
         args, kwargs = pairs[0]
         template = self._new_record(args, kwargs, options)
-        ids = insert_workloads(template, workloads, options.database)
+        with off_the_loop:
+            ids = insert_workloads(template, workloads, options.database)
         template._state.adding, template._state.db = False, options.database
         nudge_after_commit(options.database)
         results: list[JobResult[R]] = [
@@ -359,19 +370,26 @@ class Job(Generic[P, R]):
     def _enqueue_each(
         self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], options: conf.GearmanSettings
     ) -> list[JobResult[R]]:
-        records = [self._new_record(args, kwargs, options) for args, kwargs in pairs]
+        records: list[JobRecord] = []
+        try:
+            for args, kwargs in pairs:
+                records.append(self._new_record(args, kwargs, options))
+        except (TypeError, TooLarge) as error:
+            self._name_call(error, len(records))
+            raise
         if options.enqueue != "wire":
             with transaction.atomic(using=options.database):
                 return [self._insert_one(record, options.database) for record in records]
+        results: list[WireJobResult[R]] = []
         for record in records:
             record.unique = record.unique or uuid.uuid4().hex
-        transaction.on_commit(partial(submit_many, records), using=options.database)
-        return [self._enqueued(WireJobResult(record)) for record in records]
+            results.append(WireJobResult(record))
+        submissions = [(record, each.acknowledged) for record, each in zip(records, results, strict=True)]
+        transaction.on_commit(partial(submit_many, submissions), using=options.database)
+        return [self._enqueued(each) for each in results]
 
     def _encode_many(self, pairs: list[tuple[tuple[Any, ...], Mapping[str, Any]]], limit: int) -> list[bytes]:
-        if self.raw:
-            return [self._encode(args, kwargs, limit) for args, kwargs in pairs]
-        workloads = []
+        workloads: list[bytes] = []
         trace = tracing.current()
         traced: dict[str, Any] = {tracing.KEY: trace} if trace else {}
         fitting: set[tuple[object, ...]] = set()
@@ -379,7 +397,7 @@ class Job(Generic[P, R]):
             # Whether arguments fit depends on how many there are, and on their names.
             shape = (len(args), *kwargs)
             try:
-                if shape not in fitting:
+                if self.raw or shape not in fitting:
                     raise TypeError
                 for value in args:
                     refuse_unless_json(value, "")
@@ -389,11 +407,28 @@ class Job(Generic[P, R]):
                 if len(workload) > limit:
                     raise TypeError
             except TypeError:
-                # By the way that says what is wrong.
-                workload = self._encode(args, kwargs, limit)
+                workload = self._encode_one_of_many(args, kwargs, limit, len(workloads))
                 fitting.add(shape)
             workloads.append(workload)
         return workloads
+
+    def _encode_one_of_many(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, place: int
+    ) -> bytes:
+        """By the way that says what is wrong, and of which call."""
+        try:
+            return self._encode(args, kwargs, limit)
+        except (TypeError, TooLarge) as error:
+            self._name_call(error, place)
+            raise
+
+    def _name_call(self, error: TypeError | TooLarge, place: int) -> None:
+        """Say in an error's sentence which call of ``enqueue_many`` it is of."""
+        where = f"call {place} of {self.name}.enqueue_many(): "
+        if isinstance(error, NotJSON | TooLarge):
+            error.what = where + error.what
+        elif type(error) is TypeError:
+            error.args = (f"{where}{error}",)
 
     def _unique_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What a submission has in common with those that it is to be one with; empty for nothing."""
@@ -441,7 +476,7 @@ class Job(Generic[P, R]):
             )
         if options.enqueue == "wire":
             self._refuse_lost_key(args, kwargs)
-        workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options)
         if options.enqueue == "wire":
             self._refuse_too_large(workload, unique or uuid.uuid4().hex, options)
         return rows.new(
@@ -553,7 +588,7 @@ class Job(Generic[P, R]):
                 "have it run later by enqueue(), or leave run_after out",
             )
         self._refuse_lost_key(args, kwargs)
-        workload, unique = self._encode_both(args, kwargs, options.max_packet)
+        workload, unique = self._encode_both(args, kwargs, options)
         self._refuse_too_large(workload, unique, options)
         timeout = options.run_timeout if self.run_timeout is None else self.run_timeout
         return workload, unique, timeout
@@ -672,14 +707,33 @@ class Job(Generic[P, R]):
         value = self.function(*args, **kwargs)
         return run(value) if inspect.iscoroutine(value) else value
 
-    def _encode_both(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> tuple[bytes, str]:
+    def _encode_both(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: conf.GearmanSettings
+    ) -> tuple[bytes, str]:
         """The workload of a submission, and its unique."""
-        workload = self._encode(args, kwargs, limit)
+        workload = self._encode(args, kwargs, options.max_packet)
         unique = self._unique_of(args, kwargs)
         if unique == "-":
             # Equal workloads are one job, whoever asks for it.
-            workload = self._encode(args, kwargs, limit, traced=False)
+            workload = self._encode(args, kwargs, options.max_packet, traced=False)
+        if unique and options.enqueue == "wire":
+            unique = self._wire_unique(unique, workload)
         return workload, unique
+
+    def _wire_unique(self, unique: str, workload: bytes) -> str:
+        """
+        A unique as a job server is to have it that is asked for the job by that alone.
+
+        It answers for a unique whichever the function, and for ``-`` not at all. What somebody made
+        himself stays as it is where it is short enough: others may submit the same.
+        """
+        if unique == "-":
+            return hashlib.sha256(self.name.encode() + b"\0" + workload).hexdigest()[:MAX_WIRE_UNIQUE]
+        named = f"{self.name}:{unique}"
+        sent = unique if callable(self.unique) else named
+        if len(sent.encode()) <= MAX_WIRE_UNIQUE:
+            return sent
+        return hashlib.sha256(named.encode()).hexdigest()[:MAX_WIRE_UNIQUE]
 
     def _encode(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, *, traced: bool = True
@@ -799,8 +853,9 @@ class Job(Generic[P, R]):
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
             number = getattr(self, option)
             if number is not None and (type(number) is not int or not 1 <= number <= highest):
+                kind = "whole number of seconds" if option == "timeout" else "whole number"
                 raise InvalidJob(
-                    f"{option} of {self.name} must be a whole number from 1 to {highest}, not {number!r}"
+                    f"{option} of {self.name} must be a {kind} from 1 to {highest}, not {number!r}"
                 )
         self._validate_names("unique", self.unique)
         self._validate_limits()
@@ -1020,7 +1075,8 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         max_attempts: How often it is run at the most, when it raises or its worker is lost. Without
             it, only a lost worker or ``Retry`` makes another attempt, up to ``JOB_RETRIES``.
         backoff: Called with the exception and the ``JobResult``; seconds until the next
-            attempt, or None for none. By default about 2, 4, 8, ... up to an hour.
+            attempt, or None for none. By default about 2, 4, 8, ... up to an hour. Without
+            ``max_attempts`` only ``Retry`` asks it.
         unique: While a job with the same is to do, a submission is that one: a name of an argument,
             several, or a function of the arguments that returns a str.
         rate_limit: How many may begin in any period, over all workers and servers: ``"10/m"``, ``"5/30s"``;

@@ -23,7 +23,7 @@ from django.db import transaction
 
 from . import conf, continuations, rows
 from .client.admin_client import AdminClient
-from .client.tasks import EXPLANATION_TIMEOUT, deadline_in
+from .client.tasks import EXPLANATION_TIMEOUT, JobStatus, deadline_in
 from .exceptions import (
     ConnectionFailed,
     ConnectionLost,
@@ -41,7 +41,7 @@ from .exceptions import (
 from .insertion import like
 from .models import Cancellation, JobRecord, unique_key_of
 from .registry import decode_result
-from .submission import async_client_for, client_for, identity, insert, nudge, nudge_after_commit
+from .submission import async_client_for, client_for, client_of, identity, insert, nudge, nudge_after_commit
 
 R = TypeVar("R")
 
@@ -323,7 +323,10 @@ class JobResult(Generic[R]):
             return False
 
     def _too_late(self, timeout: float) -> ResponseTimeout:
-        return timed_out(f"job {self._name}", timeout, self.function, self._record._state.db)
+        record = self._record
+        is_later = record.status == JobRecord.Status.SCHEDULED
+        not_before = record.run_after if is_later else None
+        return timed_out(f"job {self._name}", timeout, self.function, record._state.db, not_before)
 
     def cancel(self) -> bool:
         """
@@ -476,6 +479,16 @@ class WireJobResult(JobResult[R]):
     there is no value to wait for, and a failure looks like a success.
     """
 
+    def __init__(self, record: JobRecord) -> None:
+        super().__init__(record)
+        self._server = ""
+        """Which of the servers has it, and gave it its handle; empty when that is not known."""
+
+    def acknowledged(self, server: str, handle: str) -> None:
+        """A job server has it now."""
+        self._server = server
+        self._record.handle = handle
+
     @property
     def id(self) -> str:
         """The job's unique."""
@@ -496,11 +509,12 @@ class WireJobResult(JobResult[R]):
 
         Raises:
             ResultNotKept: It knows the job no more: it has ended, or was lost.
+            ConnectionFailed, ConnectionLost: The server that has the job does not answer.
         """
         record = self._record
         if record.handle is None:
             return
-        standing = client_for().job_status_unique(record.unique)
+        standing = self._standing()
         if not standing.known:
             raise self._not_kept()
         if standing.running:
@@ -524,14 +538,22 @@ class WireJobResult(JobResult[R]):
         machine alone: elsewhere, cancel jobs of its records.
 
         Raises:
-            InvalidCall: The result is of ``get_result``, and the job is there still.
+            ConnectionFailed, ConnectionLost: The server that has the job does not answer.
+            InvalidCall: The job is there, and its handle is not known: the result is of ``get_result``, or
+                the server was started again since.
+            ResultNotKept: It is of that, and the job is there no more.
             ServerError: It does not take the command from here.
         """
         if self._record.handle is None:
             return False
-        if self.handle:
-            return _cancel_by_wire(self.handle)
-        if not client_for().job_status_unique(self.id).known:
+        if not self.handle:
+            self.refresh()
+        elif not self._standing().known:
+            return False
+        # Handles are a server's own, and of one run of it: another's job may have the same by now.
+        elif client_of(self._server).job_status(self.handle).known:
+            return _cancel_by_wire(self.handle, self._server)
+        elif not self._standing().known:
             return False
         raise InvalidCall(
             f"job {self.id} ({self.function})",
@@ -540,12 +562,17 @@ class WireJobResult(JobResult[R]):
             "keep the result of enqueue(), or its handle for `manage.py gearman_status --cancel`",
         )
 
+    def _standing(self) -> JobStatus:
+        """What the server that has the job says of its unique; each is asked where that is not known."""
+        client = client_of(self._server) if self._server else client_for()
+        return client.job_status_unique(self._record.unique)
+
     def retry(self) -> JobResult[R]:
         """Not to be had: raises ``ResultNotKept``; nothing is kept of its arguments."""
         raise self._not_kept()
 
     def _not_kept(self) -> ResultNotKept:
-        server = conf.settings_for().servers[0]
+        server = self._server or conf.settings_for().servers[0]
         return ResultNotKept(self.id, server, client_for().server_version(server))
 
 
@@ -580,9 +607,18 @@ def _admins() -> Generator[AdminClient, None, None]:
             yield admin
 
 
-def timed_out(what: str, timeout: float, function: str, using: str | None) -> ResponseTimeout:
-    """What ``get`` raises: with the reason, when it is that nobody can run the job."""
-    error = ResponseTimeout(what, timeout)
+def timed_out(
+    what: str, timeout: float, function: str, using: str | None, not_before: datetime | None = None
+) -> ResponseTimeout:
+    """
+    What ``get`` raises: with the reason, when it is that nobody can run the job.
+
+    Args:
+        not_before: Of a job for later, the moment before which nobody is to.
+    """
+    told = []
+    if not_before is not None:
+        told.append(f"{function} is not to run before {not_before.isoformat(' ', 'seconds')}")
     asked = 0
     for admin in _admins():
         try:
@@ -591,13 +627,20 @@ def timed_out(what: str, timeout: float, function: str, using: str | None) -> Re
             continue
         asked += 1
         if any(row.name == function and row.workers for row in rows):
-            return error
+            return ResponseTimeout(what, timeout, "; ".join(told))
     servers = ", ".join(conf.settings_for().servers)
     if not asked:
-        error.add_note(f"No job server answers at {servers}; is `manage.py gearman_server` running?")
-        return error
+        told.append(f"no job server answers at {servers}; is `manage.py gearman_server` running?")
+        return ResponseTimeout(what, timeout, "; ".join(told))
     ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
-    return NoWorker(what, timeout, function=function, waiting=max(ready.count(), 1), server=servers)
+    return NoWorker(
+        what,
+        timeout,
+        function=function,
+        waiting=max(ready.count(), 1),
+        server=servers,
+        reason="; ".join(told),
+    )
 
 
 def _cancel_at_door(id: int, using: str) -> bool:
@@ -687,24 +730,22 @@ def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, in
     return done, waiting
 
 
-def _cancel_by_wire(handle: str) -> bool:
+def _cancel_by_wire(handle: str, server: str) -> bool:
     """
-    Whether one of the job servers had the job, and has ended it.
+    Whether the job server had the job, and has ended it.
 
     Raises:
-        ServerError: One of ours may have it, and takes the command from its own machine alone.
+        ServerError: It is ours, and takes the command from its own machine alone.
     """
-    refusal: ServerError | None = None
-    for admin in _admins():
-        try:
+    options = conf.settings_for()
+    tls = conf.client_tls(options)
+    try:
+        with AdminClient(
+            server, connect_timeout=options.connect_timeout, timeout=options.timeout, tls=tls
+        ) as admin:
             admin.cancel(handle)
-        except ServerError as error:
-            if error.code == "PERMISSION_DENIED":
-                refusal = error
-        except (GearmanError, ValueError):
-            continue
-        else:
-            return True
-    if refusal is not None:
-        raise refusal
-    return False
+    except ServerError as error:
+        if error.code == "UNKNOWN_JOB":
+            return False
+        raise
+    return True

@@ -9,9 +9,11 @@ server on a view's behalf. What a row or a packet says is worked out before, by
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.signals import setting_changed
 from django.db import IntegrityError, connections, transaction
 from django.dispatch import receiver
@@ -19,11 +21,15 @@ from django.utils.asyncio import async_unsafe
 
 from . import conf, rows
 from .client.aio import AsyncClient
+from .client.core import Priority
 from .client.sync import Client
 from .exceptions import JobResultDoesNotExist
 from .models import JobRecord
 
 C = TypeVar("C", Client, AsyncClient)
+
+Acknowledged: TypeAlias = Callable[[str, str], None]
+"""Called with the server that has acknowledged a job, and the handle that it gave it."""
 
 # The clients of the process.
 
@@ -54,10 +60,36 @@ def waiting_client() -> Client:
     return client_for()
 
 
-def _made(client: type[C], alias: str) -> C:
+class _OffTheLoop:
+    """Has Django's refusal of its database where an event loop runs say what to do there."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SynchronousOnlyOperation):
+            raise SynchronousOnlyOperation(
+                "An event loop would stand still until the database has the job - use the async twin "
+                "(aenqueue, aenqueue_many), a thread or sync_to_async."
+            ) from None
+
+
+off_the_loop: Final = _OffTheLoop()
+
+
+def client_of(server: str) -> Client:
+    """The process's client for one job server alone."""
+    if server not in _clients_of:
+        _clients_of[server] = _made(Client, conf.DEFAULT_ALIAS, (server,))
+    return _clients_of[server]
+
+
+_clients_of: dict[str, Client] = {}
+
+
+def _made(client: type[C], alias: str, servers: tuple[str, ...] = ()) -> C:
     options = conf.settings_for(alias)
     return client(
-        options.servers,
+        servers or options.servers,
         spread=options.spread,
         connect_timeout=options.connect_timeout,
         timeout=options.timeout,
@@ -69,9 +101,11 @@ def _made(client: type[C], alias: str) -> C:
 @receiver(setting_changed)
 def _forget_clients(*, setting: str, **kwargs: Any) -> None:
     if setting == "GEARMAN":
+        # A connection that is left to the garbage collector makes a ResourceWarning.
         if client_for.cache_info().currsize:
-            # A connection that is left to the garbage collector makes a ResourceWarning.
             client_for().close()
+        while _clients_of:
+            _clients_of.popitem()[1].close()
         client_for.cache_clear()
         # Its connections end with their event loops.
         async_client_for.cache_clear()
@@ -137,41 +171,42 @@ def nudge_after_commit(using: str) -> None:
 # The wire door, after the commit.
 
 
-def submit(record: JobRecord) -> None:
-    """Send a background job as an unsaved record describes it, which gets its handle."""
-    client = client_for()
-    function, workload, unique = record.function, bytes(record.workload), record.unique
+def submit(record: JobRecord, acknowledged: Acknowledged) -> None:
+    """Send a background job as an unsaved record describes it; ``acknowledged`` hears who has it."""
+    options: dict[str, Any] = {"unique": record.unique, "priority": _priority_of(record)}
     if record.status == JobRecord.Status.SCHEDULED:
         assert record.run_after is not None, "scheduled for a moment"
-        record.handle = client.do_epoch(function, workload, epoch=record.run_after.timestamp(), unique=unique)
-    elif record.priority > 0:
-        record.handle = client.do_high_background(function, workload, unique=unique)
-    elif record.priority < 0:
-        record.handle = client.do_low_background(function, workload, unique=unique)
-    else:
-        record.handle = client.do_background(function, workload, unique=unique)
+        options["epoch"] = record.run_after.timestamp()
+    acknowledged(*client_for().submit_background(record.function, bytes(record.workload), **options))
 
 
-def submit_many(records: list[JobRecord]) -> None:
+def submit_many(submissions: Sequence[tuple[JobRecord, Acknowledged]]) -> None:
     """As ``submit`` of each: side by side, but for those that are for later."""
     client = client_for()
+    add = {
+        "high": client.add_task_high_background,
+        "normal": client.add_task_background,
+        "low": client.add_task_low_background,
+    }
     added = []
     try:
-        for record in records:
+        for record, acknowledged in submissions:
             if record.status == JobRecord.Status.SCHEDULED:
-                submit(record)
+                submit(record, acknowledged)
                 continue
-            add = client.add_task_background
-            if record.priority:
-                high = record.priority > 0
-                add = client.add_task_high_background if high else client.add_task_low_background
-            added.append((record, add(record.function, bytes(record.workload), unique=record.unique)))
+            task = add[_priority_of(record)](record.function, bytes(record.workload), unique=record.unique)
+            added.append((task, acknowledged))
     except BaseException:
         # The thread's next call would run what was added.
         client._take_added({})
         raise
     client.run_tasks()
-    for record, task in added:
-        record.handle = task.handle or None
-    for _, task in added:
+    for task, acknowledged in added:
+        if task.handle:
+            acknowledged(task.server, task.handle)
+    for task, _ in added:
         task.result()
+
+
+def _priority_of(record: JobRecord) -> Priority:
+    return "high" if record.priority > 0 else "low" if record.priority < 0 else "normal"

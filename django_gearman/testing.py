@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
@@ -98,7 +99,7 @@ class override_gearman(override_settings):  # as override_settings
 
         @override_gearman(RUN_TIMEOUT=1)
 
-    What is not named stays as it is.
+    What is not named stays as it is. What is no setting, or no value of one, is an ``ImproperlyConfigured``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -115,8 +116,10 @@ class override_gearman(override_settings):  # as override_settings
         super().save_options(test_func)
 
     def _changed(self, configured: Mapping[str, Any]) -> dict[str, Any]:
-        default = configured.get(conf.DEFAULT_ALIAS, {})
-        return {**configured, conf.DEFAULT_ALIAS: {**default, **self._given}}
+        default = {**configured.get(conf.DEFAULT_ALIAS, {}), **self._given}
+        # Here, and not where the test comes to read them.
+        conf.checked(conf.DEFAULT_ALIAS, default)
+        return {**configured, conf.DEFAULT_ALIAS: default}
 
 
 class RecordedJob(JobResult[Any]):
@@ -761,8 +764,24 @@ def _free_port() -> int:
 # unittest.
 
 
-class GearmanJobsMixin:
-    """For ``TestCase``: ``self.gearman_jobs``, and assertions in the style of ``unittest``."""
+class _BeforeTestCase:
+    """What ``TestCase`` must not stand before: its ``setUp`` does not call that of who comes after it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        order = cls.__mro__
+        if unittest.TestCase in order and order.index(unittest.TestCase) < order.index(_BeforeTestCase):
+            case = next(each for each in order[1:] if issubclass(each, unittest.TestCase))
+            after = order[order.index(unittest.TestCase) :]
+            mixin = next(each for each in after if issubclass(each, _BeforeTestCase))
+            raise TypeError(
+                f"{cls.__qualname__} must name {mixin.__name__} before {case.__name__}, which would not set "
+                f"it up: class {cls.__name__}({mixin.__name__}, {case.__name__})"
+            )
+
+
+class GearmanJobsMixin(_BeforeTestCase):
+    """For ``TestCase``, and named before it: ``self.gearman_jobs``, assertions as in ``unittest``."""
 
     gearman_jobs: GearmanJobs
 
@@ -779,8 +798,8 @@ class GearmanJobsMixin:
         self.gearman_jobs.assert_not_enqueued(job)
 
 
-class GearmanClusterMixin:
-    """For ``TransactionTestCase``: a cluster for each test, ``self.gearman_cluster``."""
+class GearmanClusterMixin(_BeforeTestCase):
+    """For ``TransactionTestCase``, and named before it: a cluster for each test, ``self.gearman_cluster``."""
 
     gearman_cluster: GearmanCluster
     gearman_processes = 2

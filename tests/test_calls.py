@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -16,6 +17,7 @@ from uuid import uuid4
 import pytest
 from asgiref.sync import async_to_sync
 from django.db import connection, transaction
+from django.utils import timezone
 
 from django_gearman import Data, GroupResult, JobResult, Progress, Value, Warned, chain, conf, group
 from django_gearman.exceptions import (
@@ -399,14 +401,23 @@ class TestWords:
             awaited(results[1].aget(timeout=0.1))
 
     def test_no_server(self) -> None:
-        result = jobs.add.enqueue(1)
-        with pytest.raises(ResponseTimeout) as caught:
-            result.get(timeout=0.05)
-        assert (
-            "No job server answers at 127.0.0.1:9; is `manage.py gearman_server`" in caught.value.__notes__[0]
-        )
+        result, many = jobs.add.enqueue(1), group(jobs.add.s(1)).enqueue()
+        said = r"took longer than 0\.05 s; no job server answers at 127\.0\.0\.1:9; is `manage\.py gearman_se"
+        for made in (result, many):
+            with pytest.raises(ResponseTimeout, match=said):
+                made.get(timeout=0.05)
+            with pytest.raises(ResponseTimeout, match=said):
+                awaited(made.aget(timeout=0.05))
         with pytest.raises(GearmanError, match=r"no job server answers at 127\.0\.0\.1:9"):
             awaited(jobs.add.arun(1))
+
+    def test_for_later(self, database_server: harness.GearmanServerProcess) -> None:
+        moment = timezone.now().replace(microsecond=0) + timedelta(hours=1)
+        later = jobs.add.using(run_after=moment)
+        said = f"took longer than 0.05 s; tests.app.jobs.add is not to run before {moment}"
+        for made in (later.enqueue(1), group(later.s(1)).enqueue()):
+            with pytest.raises(ResponseTimeout, match=re.escape(said)):
+                made.get(timeout=0.05)
 
     def test_too_large(self, settings: Any) -> None:
         settings.GEARMAN = {"default": {"MAX_PACKET": 1000}}

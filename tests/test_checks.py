@@ -44,6 +44,9 @@ class TestSettings:
             ([], ["django_gearman.E002"]),
             ({"default": {"SERVRES": []}}, ["django_gearman.E002"]),
             ({"default": {}, "other": {"TIMEOUT": -1}, "third": None}, ["django_gearman.E002"] * 2),
+            ({"defualt": {"TIMEOUT": 5}, "other": {}}, ["django_gearman.E002"]),
+            ({"SERVERS": ["a:1"], "TIMEOUT": 5}, ["django_gearman.E002"]),
+            ({"default": {}, "defualt": {"TIMEOUT": 5}}, ["django_gearman.W010"]),
             ({"default": {"DATABASE": "jobs"}}, ["django_gearman.E009"]),
             (
                 {"default": {"DATABASE": "jobs"}, "other": {"X": 1}},
@@ -208,15 +211,30 @@ class TestTaskBackends:
         assert found.hint == 'Add "django_tasks" to INSTALLED_APPS.'
 
 
+class TestWorkers:
+    def test_what_groups_name_that_is_not_there(self, settings: Any) -> None:
+        groups = {
+            "some": {"FUNCTIONS": ["tests.app.jobs.add", "tests.app.jobs.ad"]},
+            "rest": {"QUEUES": ["default", "vidoe"], "EXCLUDE": ["shuot"]},
+        }
+        settings.GEARMAN = {"default": {"WORKERS": groups}}
+        found = run_checks(tags=["gearman"])
+        assert [message.id for message in found] == ["django_gearman.W011"] * 3
+        assert "['WORKERS']['some']['FUNCTIONS'] names 'tests.app.jobs.ad', which is no" in found[0].msg
+        assert "['WORKERS']['rest']['EXCLUDE'] names 'shuot', which is no function" in found[1].msg
+        assert "['WORKERS']['rest']['QUEUES'] names 'vidoe', a queue without functions" in found[2].msg
+        assert all("tests.app.jobs.add" in str(message.hint) for message in found[:2])
+
+
 class TestTLS:
     def test_files_that_are_not_there(self, settings: Any, tmp_path: Path) -> None:
         there = tmp_path / "ca.pem"
         there.touch()
         files = {"TLS_CA": there, "TLS_CERTIFICATE": "/nowhere/a.pem", "TLS_KEY": str(tmp_path)}
-        settings.GEARMAN = {"default": {}, "other": files}
+        settings.GEARMAN = {"default": files}
         found = run_checks(tags=["gearman"])
         assert [message.id for message in found] == ["django_gearman.E010"] * 2
-        assert "GEARMAN['other']['TLS_CERTIFICATE'] is '/nowhere/a.pem'" in found[0].msg
+        assert "GEARMAN['default']['TLS_CERTIFICATE'] is '/nowhere/a.pem'" in found[0].msg
         assert "['TLS_KEY']" in found[1].msg
 
     @pytest.mark.parametrize(

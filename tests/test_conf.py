@@ -9,7 +9,7 @@ from django_gearman.conf import GearmanSettings, WorkerGroup, settings_for
 
 
 class TestDefaults:
-    @pytest.mark.parametrize("value", [{}, {"default": {}}, {"other": {}}])
+    @pytest.mark.parametrize("value", [{}, {"default": {}}, {"default": {}, "other": {"TIMEOUT": 5}}])
     def test_everything_has_one(self, settings: Any, value: Any) -> None:
         settings.GEARMAN = value
         assert settings_for() == GearmanSettings()
@@ -19,9 +19,9 @@ class TestDefaults:
         assert settings_for().servers == ("127.0.0.1:4730",)
 
     def test_aliases(self, settings: Any) -> None:
-        settings.GEARMAN = {"other": {"SERVERS": ["a:1"]}}
+        settings.GEARMAN = {"default": {}, "other": {"SERVERS": ["a:1"]}}
         assert settings_for("other").servers == ("a:1",)
-        with pytest.raises(ImproperlyConfigured, match=r"no alias 'third' \(it has 'other'\)"):
+        with pytest.raises(ImproperlyConfigured, match=r"no alias 'third' \(it has 'default', 'other'\)"):
             settings_for("third")
 
     def test_a_changed_setting_is_read_again(self, settings: Any) -> None:
@@ -86,6 +86,11 @@ class TestValues:
         ("value", "message"),
         [
             ([], r"GEARMAN must be a dict of aliases, not \[\]"),
+            ({"SERVERS": ["a:1"]}, r"GEARMAN\['SERVERS'\] is no alias .* put it under GEARMAN\['default'\]"),
+            ({"default": {}, "WORKERS": {}}, r"GEARMAN\['WORKERS'\] is no alias"),
+            ({"default": {}, "timeout": 5}, r"GEARMAN\['timeout'\] is no alias"),
+            ({"defualt": {}}, r"no 'default', .*\(it has 'defualt'\); is 'defualt' it, misspelt\?"),
+            ({"other": {}}, r"no 'default', whose settings are used \(it has 'other'\)$"),
             ({"default": []}, r"GEARMAN\['default'\] must be a dict, not \[\]"),
             ({"default": {"SERVER": []}}, r"\['SERVER'\] is not a setting; did you mean 'SERVERS'\?"),
             ({"default": {"timeout": 1}}, "did you mean 'TIMEOUT'?"),

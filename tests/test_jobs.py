@@ -291,6 +291,7 @@ REFUSED: list[tuple[Any, str]] = [
     (float("nan"), "is nan, which JSON cannot carry; pass None or a string"),
     (float("inf"), "is inf"),
     (1j, "is a complex"),
+    (object(), "is an object, which JSON cannot carry"),
     ({1: 2}, "has the key 1, which JSON would make a string"),
     ({None: 2}, "has the key None"),
     ([1, [2, {3}]], "item 1, item 1 is a set"),
@@ -1251,7 +1252,10 @@ class TestAttempts:
             ({"max_attempts": 0}, "max_attempts of .*plain must be a whole number from 1 to 32767, not 0"),
             ({"max_attempts": True}, "not True"),
             ({"max_attempts": "3"}, "not '3'"),
-            ({"timeout": 0.5}, "timeout of .*plain must be a whole number from 1 to 2147483647, not 0.5"),
+            (
+                {"timeout": 0.5},
+                "timeout of .*plain must be a whole number of seconds from 1 to .*, not 0.5",
+            ),
             ({"backoff": 3}, "backoff of .*plain must be a function of the exception and the JobResult"),
         ],
     )

@@ -533,6 +533,22 @@ def test_waiting_in_a_transaction(gearman_jobs: GearmanJobs) -> None:
             wait() if wait in (one.get, many.get) else async_to_sync(wait)()
 
 
+@pytest.mark.parametrize("job", [add, add.using(unique="")])
+def test_the_call_of_many_that_is_wrong(db: None, job: Any, settings: Any) -> None:
+    name = "tests.app.jobs.add"
+    said = rf"^call 1 of {name}\.enqueue_many\(\): "
+    with pytest.raises(TypeError, match=rf"{said}{name}\(\) missing a required argument: 'left'"):
+        job.enqueue_many([((1,), {}), ((), {})])
+    with pytest.raises(NotJSON, match=f"{said}argument 'left' of {name} is a set, which JSON cannot"):
+        job.enqueue_many([((1,), {}), (({1},), {})])
+    settings.GEARMAN = {"default": {"MAX_PACKET": 100}}
+    with pytest.raises(TooLarge, match=f"{said}the workload of {name} has"):
+        job.enqueue_many([((1,), {}), (("x" * 100,), {})])
+    with pytest.raises(TypeError, match=r"^call 1 of shout\.enqueue_many\(\): raw job shout takes one bytes"):
+        jobs.shout.enqueue_many([((b"a",), {}), (("b",), {})])
+    assert not JobRecord.objects.exists()
+
+
 ERRORS = [
     NoWorker("job f", 1.0, function="f", waiting=3, server="a:1"),
     GroupTimedOut(0, "f", ResponseTimeout("job f", 1.0), [1, ResponseTimeout("job f", 1.0)]),
@@ -572,4 +588,22 @@ def test_an_event_loop_does_not_stand_still(wait: Callable[[], object]) -> None:
         wait()
 
     with pytest.raises(SynchronousOnlyOperation, match="use the async twin"):
+        asyncio.run(view())
+
+
+@pytest.mark.parametrize(
+    "enqueue",
+    [
+        lambda: add.enqueue(1),
+        lambda: add.enqueue_many([((1,), {})]),
+        lambda: add.using(unique="one").enqueue_many([((1,), {})]),
+        lambda: group(add.s(1)).enqueue(),
+        lambda: chain(add.s(1), add.s()).enqueue(),
+    ],
+)
+def test_an_event_loop_does_not_wait_for_the_database(db: None, enqueue: Callable[[], object]) -> None:
+    async def view() -> None:
+        enqueue()
+
+    with pytest.raises(SynchronousOnlyOperation, match=r"use the async twin \(aenqueue"):
         asyncio.run(view())

@@ -705,7 +705,7 @@ class TestOptions:
         [
             ({"max_attempts": 0}, "max_attempts of .* must be a whole number from 1 to 32767, not 0"),
             ({"max_attempts": True}, "not True"),
-            ({"timeout": 1.5}, "timeout of .* must be a whole number from 1"),
+            ({"timeout": 1.5}, "timeout of .* must be a whole number of seconds from 1"),
             ({"backoff": 3}, "backoff of .* must be a function of the exception and the TaskResult, not 3"),
         ],
     )

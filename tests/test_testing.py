@@ -29,6 +29,7 @@ from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
 from django_gearman.testing import (
     GearmanCluster,
+    GearmanClusterMixin,
     GearmanJobs,
     GearmanJobsMixin,
     override_gearman,
@@ -444,11 +445,15 @@ class TestSettings:
         assert conf.settings_for().servers == ("127.0.0.1:9",)
 
     def test_a_misspelt_setting(self) -> None:
-        with override_gearman(RUN_TIMOUT=1), pytest.raises(ImproperlyConfigured, match="RUN_TIMEOUT"):
-            conf.settings_for()
+        before = conf.settings_for()
+        with pytest.raises(ImproperlyConfigured, match="RUN_TIMEOUT"):
+            override_gearman(RUN_TIMOUT=1).enable()
+        with pytest.raises(ImproperlyConfigured, match="a number above 0"):
+            override_gearman(RUN_TIMEOUT=-1)(type("Tests", (SimpleTestCase,), {}))
+        assert conf.settings_for() == before
 
     def test_other_aliases_stay(self, settings: Any) -> None:
-        settings.GEARMAN = {"other": {"TIMEOUT": 5}}
+        settings.GEARMAN = {"default": {}, "other": {"TIMEOUT": 5}}
         with override_gearman(TIMEOUT=6):
             assert (conf.settings_for("other").timeout, conf.settings_for().timeout) == (5, 6)
 
@@ -464,6 +469,16 @@ class OverriddenSubclassTests(OverriddenClassTests):
     def test_of_both_classes(self) -> None:
         self.assertEqual(conf.settings_for().run_timeout, 4)
         self.assertEqual(conf.settings_for().connect_timeout, 2)
+
+
+@pytest.mark.parametrize("mixin", [GearmanJobsMixin, GearmanClusterMixin])
+def test_a_mixin_after_the_test_case(mixin: type) -> None:
+    """It would not be set up, and jobs of the test would go to a developer's server."""
+    shared = type("Shared", (mixin,), {})
+    said = r"Wrong must name Shared before TestCase, .*: class Wrong\(Shared, TestCase\)"
+    with pytest.raises(TypeError, match=said):
+        type("Wrong", (TestCase, shared), {})
+    type("Right", (shared, TestCase), {})
 
 
 class MixinTests(GearmanJobsMixin, TestCase):

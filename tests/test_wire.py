@@ -34,13 +34,22 @@ class Gearmand:
     """The C job server, which keeps nothing, on a free port."""
 
     def __init__(self, program: str) -> None:
+        self._program = program
         self.port = harness.free_port()
+        self.start()
+
+    def start(self) -> None:
         self._process = subprocess.Popen(
-            [program, "-L", "127.0.0.1", "-p", str(self.port), "-l", "none"],
+            [self._program, "-L", "127.0.0.1", "-p", str(self.port), "-l", "none"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        harness.wait_until(self.answers, what="gearmand")
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
     def answers(self) -> bool:
         try:
@@ -48,9 +57,21 @@ class Gearmand:
         except OSError:
             return False
 
+    def ignored(self) -> list[bool]:
+        """Of each job, whether it was cancelled; it stays until a worker comes for it."""
+        rows = [line.split("\t") for line in harness.ask(self.port, "show jobs").splitlines() if "\t" in line]
+        return [row[2] != "0" for row in rows]
+
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def c_server() -> Gearmand:
+    program = shutil.which("gearmand", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+    if program is None:
+        needs.missing("gearmand is not installed (Debian: gearman-job-server)")
+    return Gearmand(program)
 
 
 @pytest.fixture(params=["ours", "gearmand"])
@@ -62,13 +83,9 @@ def server(request: pytest.FixtureRequest, settings: Any) -> Iterator[Server]:
             yield process
             settings.GEARMAN = {}
         return
-    program = shutil.which("gearmand", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
-    if program is None:
-        needs.missing("gearmand is not installed (Debian: gearman-job-server)")
-    gearmand = Gearmand(program)
+    gearmand = c_server()
     try:
-        harness.wait_until(gearmand.answers, what="gearmand")
-        settings.GEARMAN = {"default": {"SERVERS": [f"127.0.0.1:{gearmand.port}"], "ENQUEUE": "wire"}}
+        settings.GEARMAN = {"default": {"SERVERS": [gearmand.address], "ENQUEUE": "wire"}}
         yield gearmand
         settings.GEARMAN = {}
     finally:
@@ -204,7 +221,88 @@ class TestEnqueue:
         if not isinstance(server, Gearmand):
             # gearmand counts what was cancelled until a worker comes for it.
             harness.wait_until(lambda: not waiting(server))
-            assert found.cancel() is False
+            with pytest.raises(ResultNotKept):
+                found.cancel()
+
+    def test_equal_uniques_of_one_function_are_one_job(self, server: Server):
+        keyed = jobs.shout.using(unique="order-7")
+        assert [each.enqueue(b"x").id for each in (keyed, keyed)] == ["order-7"] * 2
+        long = jobs.shout.using(unique="order " + "7" * 60)
+        first, second = long.enqueue_many([((b"x",), {}), ((b"x",), {})])
+        assert first.id == second.id
+        other = jobs.shout.using(unique="order " + "7" * 61).enqueue(b"x")
+        assert other.id != first.id
+        same = [jobs.shout.using(unique="-").enqueue(workload) for workload in (b"w", b"w", b"v")]
+        assert same[0].handle == same[1].handle != same[2].handle
+        assert waiting(server) == {"shout": 5}
+        for result in (first, other, *same):
+            result.refresh()
+            assert result.status == "READY"
+            assert jobs.shout.get_result(result.id) == result
+
+    def test_unique_made_of_arguments_names_the_function(self, server: Server):
+        first, second = jobs.append_once.enqueue("a", "x"), jobs.append_once.enqueue("a", "y")
+        assert first.handle == second.handle
+        assert first.id == f'{jobs.append_once.name}:["a"]'
+        # Another function's of the same unique is no answer for it.
+        with pytest.raises(ResultNotKept):
+            jobs.append_once.get_result('["a"]')
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("server", ["gearmand"], indirect=True)
+class TestHandlesThatAreGivenTwice:
+    """gearmand counts its handles from 1 at each start, and names its host in them alone."""
+
+    def test_of_two_servers_on_one_host(self, server: Gearmand, settings: Any):
+        other = c_server()
+        try:
+            mine = jobs.shout.enqueue(b"first")
+            settings.GEARMAN = {"default": {"SERVERS": [other.address], "ENQUEUE": "wire"}}
+            theirs = jobs.shout.enqueue(b"second")
+            settings.GEARMAN = {
+                "default": {"SERVERS": [server.address, other.address], "ENQUEUE": "wire"},
+            }
+            assert mine.handle == theirs.handle
+            assert theirs.cancel() is True
+            assert (server.ignored(), other.ignored()) == ([False], [True])
+            mine.refresh()
+            other.stop()
+            with pytest.raises(ConnectionFailed):
+                theirs.refresh()
+            assert mine.cancel() is True
+            assert server.ignored() == [True]
+        finally:
+            other.stop()
+
+    def test_of_a_server_that_was_started_again(self, server: Gearmand):
+        lost = [jobs.shout.enqueue(b"lost"), jobs.append_once.enqueue("a", "x")]
+        server.stop()
+        server.start()
+        there = [jobs.shout.enqueue(b"there"), jobs.shout.using(unique='["a"]').enqueue(b"there, too")]
+        assert [each.handle for each in there] == [each.handle for each in lost]
+        for result in lost:
+            assert result.cancel() is False
+            with pytest.raises(ResultNotKept):
+                result.refresh()
+        for result in there:
+            result.refresh()
+        assert not any(server.ignored())
+        assert there[0].cancel() is True
+
+    def test_of_a_unique_that_has_another_one_by_now(self, server: Gearmand):
+        keyed = jobs.shout.using(unique="order-7")
+        jobs.shout.enqueue(b"before it")
+        lost = keyed.enqueue(b"x")
+        server.stop()
+        server.start()
+        again = keyed.enqueue(b"x")
+        assert (again.id, again.handle == lost.handle) == (lost.id, False)
+        lost.refresh()
+        assert lost.status == "READY"
+        with pytest.raises(InvalidCall, match="has no handle here"):
+            lost.cancel()
+        assert server.ignored() == [False]
 
 
 @pytest.mark.django_db(transaction=True)

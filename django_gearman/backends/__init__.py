@@ -10,12 +10,25 @@ imported when it is needed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from functools import wraps
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 from django.apps import apps
 from django.conf import settings
@@ -28,6 +41,7 @@ from ..context import JobContext
 
 try:
     from django.tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
+    from django.tasks import task as _task
     from django.tasks.backends.base import BaseTaskBackend
     from django.tasks.backends.dummy import DummyBackend as _DummyBackend
     from django.tasks.backends.immediate import ImmediateBackend as _ImmediateBackend
@@ -39,6 +53,7 @@ except ImportError:
     try:
         # Each name is defined once, whatever the type checker makes of the two places.
         from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends  # type: ignore[no-redef]
+        from django_tasks import task as _task  # type: ignore[no-redef]
         from django_tasks.backends.base import BaseTaskBackend  # type: ignore[no-redef]
         from django_tasks.backends.dummy import DummyBackend as _DummyBackend  # type: ignore[no-redef]
         from django_tasks.backends.immediate import ImmediateBackend as _ImmediateBackend  # type: ignore[no-redef]
@@ -70,6 +85,7 @@ __all__ = [
     "TaskResultStatus",
     "discover",
     "normalize_json",
+    "task",
     "task_backends",
     "task_enqueued",
     "task_finished",
@@ -140,6 +156,57 @@ class GearmanTask(Task):  # type: ignore[type-arg]  # not generic at run time be
         return await Task.acall(self, *(_with_job(args) if self.takes_context else args), **kwargs)
 
 
+# Django's decorator, with types for our options. The callable classes make the overloads tell `async def`
+# from `def`.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TaskOptions(TypedDict, total=False):
+    """What ``@task`` may be told beside ``takes_context``."""
+
+    priority: int
+    queue_name: str
+    backend: str
+    max_attempts: int | None
+    backoff: Backoff | None
+    timeout: int | None
+
+
+class _TakesContext(Protocol):
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[GearmanTaskContext, P], Coroutine[Any, Any, R]], /
+    ) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[GearmanTaskContext, P], R], /) -> Task[P, R]: ...
+
+
+class _TakesNone(Protocol):
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+if TYPE_CHECKING:
+
+    @overload
+    def task(function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(*, takes_context: Literal[True], **options: Unpack[TaskOptions]) -> _TakesContext: ...
+    @overload
+    def task(*, takes_context: Literal[False] = ..., **options: Unpack[TaskOptions]) -> _TakesNone: ...
+    def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+        """Django's own ``task``, of which its types know no more options."""
+
+else:
+    task = _task
+
+
 _OPTIONS_OF_JOBS: Final = {
     "rate_limit": "limit it in the admin, under its import path",
     "concurrency": "limit it in the admin, under its import path",
@@ -203,9 +270,8 @@ class _WithOptions(BaseTaskBackend):
         for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
             number = getattr(task, option, None)
             if number is not None and (type(number) is not int or not 1 <= number <= highest):
-                raise InvalidTask(
-                    f"{option} of {path} must be a whole number from 1 to {highest}, not {number!r}"
-                )
+                kind = "whole number of seconds" if option == "timeout" else "whole number"
+                raise InvalidTask(f"{option} of {path} must be a {kind} from 1 to {highest}, not {number!r}")
         backoff = getattr(task, "backoff", None)
         if backoff is not None and not callable(backoff):
             raise InvalidTask(

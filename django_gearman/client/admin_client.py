@@ -177,7 +177,12 @@ class AdminClient:
         return self._list("workers", _worker_status)
 
     def jobs(self) -> list[HeldJob]:
-        """Every job that waits or runs."""
+        """
+        Every job that waits or runs, as far as it is in the server's memory.
+
+        Of what our server keeps in a database that is a window of each function:
+        jobs for later, and what waits beyond 10,000 of a function and priority, are not in it.
+        """
         return self._list("show jobs", _held_job)
 
     def running(self) -> list[RunningJob]:
@@ -208,7 +213,7 @@ class AdminClient:
         return self._list("limits", _limit_standing)
 
     def uniques(self) -> list[str]:
-        """The unique of every job that waits or runs, empty where it has none."""
+        """The unique of every job that waits or runs, empty where it has none; as far as ``jobs`` tells."""
         return self._list("show unique jobs", _shown)
 
     def version(self) -> str:

@@ -343,6 +343,25 @@ class Client(Submitter):
         """
         return self._submit(self._later(function, workload, unique, epoch))
 
+    def submit_background(
+        self,
+        function: str,
+        workload: bytes = b"",
+        *,
+        unique: str = "",
+        priority: Priority = "normal",
+        epoch: float | None = None,
+    ) -> tuple[str, str]:
+        """
+        As ``do_background`` and its like; return the server that has the job, and its handle there.
+
+        Args:
+            epoch: As of ``do_epoch``; such a job has normal priority.
+        """
+        if epoch is not None:
+            return self._submitted(self._later(function, workload, unique, epoch))
+        return self._submitted(self._request(function, workload, unique, priority, background=True))
+
     # Reduce jobs.
 
     def do_reduce(
@@ -582,12 +601,16 @@ class Client(Submitter):
                 route.lost(session.server, error)
 
     def _submit(self, request: JobRequest) -> str:
+        return self._submitted(request)[1]
+
+    def _submitted(self, request: JobRequest) -> tuple[str, str]:
+        """The server that has acknowledged a background job, and its handle."""
         route = Route(self._servers, request)
         while True:
             session = self._take_on(route)
             try:
                 with self._using(session):
-                    return self._acknowledged(session, request, None).decode()
+                    return session.server, self._acknowledged(session, request, None).decode()
             except ConnectionLost as error:
                 route.lost(session.server, error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -209,6 +210,7 @@ class TestChoice:
             assert jobs.add.name in rest
             assert not {leave_trace.name, pools.encode.name} & rest
             assert pools.encode.enqueue("film").get(timeout=30) in worker.children()
+            assert "No group of WORKERS serves" not in worker.stderr
         # When a process is replaced is not whom it serves.
         command = ["gearman_worker", "--max-jobs", "1000", "--max-memory", "900"]
         with harness.ManagedProcess(command, started="rest: 1 to 3", env=env):
@@ -216,6 +218,19 @@ class TestChoice:
         worker = harness.ManagedProcess(["gearman_worker", "--group", "video"], started="serve", env=env)
         with worker:
             harness.wait_until(lambda: self.names(site_server) == [{pools.encode.name}] * 2, 60.0)
+            assert "No group of WORKERS serves" not in worker.stderr
+
+    def test_functions_that_no_group_serves(self, site_server: Server):
+        groups = {"video": {"QUEUES": ["encoding"]}, "own": {"FUNCTIONS": [pools.hold.name]}}
+        env = SITE | {
+            "GEARMAN_TEST_SETTINGS": json.dumps({"WORKERS": groups, "SERVERS": [site_server.address]})
+        }
+        with harness.ManagedProcess(["gearman_worker"], started="own: 1", env=env) as worker:
+            said = re.compile(r"No group of WORKERS serves (.*)")
+            found = harness.wait_until(lambda: said.search(worker.stderr))
+            names = found[1].split(", ")
+            assert jobs.add.name in names
+            assert not {pools.encode.name, pools.hold.name} & {*names}
 
     @pytest.mark.parametrize(
         ("arguments", "sentence"),

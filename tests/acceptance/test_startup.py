@@ -58,7 +58,9 @@ class TestServerRefuses:
             port = str(other.getsockname()[1])
             line = refused("gearman_server", "--listen", "127.0.0.1", "--port", port)
         assert f"127.0.0.1:{port}" in line
-        assert "in use" in line
+        assert (
+            "in use. Is another server running there? --port, or the first of SERVERS, names another" in line
+        )
 
     def test_database_that_is_not_migrated(self, tmp_path: Path):
         url = f"sqlite:///{tmp_path / 'empty.sqlite3'}"

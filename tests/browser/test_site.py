@@ -296,6 +296,18 @@ class TestListOfJobs:
         admin.goto(RECORDS)
         screenshot(admin, "admin-list")
 
+    def test_the_last_column_is_whole_beside_the_filters(self, admin: Page, screenshot: Screenshot):
+        admin.goto(RECORDS)
+        wide = admin.viewport_size
+        assert wide is not None
+        admin.set_viewport_size({"width": 1300, "height": 900})
+        screenshot(admin, "admin-list-1300")
+        overhang = admin.evaluate(
+            "(list => list.scrollWidth - list.clientWidth)(document.querySelector('#changelist .results'))"
+        )
+        admin.set_viewport_size(wide)
+        assert overhang <= 0
+
     def test_reached_from_the_index(self, admin: Page, screenshot: Screenshot):
         admin.goto("/admin/")
         screenshot(admin, "admin-index")

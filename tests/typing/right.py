@@ -25,6 +25,7 @@ from django_gearman import (
     job,
     map_reduce,
 )
+from django_gearman.backends import GearmanTaskContext, TaskContext, TaskResult, task
 
 
 @job
@@ -83,6 +84,54 @@ def length(texts: list[str]) -> int:
 @job
 def merge(left: int, right: int) -> int:
     return left + right
+
+
+def soon(error: BaseException, result: TaskResult[Any, Any]) -> float | None:
+    return None if isinstance(error, LookupError) else 0.1 * result.attempts
+
+
+def later(error: BaseException, result: JobResult[Any]) -> float | None:
+    return None if isinstance(error, LookupError) else 0.1 * result.attempts
+
+
+@job(max_attempts=3, backoff=later)
+def tried_again(left: int) -> str:
+    return str(left)
+
+
+@task
+def task_alone(left: int, right: int = 1) -> str:
+    return str(left + right)
+
+
+@task(queue_name="sums", priority=5, max_attempts=3, backoff=soon, timeout=60)
+def task_with_options(left: int) -> str:
+    return str(left)
+
+
+@task(max_attempts=3)
+async def task_later(left: int) -> str:
+    return str(left)
+
+
+@task(takes_context=True, timeout=60)
+def task_of_context(context: GearmanTaskContext, to: str) -> int:
+    context.job.set_progress(1, 1)
+    return context.attempt
+
+
+@task(takes_context=True)
+async def task_of_djangos_context(context: TaskContext[Any, Any], to: str) -> int:
+    return context.attempt
+
+
+def tasks() -> None:
+    assert_type(task_alone.enqueue(1, right=2).return_value, str)
+    assert_type(task_alone.call(1), str)
+    assert_type(task_with_options.enqueue(1).return_value, str)
+    assert_type(task_later.enqueue(1).return_value, str)
+    assert_type(task_of_context.enqueue("kim").return_value, int)
+    assert_type(task_of_djangos_context.enqueue("kim").return_value, int)
 
 
 def names_and_defaults() -> None:

@@ -1,6 +1,7 @@
 """Calls that type checkers are to refuse: every line with the word ``error`` in its comment, and no other."""
 
 from django_gearman import Client, JobContext, chain, cron, every, group, job, map_reduce
+from django_gearman.backends import task
 
 
 @job
@@ -77,3 +78,20 @@ def no_schedule(steps: int) -> None: ...
 every(5)  # error: arg-type
 cron("* * * * *", catch_up="some")  # error: arg-type
 cron("* * * * *", zone="UTC")  # error: call-arg
+
+
+@task(max_attempts=3)
+def a_task(left: int) -> str:
+    return str(left)
+
+
+@task(timeout="60")  # error: call-overload
+def task_with_a_wrong_option(left: int) -> None: ...
+
+
+@task(retries=3)  # error: call-overload
+def task_with_an_unknown_option(left: int) -> None: ...
+
+
+a_task.enqueue("1")  # error: arg-type
+a_task.enqueue()  # error: call-arg

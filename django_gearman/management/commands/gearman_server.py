@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import math
@@ -100,12 +101,14 @@ class Command(BaseCommand):
             if options["coredump"]:
                 allow_core_dumps()
             http_port = server_options.http_port(options)
-            sockets = _bind(options["listen"], options["port"], held)
-            http_sockets = [] if http_port is None else _bind(options["http_listen"], http_port, held)
+            sockets = _bind(options["listen"], options["port"], held, "--port, or the first of SERVERS,")
+            http_sockets = (
+                [] if http_port is None else _bind(options["http_listen"], http_port, held, "--http-port")
+            )
             metrics_port: int | None = options["metrics_port"]
             metrics_sockets = []
             if metrics_port is not None:
-                metrics_sockets = _bind(options["metrics_listen"], metrics_port, held)
+                metrics_sockets = _bind(options["metrics_listen"], metrics_port, held, "--metrics-port")
             pid_file = held.enter_context(PidFile(options["pid_file"])) if options["pid_file"] else None
             if options["user"]:
                 # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
@@ -372,20 +375,23 @@ def _first_reachable(host: str, port: int) -> str | None:
     return next((each for each in addresses if not ip_address(each.partition("%")[0]).is_loopback), None)
 
 
-def _bind(host: str, port: int, held: ExitStack) -> list[socket.socket]:
+def _bind(host: str, port: int, held: ExitStack, option: str) -> list[socket.socket]:
     try:
         sockets = bind(host, port)
     except (OSError, UnicodeError) as error:
-        raise _cannot_listen(host, port, error) from error
+        raise _cannot_listen(host, port, error, option) from error
     for sock in sockets:
         held.callback(sock.close)
     return sockets
 
 
-def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> CommandError:
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError, option: str = "") -> CommandError:
     # A name that cannot be one is an error of encoding.
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return CommandError(f"Cannot listen on {host}:{port}: {reason}.")
+    hint = ""
+    if option and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        hint = f" Is another server running there? {option} names another port."
+    return CommandError(f"Cannot listen on {host}:{port}: {reason}.{hint}")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

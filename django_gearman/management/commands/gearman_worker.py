@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -39,6 +40,8 @@ from ..console import close_connections, log_to_terminal
 
 if TYPE_CHECKING:
     from ...worker.board import Row
+
+logger = logging.getLogger(__name__)
 
 TRIAL: Final = "GEARMAN_WORKER_TRIAL"
 """Environment variable of a command that is only to show that it would start."""
@@ -158,6 +161,8 @@ class Command(BaseCommand):
         for plan in plans:
             self.stdout.write(plan.sentence)
         self.stdout.flush()
+        if plans[0].group.name and not options["group"]:
+            _warn_of_unserved(plans)
         close_connections()
         if options["pool"] == "solo":
             self._run_alone(plans, options["grace"])
@@ -404,6 +409,16 @@ class _Plan:
             is_spent=allowance.is_spent,
             **options,
         )
+
+
+def _warn_of_unserved(plans: Sequence[_Plan]) -> None:
+    """Their jobs would wait for ever. Who excludes a function leaves it to others."""
+    known = {job.name for plan in plans for job in plan.jobs} | {
+        name for plan in plans for name in plan.group.exclude
+    }
+    unserved = registry.keys() - known
+    if unserved:
+        logger.warning("No group of WORKERS serves %s", ", ".join(sorted(unserved)))
 
 
 def _work(plan: _Plan, slot: int, control: int, row: Row) -> None:
