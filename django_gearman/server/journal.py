@@ -804,11 +804,19 @@ class JournalThread:
         self._timer_at = 0.0
         """When it fires. uvloop's handles of timers that are almost due cannot tell."""
         self._drained: asyncio.Event | None = None
+        self._has_looked: asyncio.Future[None] = loop.create_future()
         self._thread = threading.Thread(target=self._run, name="gearman-journal", daemon=True)
 
-    def start(self) -> None:
+    async def start(self, limit: float) -> None:
+        """
+        Begin, and have what lies at the store's door, if that takes no longer than ``limit`` seconds.
+
+        Among it may be what an earlier run had handed out and not written down: a worker that comes back
+        with such a job is to find it here.
+        """
         self._thread.start()
         self.kick()
+        await asyncio.wait([self._has_looked], timeout=limit)
 
     def kick(self) -> None:
         """Entries came, a claim is wanted, or time passed: give the writer what there is."""
@@ -858,6 +866,8 @@ class JournalThread:
     def _done(self, batch: Batch) -> None:
         journal = self._journal
         journal.done(batch, self._loop.time())
+        if batch.claim and not self._has_looked.done():
+            self._has_looked.set_result(None)
         if journal.lease_lost is not None:
             self._failed(journal.lease_lost)
         self._changed()

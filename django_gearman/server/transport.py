@@ -45,6 +45,9 @@ FINISH_LIMIT: Final = 25.0
 TICK: Final = 1.0
 """Seconds between two looks at what no packet announces."""
 
+FIRST_LOOK: Final = 0.5
+"""Seconds at the start for which nobody is let in before the store was looked into; it may hang."""
+
 PACKETS_PER_TURN: Final = 200
 """Packets of one connection before the others get their turn."""
 
@@ -647,7 +650,7 @@ class GearmanServer:
             self._thread = JournalThread(
                 self._journal, self._store, self.loop, changed=self._turn, failed=self._fail
             )
-            self._thread.start()
+            await self._thread.start(FIRST_LOOK)
         await self._listen(sockets)
         for sock in http_sockets:
             self._listening.append(

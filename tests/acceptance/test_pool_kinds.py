@@ -228,6 +228,7 @@ class TestChoice:
         with harness.ManagedProcess(["gearman_worker"], started="own: 1", env=env) as worker:
             said = re.compile(r"No group of WORKERS serves (.*)")
             found = harness.wait_until(lambda: said.search(worker.stderr))
+            harness.wait_until(lambda: len(self.names(site_server)) == 2, 60.0)
             names = found[1].split(", ")
             assert jobs.add.name in names
             assert not {pools.encode.name, pools.hold.name} & {*names}

@@ -17,7 +17,7 @@ from django_gearman.protocol.packets import CLAIM, RESPONSE, PacketType, encode_
 from django_gearman.protocol.reader import Packet, PacketReader
 from django_gearman.server import transport as transport_module
 from django_gearman.server.core import JobServer
-from django_gearman.server.entries import Entry, StoredJob
+from django_gearman.server.entries import Claimed, Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
 from django_gearman.server.options import ServerOptions, Shutdown
 from django_gearman.server.peers import Peer
@@ -530,6 +530,45 @@ class TestLimits:
 
 class TestStore:
     """JOB_CREATED of a background job means that the store has it."""
+
+    @in_a_loop
+    async def test_nobody_is_let_in_before_what_lies_at_the_door_is_here(self, monkeypatch: Any):
+        """A worker may be back with a job whose hand-out was not written before the server was killed."""
+        monkeypatch.setattr(transport_module, "FIRST_LOOK", LIMIT)
+        let = threading.Event()
+
+        class Slow(MemoryStore):
+            def claim(self, *arguments: Any) -> Claimed:
+                assert let.wait(LIMIT)
+                return super().claim(*arguments)
+
+        sockets = bind("127.0.0.1", 0)
+        server = GearmanServer(JobServer(ServerOptions(name="test:1", epoch=7, durable=True)), Slow())
+        ready, stopped = asyncio.Event(), asyncio.Event()
+        serving = asyncio.create_task(server.serve(sockets, stopped, ready=ready.set))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not ready.is_set()
+        let.set()
+        async with asyncio.timeout(LIMIT):
+            await ready.wait()
+            stopped.set()
+            await serving
+
+    @in_a_loop
+    async def test_store_that_hangs_keeps_nobody_out(self, monkeypatch: Any):
+        monkeypatch.setattr(transport_module, "FIRST_LOOK", 0.01)
+        let = threading.Event()
+
+        class Hanging(MemoryStore):
+            def claim(self, *arguments: Any) -> Claimed:
+                assert let.wait(LIMIT)
+                return super().claim(*arguments)
+
+        async with hall(Hanging()) as place:
+            client = await place.connect()
+            assert await client.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            let.set()
 
     @in_a_loop
     async def test_loop_goes_on_while_the_store_takes_its_time(self):
