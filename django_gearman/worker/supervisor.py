@@ -223,10 +223,12 @@ class Supervisor:
         if handover:
             self._inherit(json.loads(handover))
 
-    def run(self) -> End:
+    def run(self, begun: Callable[[], None] = lambda: None) -> End:
         """
         Supervise until a signal says to stop.
 
+        Args:
+            begun: Called once signals are heard, before the first child is made.
         Raises:
             WorkerCannotStart: A child ended with an error before it had begun; the others were stopped.
         """
@@ -242,6 +244,7 @@ class Supervisor:
         gc.freeze()
         killed = 0
         try:
+            begun()
             while True:
                 self._handle_signals()
                 self._reap()

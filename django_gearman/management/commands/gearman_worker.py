@@ -156,21 +156,30 @@ class Command(BaseCommand):
         ]
         if is_trial:
             return
-        if handed_over:
-            self.stdout.write("gearman_worker: the new code has taken over.")
-        for plan in plans:
-            self.stdout.write(plan.sentence)
-        self.stdout.flush()
-        if plans[0].group.name and not options["group"]:
-            _warn_of_unserved(plans)
+
+        def greet() -> None:
+            if handed_over:
+                self.stdout.write("gearman_worker: the new code has taken over.")
+            for plan in plans:
+                self.stdout.write(plan.sentence)
+            self.stdout.flush()
+            if plans[0].group.name and not options["group"]:
+                _warn_of_unserved(plans)
+
         close_connections()
         if options["pool"] == "solo":
+            greet()
             self._run_alone(plans, options["grace"])
         else:
-            self._supervise(plans, options, environment, handed_over)
+            self._supervise(plans, options, environment, handed_over, greet)
 
     def _supervise(
-        self, plans: list[_Plan], options: dict[str, Any], environment: dict[str, str], handed_over: str
+        self,
+        plans: list[_Plan],
+        options: dict[str, Any],
+        environment: dict[str, str],
+        handed_over: str,
+        greet: Callable[[], None],
     ) -> None:
         if not hasattr(os, "fork"):
             raise CommandError("This platform cannot fork processes; use --pool solo.")
@@ -207,7 +216,7 @@ class Command(BaseCommand):
             code_changed=_CodeWatch() if reload else None,
         )
         try:
-            end = supervisor.run()
+            end = supervisor.run(begun=greet)
         except WorkerCannotStart as error:
             raise CommandError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from error
         self._say_goodbye(end.put_back)
