@@ -40,7 +40,7 @@ HEAR_LIMIT: Final = 0.5
 """Seconds in which workers that are stopped with the server say so."""
 
 FINISH_LIMIT: Final = 25.0
-"""Seconds that the server waits for their last results; service managers give it 30 or more."""
+"""Seconds that it waits for their last results, before it writes what is left; see docs/gearmand.md."""
 
 TICK: Final = 1.0
 """Seconds between two looks at what no packet announces."""
