@@ -57,7 +57,7 @@ from .entries import (
     StoredJob,
     Topic,
 )
-from .jobs import DELAYED, GONE, PENDING, READY, RUNNING, Function, Job, unique_key
+from .jobs import DELAYED, GONE, HIGHEST, PENDING, READY, RUNNING, Function, Job, unique_key
 from .limits import Limits
 from .metrics import SECONDS, Histogram
 from .options import FunctionOrder, ServerOptions, Shutdown
@@ -138,6 +138,7 @@ class JobServer:
         self._record_logs = self.options.durable and self.options.record_logs
         self._measures = self.options.measure
         self._fair = self.options.function_order is FunctionOrder.FAIR
+        self._takes_turns = self.options.function_order is not FunctionOrder.GEARMAND
         row_prefix = f"{self.options.handle_prefix or f'H:{self.options.name}'}:r"
         self._watchers = Watchers(row_prefix.encode())
         self.abilities = Abilities(self)
@@ -489,6 +490,8 @@ class JobServer:
             del self.ready[function]
         if job.gate is not None:
             self.limits.started(job)
+        if self.limits.blocked and self._takes_turns:
+            self.limits.may_want(peer, job.priority if self._fair else -HIGHEST)
         self.window.unload(job)
         if function.left and self.window.wants_more(function, job.priority):
             self.claim_wanted = True
@@ -929,6 +932,7 @@ class JobServer:
         """Send it in its turn: behind what waits in the peer's line."""
         if peer.line is not None:
             peer.line.append(data)
+            peer.lined += len(data)
             return
         if not peer.output or peer.is_patient:
             self.dirty.append(peer)
@@ -984,6 +988,8 @@ class JobServer:
                 if head.data is None:
                     break
                 head = head.data
+            else:
+                peer.lined -= len(head)
             peer.output.append(head)
             line.popleft()
         else:

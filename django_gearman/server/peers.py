@@ -41,6 +41,7 @@ class Peer:
         "excused",
         "is_patient",
         "line",
+        "lined",
         "listens",
         "number",
         "output",
@@ -82,6 +83,8 @@ class Peer:
         """Whether it waits for nothing of that: it stands among the ``patient``, not among the ``dirty``."""
         self.line: deque[bytes | Answer] | None = None
         """Replies behind one that waits for its commit, which is the first; None when none waits."""
+        self.lined = 0
+        """Bytes of those of them that are known."""
         self.waits = False
         """Whether it takes a job without asking again: the extension that ``packets.WAITS`` tells of."""
         self.woken_for: Function | None = None

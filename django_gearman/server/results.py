@@ -93,7 +93,7 @@ class Results:
         server.finish(job, Outcome.SUCCESSFUL, arguments[1])
 
     def _work_fail(self, peer: Peer, arguments: list[bytes]) -> None:
-        handle = arguments[0].rstrip(b"\0")
+        handle = until_nul(arguments[0])
         job = peer.running.get(handle)
         if job is None:
             if handle == peer.excused:
@@ -186,3 +186,8 @@ class Results:
         log = self.logs.pop(job, None)
         self.unsaved.pop(job, None)
         return b"" if log is None else log.text
+
+
+def until_nul(argument: bytes) -> bytes:
+    """The only argument of a packet, which may have NULs: where the first one stands, gearmand ends it."""
+    return argument.partition(b"\0")[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..protocol.packets import PacketType, atoi, encode_response
 from .entries import Reply, Standing, Topic
 from .jobs import PENDING, RUNNING
-from .results import MAX_HANDLE
+from .results import MAX_HANDLE, until_nul
 
 if TYPE_CHECKING:
     from .core import JobServer
@@ -29,7 +29,7 @@ class StatusRequests:
 
     def _get_status(self, peer: Peer, arguments: list[bytes]) -> None:
         server = self._server
-        handle = arguments[0].rstrip(b"\0")
+        handle = until_nul(arguments[0])
         job = server.jobs.get(handle)
         if job is None and len(handle) > MAX_HANDLE:
             # gearmand does not answer.
@@ -62,11 +62,13 @@ class StatusRequests:
 
     def _get_status_unique(self, peer: Peer, arguments: list[bytes]) -> None:
         """Of several functions' jobs with the unique, the last created answers, as in gearmand."""
-        unique = arguments[0].rstrip(b"\0")
+        server = self._server
+        unique = until_nul(arguments[0])
+        if len(unique) > server.options.max_unique:
+            server.refuse(peer, b"ARGUMENT_TOO_LARGE", b"Unique value too large")
+            return
         found = [
-            function.uniques[unique]
-            for function in self._server.functions.values()
-            if unique in function.uniques
+            function.uniques[unique] for function in server.functions.values() if unique in function.uniques
         ]
         known = [job for job in found if job.state is not PENDING]
         if known:
@@ -78,18 +80,18 @@ class StatusRequests:
                 _as_unsigned(job.denominator),
                 b"%d" % len(job.listeners or ()),
             ]
-        elif not found and self._server.durable and unique:
-            place = self._server.keep_place(peer)
+        elif not found and server.durable and unique not in (b"", b"-"):
+            place = server.keep_place(peer)
 
             def answer(reply: Reply) -> None:
                 told = [*_status_numbers(reply), b"0"]
-                self._server.fill(place, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *told))
+                server.fill(place, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *told))
 
-            self._server.window.ask(Topic.UNIQUE, answer, unique=unique)
+            server.window.ask(Topic.UNIQUE, answer, unique=unique)
             return
         else:
             numbers = [b"0"] * 5
-        self._server.send(peer, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *numbers))
+        server.send(peer, encode_response(PacketType.STATUS_RES_UNIQUE, unique, *numbers))
 
 
 def _status_numbers(reply: Reply) -> list[bytes]:

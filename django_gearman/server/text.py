@@ -35,6 +35,16 @@ Question = Callable[[JobServer, list[bytes]], bytes]
 Change = Callable[[JobServer, Peer, list[bytes]], bytes]
 
 
+def is_http(line: bytes) -> bool:
+    """
+    Whether a browser or the like says it: the connection is to be closed, and nothing to be answered.
+
+    Any page may have a browser send to any port of its machine, and in what follows there may be packets.
+    """
+    words = line.lower().split()
+    return bool(words) and (words[-1].startswith(b"http/1.") or words[0] == b"host:")
+
+
 def answer(server: JobServer, peer: Peer, line: bytes) -> bytes | None:
     """The reply to one line, with its line end; None when the connection is to be closed."""
     words = [word for word in line.split(b" ") if word]

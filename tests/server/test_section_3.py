@@ -125,6 +125,10 @@ class TestGetStatus:
         ((kind, code, _),) = client(P.GET_STATUS, b"H" * 64)
         assert (kind, code) == (P.ERROR, TOO_LARGE)
 
+    def test_a_nul_ends_the_handle(self):
+        client = Wire().connect()
+        assert client(P.GET_STATUS, H + b"\0more") == [(P.STATUS_RES, H, b"0", b"0", b"0", b"0")]
+
     def test_long_handle_of_ours_is_known(self):
         wire = Wire(handle_prefix="H:" + "x" * 100 + ":")
         client, worker = wire.connect(), wire.worker(b"f")
@@ -168,6 +172,13 @@ class TestGetStatusUnique:
         client, unique = Wire().connect(), b"u" * length
         client(P.SUBMIT_JOB_BG, b"f", unique, b"")
         assert client(P.GET_STATUS_UNIQUE, unique)[0][:3] == (P.STATUS_RES_UNIQUE, unique, b"1")
+
+    def test_longer_ones_than_a_job_may_have_are_refused(self):
+        assert Wire().connect()(P.GET_STATUS_UNIQUE, b"u" * 256)[0][:2] == (P.ERROR, TOO_LARGE)
+
+    def test_a_nul_ends_the_unique(self):
+        answer = (P.STATUS_RES_UNIQUE, b"x", b"0", b"0", b"0", b"0", b"0")
+        assert Wire().connect()(P.GET_STATUS_UNIQUE, b"x\0y") == [answer]
 
     def test_who_submitted_twice_counts_twice_and_background_not(self):
         wire = Wire()
@@ -213,6 +224,11 @@ class TestReports:
         assert self.client.line(b"status") == b"f\t0\t0\t1\n.\n"
         # The unique is free.
         assert self.client(P.SUBMIT_JOB, b"f", b"u", b"") == [(P.JOB_CREATED, handle(2))]
+
+    def test_what_follows_the_handle_of_a_failure_is_passed_over(self, wire):
+        """PROTOCOL has nothing there; gearmand fails the job all the same."""
+        assert self.worker(P.WORK_FAIL, H + b"\0why") == []
+        assert self.client.hears() == [(P.WORK_FAIL, H)]
 
     def test_exception_to_each_as_it_asked(self, wire):
         asked = wire.connect()

@@ -15,13 +15,15 @@ import pytest
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.protocol.packets import CLAIM, RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import Packet, PacketReader
+from django_gearman.server import text
 from django_gearman.server import transport as transport_module
+from django_gearman.server.connection import PACKETS_PER_TURN, PROGRESS, TransportLimits
 from django_gearman.server.core import JobServer
 from django_gearman.server.entries import Claimed, Entry, StoredJob
 from django_gearman.server.journal import JobStore, MemoryStore
 from django_gearman.server.options import ServerOptions, Shutdown
 from django_gearman.server.peers import Peer
-from django_gearman.server.transport import PROGRESS, GearmanServer, TransportLimits, bind
+from django_gearman.server.transport import GearmanServer, bind
 
 from .harness import handle
 
@@ -364,6 +366,39 @@ class TestMalformedInput:
         assert "ZeroDivisionError" in caplog.text
 
 
+class TestHTTP:
+    """A page of any site may have a browser send to this port."""
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            b"POST / HTTP/1.1\r\nHost: localhost:4730\r\nUser-Agent: short\r\n\r\n",
+            b"GET /create%20function HTTP/1.0\r\n\r\n",
+            b"Host: localhost\r\n\r\n",
+            b"hOST: localhost\nstatus\n",
+        ],
+    )
+    @in_a_loop
+    async def test_it_is_not_answered_nor_read_on(self, caplog: Any, head: bytes):
+        async with hall() as place:
+            browser, client = await place.connect(), await place.connect()
+            packet = encode_request(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            browser.writer.write(head + packet + b"create function g\n")
+            assert await browser.end() == b""
+            assert "this is HTTP" in caplog.text
+            client.writer.write(b"status\n")
+            assert await client.line() == b".\n"
+
+    @in_a_loop
+    async def test_words_that_are_none_are_answered(self):
+        async with hall() as place:
+            client = await place.connect()
+            client.writer.write(b"create function http\n\nhost\n")
+            assert await client.line() == b"OK\r\n"
+            assert await client.line() == b"ERR UNKNOWN_COMMAND Unknown+server+command\r\n"
+            assert await client.line() == b"ERR UNKNOWN_COMMAND Unknown+server+commandhost\r\n"
+
+
 class TestLimits:
     """DESIGN section 6."""
 
@@ -401,6 +436,21 @@ class TestLimits:
             await until(lambda: sum(each.unsent for each in place.server.connections) <= 2**23)
             assert (await (await place.connect()).ask(P.ECHO_REQ, b"x")) == (P.ECHO_RES, [b"x"])
             assert not place.server.blocked
+
+    @in_a_loop
+    async def test_what_is_told_a_thousand_times_is_not_put_together_first(self, monkeypatch):
+        """One packet of a worker is as many for a client that submitted the same unique as often."""
+        monkeypatch.setattr(transport_module, "TICK", 600.0)
+        async with hall(output_total=2**24) as place:
+            worker, client, other = await place.worker(b"f"), await place.connect(), await place.connect()
+            client.writer.write(encode_request(P.SUBMIT_JOB, b"f", b"u", b"") * 1000)
+            await client.hear(1000)
+            assert (await worker.ask(P.GRAB_JOB))[0] == P.JOB_ASSIGN
+            worker.say(P.WORK_DATA, handle(1), b"few")
+            assert await client.hear(1000) == [(P.WORK_DATA, [handle(1), b"few"])] * 1000
+            worker.say(P.WORK_DATA, handle(1), b"x" * 2**20)
+            assert await client.end() == b""
+            assert await other.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
 
     @in_a_loop
     async def test_packet_above_the_hard_limit_arrives(self, quick_ticks):
@@ -450,10 +500,35 @@ class TestLimits:
             for _ in range(20):
                 await (await place.connect()).ask(P.ECHO_REQ, b"turn")
             (blocked,) = [connection for connection in place.server.connections if connection._blocked]
-            one_turn = transport_module.PACKETS_PER_TURN * (size + 12)
+            one_turn = PACKETS_PER_TURN * (size + 12)
             assert blocked._transport.get_write_buffer_size() < soft + 2 * one_turn
             client.writer.transport.resume_reading()
             assert await client.hear(count) == [(P.ECHO_RES, [b"x" * size])] * count
+
+    @in_a_loop
+    async def test_one_listing_is_sent_before_the_next_is_made(self):
+        """A line of seven bytes may be answered by megabytes."""
+        soft, count = 2**16, 100
+        async with hall(output_soft=soft) as place:
+            worker = await place.connect()
+            for number in range(1000):
+                worker.say(P.CAN_DO, b"%0480d" % number)
+            await worker.ask(P.ECHO_REQ, b"registered")
+            listing = text.answer(place.server.core, next(iter(place.server.core.peers)), b"status")
+            assert listing is not None
+            assert len(listing) > 6 * soft
+            client = await place.connect(receive_buffer=2**14)
+            client.writer.transport.pause_reading()
+            client.writer.write(b"status\n" * count)
+            await until(lambda: len(place.server.blocked) == 1)
+            for _ in range(20):
+                assert await worker.ask(P.ECHO_REQ, b"turn") == (P.ECHO_RES, [b"turn"])
+            (blocked,) = place.server.blocked
+            # What the system took at first, and one more.
+            assert blocked.unsent <= 2 * len(listing)
+            client.writer.transport.resume_reading()
+            async with asyncio.timeout(LIMIT):
+                assert await client.reader.readexactly(count * len(listing)) == count * listing
 
     @in_a_loop
     async def test_packet_that_does_not_come_to_its_end_closes(self, quick_ticks):
@@ -514,6 +589,15 @@ class TestLimits:
             client.writer.write(b"\0FOO" + bytes(8))
             await until(lambda: len(place.server.connections) == 1)
             await until(lambda: not place.server.connections)
+
+    @in_a_loop
+    async def test_a_crowd_above_the_limit_is_one_line(self, caplog: pytest.LogCaptureFixture):
+        async with hall(max_connections=1) as place:
+            await (await place.connect()).ask(P.ECHO_REQ, b"x")
+            for _ in range(20):
+                assert await (await place.connect()).end() == b""
+            (line,) = (line for line in caplog.messages if "refused" in line)
+            assert "too many are open already; --file-descriptors allows more" in line
 
     @in_a_loop
     async def test_connections_above_the_limit_are_closed_at_once(self):
@@ -597,12 +681,49 @@ class TestStore:
             await until(lambda: len(core.jobs) >= 100)
             for _ in range(10):
                 assert await other.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
-            assert len(core.jobs) < 100 + transport_module.PACKETS_PER_TURN
+            assert len(core.jobs) < 100 + PACKETS_PER_TURN
             store.let.set()
             heard = await client.hear(10_001)
             assert {kind for kind, _ in heard[:-1]} == {P.JOB_CREATED}
             assert heard[-1] == (P.ECHO_RES, [b"last"])
             assert len(store.jobs) + len(store.unclaimed) == 10_000
+
+    @in_a_loop
+    async def test_no_more_is_read_than_may_wait_behind_a_submission(self):
+        """What waits for the store to answer what comes before it is memory, too."""
+        store, size, count = SlowStore(), 2**12, 4000
+        async with hall(store, output_soft=2**16) as place:
+            client, other = await place.connect(), await place.connect()
+            client.say(P.SUBMIT_JOB_BG, b"f", b"", b"w")
+            await until(lambda: len(place.server.core.jobs) == 1)
+            client.writer.write(encode_request(P.ECHO_REQ, b"x" * size) * count)
+            kept = [connection for connection in place.server.connections if connection.peer.line is not None]
+            await until(lambda: kept[0].kept > 2**16)
+            for _ in range(10):
+                assert await other.ask(P.ECHO_REQ, b"x") == (P.ECHO_RES, [b"x"])
+            assert kept[0].kept < 2**16 + 2 * PACKETS_PER_TURN * (size + 12)
+            store.let.set()
+            heard = await client.hear(count + 1)
+            assert heard == [(P.JOB_CREATED, [handle(1)]), *[(P.ECHO_RES, [b"x" * size])] * count]
+            assert kept[0].peer.lined == 0
+
+    @in_a_loop
+    async def test_what_others_send_behind_a_submission_is_bounded(self, quick_ticks, caplog):
+        store = SlowStore()
+        async with hall(store, output_total=2**20) as place:
+            worker, client = await place.worker(b"f"), await place.connect()
+            client.say(P.SUBMIT_JOB, b"f", b"", b"")
+            await client.hear()
+            assert (await worker.ask(P.GRAB_JOB))[0] == P.JOB_ASSIGN
+            client.say(P.SUBMIT_JOB_BG, b"g", b"", b"w")
+            await until(lambda: len(place.server.core.jobs) == 2)
+            async with asyncio.timeout(LIMIT):
+                while len(place.server.connections) == 2:
+                    worker.say(P.WORK_DATA, handle(1), b"x" * 2**16)
+                    assert await worker.ask(P.ECHO_REQ, b"on") == (P.ECHO_RES, [b"on"])
+            assert await client.end() == b""
+            assert "the database has not answered what comes before" in caplog.text
+            store.let.set()
 
     @in_a_loop
     async def test_store_that_comes_back_gets_everything(self):

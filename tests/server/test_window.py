@@ -8,7 +8,7 @@ import pytest
 
 from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import PacketType
-from django_gearman.server.entries import Claimed, JobFinished, JobQueued, Outcome, StoredJob
+from django_gearman.server.entries import Claimed, JobFinished, JobQueued, JobStarted, Outcome, StoredJob
 from django_gearman.server.journal import CLAIM_PAUSE
 from django_gearman.server.window import PATIENCE
 
@@ -179,6 +179,17 @@ class TestDepth:
         settle(office)
         assert status(office) == b"f\t2\t0\t0\n"
 
+    def test_large_jobs_of_many_functions_fill_it_together(self):
+        office = office_of(window=1000)
+        client = office.wire.connect()
+        share = office.wire.core.options.window_bytes // 8
+        for number in range(9):
+            client(P.SUBMIT_JOB_BG, b"f%d" % number, b"", b"x" * share)
+            settle(office)
+        client(P.SUBMIT_JOB_BG, b"f8", b"", b"")
+        settle(office)
+        assert [len(job.workload) for job in office.store.unclaimed] == [0]
+
 
 class TestLater:
     def test_jobs_for_later_wait_in_the_store(self):
@@ -243,6 +254,22 @@ class TestQuestions:
             (P.STATUS_RES_UNIQUE, b"u", b"1", b"0", b"0", b"0", b"0"),
             (P.STATUS_RES_UNIQUE, b"other", b"0", b"0", b"0", b"0", b"0"),
         ]
+
+    def test_what_a_nul_ends_is_all_that_the_store_is_asked(self):
+        office = office_of()
+        client = office.wire.connect()
+        client(P.GET_STATUS, b"H:x\0y")
+        client(P.GET_STATUS_UNIQUE, b"x\0y")
+        asked = office.wire.core.questions
+        assert [(question.handle, question.unique) for question in asked] == [(b"H:x", b""), (b"", b"x")]
+
+    @pytest.mark.parametrize("unique", [b"", b"-"])
+    def test_a_unique_that_names_no_job_is_not_looked_for(self, unique):
+        """Many may be kept under "-": each stands for its workload."""
+        client = office_of(window=1).wire.connect()
+        client(P.SUBMIT_JOB_BG, b"f", unique, b"w")
+        nothing = (P.STATUS_RES_UNIQUE, unique, b"0", b"0", b"0", b"0", b"0")
+        assert client.wire.connect()(P.GET_STATUS_UNIQUE, unique) == [nothing]
 
     def test_cancel(self):
         office = office_of(window=1)
@@ -512,6 +539,19 @@ class TestTakenBack:
         function = office.wire.core.functions[b"f"]
         assert (function.arriving, function.spilling) == (0, {})
         assert function.weight == sum(job.weight for job in office.wire.core.jobs.values())
+
+    def test_claimed_while_it_runs_after_it_was_given_up(self):
+        office, _, _ = self.waited_for()
+        office.trip()
+        office.pass_time(PATIENCE)
+        office.wire.core.tick()
+        worker = office.wire.worker(b"f")
+        assert [worker.grabs(), worker.grabs()] == [handle(1), handle(2)]
+        office.wire.core.options = replace(office.wire.core.options, window=9)
+        office.journal.claim_soon()
+        office.trip()
+        begun = [entry.handle for entry in office.wire.core.entries if isinstance(entry, JobStarted)]
+        assert handle(2) in begun
 
 
 class TestWindow:
