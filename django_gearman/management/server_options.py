@@ -21,9 +21,9 @@ import django
 
 from .. import __version__, conf
 from ..addresses import split_address
+from ..server.connection import TransportLimits
 from ..server.journal import BACKLOG, SUBMIT_LIMIT
 from ..server.options import FunctionOrder, ServerOptions
-from ..server.transport import TransportLimits
 from .console import SYSLOG, VERBOSE
 from .daemon import RESERVED_DESCRIPTORS
 

@@ -82,6 +82,12 @@ TEND_AGAIN: Final = 10.0
 SUBMIT_LIMIT: Final = 10.0
 """Seconds that a background submission waits for a store that is out of reach or hangs."""
 
+SILENCE: Final = 5.0
+"""Seconds without an answer of the store after which the log says so."""
+
+COMPLAINTS: Final = 20
+"""Lines at the most about one outage of the store; there may be a new reason at each attempt."""
+
 OUT_OF_REACH: Final = "The store is out of reach"
 """What the client of a submission is told that has waited for so long."""
 
@@ -437,6 +443,12 @@ class Journal:
         self._failed: Batch | None = None
         self._in_flight: Batch | None = None
         """What the writer is at work on."""
+        self._began_at = 0.0
+        """When it was given that."""
+        self._away_since: float | None = None
+        """When the store first did not answer, or only with an error; None while all is well."""
+        self._complaints: set[str] = set()
+        """What was said of that."""
         self._held = 0
         """About how many bytes wait, those in flight too."""
         self._compact_at = COMPACT_AT
@@ -456,7 +468,21 @@ class Journal:
         """About how many bytes wait to be written."""
         return self._held
 
-    def oldest_at(self) -> float | None:
+    def lag(self, wall: float, now: float) -> float:
+        """
+        Seconds that the store is behind: as long as the oldest change waits, or nothing is answered.
+
+        Args:
+            wall: Seconds since 1970.
+            now: Monotonic time.
+        """
+        oldest = self._oldest_at()
+        waiting = 0.0 if oldest is None else wall - oldest
+        silent = now - self._began_at if self._in_flight else 0.0
+        away = 0.0 if self._away_since is None else now - self._away_since
+        return max(waiting, silent, away, 0.0)
+
+    def _oldest_at(self) -> float | None:
         """Wall time of the oldest change that is not written yet; None when all are, or nobody knows."""
         for entries in (
             self._in_flight.entries if self._in_flight else (),
@@ -534,6 +560,26 @@ class Journal:
             self._weigh_again()
             self._write_at = -math.inf
 
+    def notice_silence(self, now: float) -> None:
+        """Say in the log that the store hangs, and what follows; call it about once a second."""
+        if self._in_flight and now - self._began_at >= SILENCE:
+            if self._away_since is None:
+                self._away_since = self._began_at
+            self._complain(
+                f"The store has not answered for {SILENCE:g} s;"
+                f" background submissions that wait {self._submit_limit:g} s are refused"
+            )
+        if self._away_since is not None and now >= self._server.hand_out_until:
+            self._complain(
+                "Background jobs are not handed out until the store answers: other servers may take them over"
+            )
+
+    def _complain(self, line: str) -> None:
+        """Each thing once, as long as the trouble lasts."""
+        if line not in self._complaints and len(self._complaints) < COMPLAINTS:
+            self._complaints.add(line)
+            logger.error("%s", line)
+
     def claim_soon(self) -> None:
         """Somebody says that rows wait at the database door; at once, unless workers have enough to do."""
         self._next_claim = min(
@@ -575,6 +621,7 @@ class Journal:
             if now >= self.tend_at and not self._closing:
                 # A trip of its own, so that nothing that was claimed or written waits to be told of.
                 self._in_flight = Batch([], tend=True)
+                self._began_at = now
                 return self._in_flight
             ask = bool(self._questions) and now >= self._ask_at
             if not claim and not ask and (not self._gathering or now < self._write_at):
@@ -591,6 +638,7 @@ class Journal:
         batch.questions = [question for question in self._questions if self._server.window.is_open(question)]
         self._questions = []
         self._in_flight = batch
+        self._began_at = now
         return batch
 
     def done(self, batch: Batch, now: float) -> None:
@@ -600,6 +648,10 @@ class Journal:
         self.renewed(batch.renewed)
         if batch.error is None:
             self._pause = 0.0
+            if self._away_since is not None:
+                logger.warning("The store answers again, after %.1f s", now - self._away_since)
+                self._away_since = None
+                self._complaints.clear()
         else:
             self.counts.failures += 1
         if batch.written and batch.entries:
@@ -675,8 +727,9 @@ class Journal:
 
     def _postpone(self, batch: Batch, now: float) -> None:
         """The store is out of reach: keep what happened, refuse what may not wait longer."""
-        if self._pause == 0.0:
-            logger.error("The store does not take anything: %s; trying again", batch.error)
+        if self._away_since is None:
+            self._away_since = self._began_at
+        self._complain(f"The store does not take anything: {batch.error}; trying again")
         self._pause = min(self._pause * 2 or 0.05, 1.0)
         self._retry_at = self._ask_at = now + self._pause
         if batch.written:

@@ -95,7 +95,7 @@ class Page:
         self._started_at = started_at
 
     def text(self) -> bytes:
-        """All of it as it is now; ``core.now`` is the present."""
+        """All of it as it is now; ``core.now`` and ``core.clock`` are the present."""
         return "".join(self._lines()).encode()
 
     def _lines(self) -> Iterator[str]:
@@ -206,10 +206,11 @@ class Page:
             "Trips to a database that was out of reach.",
             [({}, counts.failures)],
         )
-        oldest = journal.oldest_at()
-        lag = 0.0 if oldest is None else max(self._core.now - oldest, 0.0)
         yield from _family(
-            "store_lag_seconds", "gauge", "Age of the oldest change that is not written yet.", [({}, lag)]
+            "store_lag_seconds",
+            "gauge",
+            "For how long the oldest change has not been written, or the database has not answered.",
+            [({}, journal.lag(self._core.now, self._core.clock))],
         )
         yield from _family(
             "store_backlog_bytes", "gauge", "About how many bytes wait to be written.", [({}, journal.held)]

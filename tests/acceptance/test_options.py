@@ -37,8 +37,9 @@ from django_gearman.management.server_options import expand, words_of
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request
 from django_gearman.protocol.reader import PacketReader
+from django_gearman.server.connection import Keepalive, TransportLimits
 from django_gearman.server.core import JobServer
-from django_gearman.server.transport import GearmanServer, Keepalive, TransportLimits, bind
+from django_gearman.server.transport import GearmanServer, bind
 from django_gearman.worker.loop import AssignedJob
 from tests import harness, needs
 
@@ -651,6 +652,13 @@ class TestDescriptors:
         assert allow_descriptors(None, hard + 1) == hard
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
 
+    def test_fewer_than_it_wants_are_told(self, monkeypatch: pytest.MonkeyPatch):
+        process = server()
+        command = ["sh", "-c", 'ulimit -n 364; exec "$@"', "sh", *process._command()]
+        monkeypatch.setattr(process, "_command", lambda: command)
+        with process:
+            assert "lets this process have 300 connections, not 10000: LimitNOFILE" in process.stderr
+
     def test_more_than_the_system_has(self):
         line = refused("gearman_server", "--port=0", "--file-descriptors=2147483647")
         assert "2147483647 file descriptors" in line
@@ -1034,6 +1042,8 @@ class TestMovingAQueue:
         with closing(sqlite3.connect(file)) as queue, queue:
             queue.execute(self.SCHEMA)
             queue.executemany("INSERT INTO gearman_queue VALUES (?, ?, ?, ?, ?)", rows)
+            # gearmand keeps a unique as it came, whatever its bytes.
+            queue.execute("INSERT INTO gearman_queue VALUES (CAST(x'75ff' AS TEXT), 'f', 2, x'6f6464', 0)")
         seen: list[tuple[bytes, bytes]] = []
 
         def note(job: AssignedJob) -> bytes:
@@ -1052,4 +1062,10 @@ class TestMovingAQueue:
                 harness.wait_until(
                     lambda: process.status()["f"][:2] == (1, 0), what="the job for later alone"
                 )
-        assert seen == [(b"u3", b"high\0"), (b"u2", b"normal"), (b"", b""), (b"u1", b"low")]
+        assert seen == [
+            (b"u3", b"high\0"),
+            (b"u2", b"normal"),
+            (b"", b""),
+            (b"u1", b"low"),
+            (b"u\\xff", b"odd"),
+        ]

@@ -122,7 +122,8 @@ class TestServerRefuses:
 class TestWorkerRefuses:
     def test_no_functions(self):
         line = refused("gearman_worker", GEARMAN_TEST_NO_JOBS="1")
-        assert "jobs.py" in line
+        assert "jobs.py with a function under @job" in line
+        assert "tasks.py with one under @task" in line
 
     def test_unknown_function(self):
         line = refused("gearman_worker", "shout", "shuot")

@@ -141,6 +141,16 @@ def test_a_submission_is_refused_after_a_limit() -> None:
         assert server.status().get("refused", (0, 0, 0))[0] == 0
 
 
+def test_the_log_says_so() -> None:
+    with harness.server() as server, Talker(server.port) as client:
+        keep(server, client)
+        with locked():
+            # The one of a database that waits for the lock, the other of one that refuses.
+            words = ("The store has not answered", "The store does not take anything")
+            harness.wait_until(lambda: any(word in server.stderr for word in words), 60.0, "a word on it")
+        harness.wait_until(lambda: "The store answers again" in server.stderr, 60.0, "the end of it")
+
+
 def test_too_much_waits() -> None:
     """A bound for what gathers in memory; the first waits for its time, the next is refused at once."""
     options = ["--store-timeout", "60", "--store-backlog", "1"]

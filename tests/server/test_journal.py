@@ -607,6 +607,88 @@ class TestStoreHangs:
         assert list(office.store.jobs) == [handle(2)]
 
 
+class TestWords:
+    """What the log says of a store that is away, or hangs."""
+
+    HANGS = "The store has not answered for 5 s; background submissions that wait 10 s are refused"
+    KEPT = "Background jobs are not handed out until the store answers: other servers may take them over"
+
+    def pass_seconds(self, office: Office, seconds: int) -> None:
+        for _ in range(seconds):
+            office.pass_time(1.0)
+            office.journal.notice_silence(office.now)
+
+    @pytest.mark.parametrize("has_entries", [True, False])
+    def test_store_that_hangs(self, caplog: pytest.LogCaptureFixture, has_entries: bool):
+        office, client = settled()
+        if has_entries:
+            submit(client)
+        else:
+            office.pass_time(1.0)
+        batch = office.begin()
+        assert batch is not None
+        self.pass_seconds(office, 4)
+        assert not caplog.messages
+        self.pass_seconds(office, 20)
+        assert caplog.messages == [self.HANGS]
+        assert office.journal.lag(office.wire.core.now, office.now) == 24.0
+        batch.perform(office.store)
+        office.journal.done(batch, office.now)
+        assert caplog.messages == [self.HANGS, "The store answers again, after 24.0 s"]
+        assert office.journal.lag(office.wire.core.now, office.now) == 0.0
+        self.pass_seconds(office, 20)
+        assert len(caplog.messages) == 2
+
+    def test_each_reason_once(self, caplog: pytest.LogCaptureFixture):
+        office, client = settled(DOWN, DOWN, StoreError("starting up"), DOWN, StoreError("starting up"))
+        submit(client)
+        for _ in range(6):
+            assert office.trip() is not None
+            self.pass_seconds(office, 2)
+        assert caplog.messages == [
+            "The store does not take anything: down; trying again",
+            "The store does not take anything: starting up; trying again",
+            "The store answers again, after 10.0 s",
+        ]
+
+    def test_next_outage_is_told_anew(self, caplog: pytest.LogCaptureFixture):
+        office, client = settled(DOWN, None, DOWN)
+        for _ in range(2):
+            submit(client)
+            office.trip()
+            self.pass_seconds(office, 2)
+            office.trip()
+            client.hears()
+        assert [line[:20] for line in caplog.messages] == ["The store does not t", "The store answers ag"] * 2
+
+    def test_reasons_without_end(self, caplog: pytest.LogCaptureFixture):
+        office, client = settled(*[StoreError(f"process {number}") for number in range(100)])
+        submit(client)
+        for _ in range(101):
+            office.trip()
+            office.pass_time(2.0)
+        assert len(caplog.messages) == journal_module.COMPLAINTS + 1
+        assert "answers again" in caplog.messages[-1]
+
+    def test_store_that_is_away_while_nothing_happens(self):
+        office, _ = settled()
+        office.store.claim_error = DOWN
+        office.pass_time(1.0)
+        office.trip()
+        office.pass_time(7.0)
+        assert office.journal.lag(office.wire.core.now, office.now) == 7.0
+
+    def test_jobs_that_are_kept_from_workers(self, caplog: pytest.LogCaptureFixture):
+        office, client = settled(hold=20.0)
+        office.journal.renewed(office.now)
+        submit(client)
+        assert office.begin() is not None
+        self.pass_seconds(office, 19)
+        assert caplog.messages == [self.HANGS]
+        self.pass_seconds(office, 10)
+        assert caplog.messages == [self.HANGS, self.KEPT]
+
+
 class TestBacklog:
     """What waits for the store is bounded; what became of jobs is kept all the same."""
 

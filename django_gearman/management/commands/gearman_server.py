@@ -31,9 +31,10 @@ from ...jobs import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
 from ...registry import queue_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
+from ...server.connection import Keepalive, TransportLimits
 from ...server.core import JobServer
 from ...server.options import FunctionOrder, ServerOptions, Shutdown
-from ...server.transport import GearmanServer, Keepalive, TransportLimits, bind
+from ...server.transport import GearmanServer, bind
 from ...store import DatabaseStore
 from ...tls import TLSFilesError, server_context
 from .. import console, server_options
@@ -114,6 +115,16 @@ class Command(BaseCommand):
                 # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
                 switch_user(options["user"])
             self._set_up_log(options)
+            if (
+                options["file_descriptors"] is None
+                and limits.max_connections < TransportLimits.max_connections
+            ):
+                logger.warning(
+                    "The system lets this process have %d connections, not %d: LimitNOFILE of systemd, "
+                    "ulimit -Hn of the shell",
+                    limits.max_connections,
+                    TransportLimits.max_connections,
+                )
 
             port: int = sockets[0].getsockname()[1]
             name = options["name"] or f"{socket.gethostname()[:32]}:{port}"

@@ -150,8 +150,10 @@ class Command(BaseCommand):
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from error
         servers: list[tuple[str, int]] = options["servers"]
+        # One for all groups: one process speaks for them.
+        crew = (token or secrets.token_hex(16)).encode()
         plans = [
-            _Plan(group, jobs, servers, settings, tls, (token or secrets.token_hex(16)).encode())
+            _Plan(group, jobs, servers, settings, tls, crew)
             for group, jobs in self._groups(options, settings)
         ]
         if is_trial:
@@ -268,7 +270,8 @@ class Command(BaseCommand):
     ) -> list[tuple[conf.WorkerGroup, list[Job[Any, Any]]]]:
         if not registry:
             raise CommandError(
-                "No functions found: no installed app has a jobs.py with a function under @job. "
+                "No functions found: no installed app has a jobs.py with a function under @job, or a "
+                "tasks.py with one under @task whose backend in TASKS is ours. "
                 "Write one, or see whether its app is in INSTALLED_APPS."
             )
         given = {
