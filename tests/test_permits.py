@@ -107,6 +107,21 @@ class TestPeriods:
         assert server.ask(1, 100.0) == 0
         assert server.ask(1, 111.0) == 1
 
+    def test_starts_that_are_counted_together_count_from_the_last(self, monkeypatch):
+        monkeypatch.setattr(permits, "EXACT", 10)
+        server = Server(Use(), "1.1", Limit(100, 10.0))
+        for step in range(1, 101):
+            assert server.ask(1, step * 0.05)
+            server.begin(step * 0.05)
+            server.end()
+        # A crowd comes when the first of them are a period ago.
+        for step in range(1_000, 2_100):
+            for _ in range(server.ask(100, step * 0.01)):
+                server.begin(step * 0.01)
+                server.end()
+        assert len(server.begun) >= 200
+        assert all(b - a >= 10.0 for a, b in zip(server.begun, server.begun[100:], strict=False))
+
 
 class TestTurns:
     def test_a_server_that_has_nothing_comes_next(self):

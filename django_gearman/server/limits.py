@@ -4,9 +4,10 @@ Functions of which only so many jobs may run, or begin, at a time.
 Of a limited function a job is only shown to workers when there is a permit
 for it; until then it waits behind its ``Gate``, one for each key, in order.
 Permits are the store's, for all servers together (``permits.py``), and asked
-for when a job and a worker for it are there; without a store they are counted
-here. A job has its permit until its attempt is over. What is not used within a
-moment goes back, so that another server may have it.
+for when a job and a worker for it are there, or one that would take it next;
+without a store they are counted here. A job has its permit until its attempt is
+over. What is not used within a moment goes back, so that another server may
+have it.
 
 Of a gate one question is open at a time. It says what the server has, so that
 nothing depends on which questions were answered. No store, no permits: limited
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 
 UNUSED: Final = 1.0
 """Seconds after which a permit that no worker came for goes back."""
+
+UNUSED_BY_BUSY: Final = 10.0
+"""The same while workers of the function have jobs in hand: one of them may have it next."""
+
+LOOK: Final = 0.0001
+"""Seconds until the next look at what busy workers could do next, for each function: there may be many."""
 
 MAX_ASKED: Final = 100
 """Gates of which a question is open at a time; the others' turn comes with the replies."""
@@ -156,6 +163,10 @@ class Limiter:
         """Jobs with a permit that no worker has taken yet."""
         return self.function.waiting if self.function is not None else 0
 
+    def next_priority(self) -> int:
+        """Of the job whose turn it is to be asked for; only to be asked while there are ``turns``."""
+        return -self.turns[0][0][0]
+
     def crowded_from(self) -> int:
         """The priority from which down no more jobs of the crowded keys are taken in."""
         gates = [self.gates[key] for key in self.crowded]
@@ -192,6 +203,10 @@ class Limits:
         """Those of them for which something has changed; ``settle`` looks at them."""
         self._hungry: dict[Peer, None] = {}
         """Who has just asked for a job in vain, and does not sleep yet."""
+        self._busy: dict[Peer, int] = {}
+        """{who has just been given a job: the priority that another must have to be its next}"""
+        self._look_at = 0.0
+        """The clock's time from which to ask for these."""
         self._untold: dict[Gate, None] = {}
         """Gates that have given permits back, or begun jobs, of which the store does not know."""
         self._asked: dict[int, tuple[Gate, Question]] = {}
@@ -441,20 +456,37 @@ class Limits:
             if function.name in peer.abilities:
                 self.unsettled[function] = None
 
-    def _demand(self, limiter: Limiter) -> int:
-        """How many jobs workers could begin now, beside those that wait for them already."""
-        function, server = limiter.function, self._server
-        if function is None or not server.hands_out or server.clock >= server.hand_out_until:
-            return 0
-        workers = len(function.sleepers) + sum(function.name in peer.abilities for peer in self._hungry)
-        return workers - limiter.free - limiter.asking
+    def may_want(self, peer: Peer, priority: int) -> None:
+        """A worker has a job, and would take one of at least that priority next, though others wait too."""
+        self._busy[peer] = priority
+
+    def _look_for_busy(self) -> None:
+        """Settle with the functions of which those could take a job that are at work."""
+        lowest = min(self._busy.values())
+        for function in self.blocked:
+            limiter = function.limiter
+            if limiter is not None and limiter.turns and limiter.next_priority() >= lowest:
+                self.unsettled[function] = None
+        self._look_at = self._server.clock + LOOK * len(self.blocked)
+
+    def _takers(self, limiter: Limiter, function: Function) -> int:
+        """How many workers that do not sleep would take its next job."""
+        name = function.name
+        hungry = sum(name in peer.abilities for peer in self._hungry)
+        if not self._busy or not limiter.turns:
+            return hungry
+        best = limiter.next_priority()
+        return hungry + sum(
+            best >= priority and name in peer.abilities for peer, priority in self._busy.items()
+        )
 
     # What the store is asked.
 
     @property
     def due(self) -> float:
         """The clock's time at which ``ask_again`` has something to do; infinite for none."""
-        return self._retries[0][0] if self._retries else math.inf
+        due = self._retries[0][0] if self._retries else math.inf
+        return min(due, self._look_at) if self._busy else due
 
     def ask_again(self) -> None:
         """Time passed."""
@@ -467,11 +499,16 @@ class Limits:
 
     def settle(self) -> None:
         """Ask for what is needed and tell what is not, after all that has happened in a turn."""
+        looks = bool(self._busy) and self._server.clock >= self._look_at
+        if looks:
+            self._look_for_busy()
         unsettled, self.unsettled = self.unsettled, {}
         for function in unsettled:
             if function.limiter is not None:
-                self._ask_for(function.limiter)
+                self._ask_for(function.limiter, function)
         self._hungry.clear()
+        if looks:
+            self._busy.clear()
         for gate in list(self._untold):
             if gate.asked:
                 continue
@@ -486,10 +523,12 @@ class Limits:
         for function in list(self.blocked):
             self.unsettled[function] = None
         for limiter in self.limiters.values():
-            if not limiter.free:
+            if limiter.function is None or not limiter.free:
                 continue
+            is_busy = any(peer.running for peer in limiter.function.workers)
+            last = clock - (UNUSED_BY_BUSY if is_busy else UNUSED)
             for gate in limiter.gates.values():
-                for job in reversed([job for job, at in gate.free.items() if clock - at >= UNUSED]):
+                for job in reversed([job for job, at in gate.free.items() if at <= last]):
                     self._conceal(job, give_back=True)
         self.ask_again()
         self.settle()
@@ -497,11 +536,18 @@ class Limits:
             if not gate.asked:
                 self._ask(gate, 0)
 
-    def _ask_for(self, limiter: Limiter) -> None:
-        demand = self._demand(limiter)
+    def _ask_for(self, limiter: Limiter, function: Function) -> None:
+        """Ask for as many permits as workers could use now, beside those that wait for them already."""
+        server = self._server
+        clock = server.clock
+        if not server.hands_out or clock >= server.hand_out_until:
+            return
         turns = limiter.turns
-        clock = self._server.clock
-        while demand > 0 and turns and len(self._asked) < MAX_ASKED:
+        takers = self._takers(limiter, function)
+        while turns and len(self._asked) < MAX_ASKED:
+            demand = len(function.sleepers) + takers - limiter.free - limiter.asking
+            if demand <= 0:
+                return
             turn, _, gate = heapq.heappop(turns)
             if gate.turn != turn:
                 continue  # it has another
@@ -512,7 +558,6 @@ class Limits:
                 self._line_up(gate)
                 continue
             self._ask(gate, min(demand, gate.blocked))
-            demand = self._demand(limiter)
 
     def _ask(self, gate: Gate, wanted: int) -> None:
         self._untold.pop(gate, None)

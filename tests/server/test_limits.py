@@ -265,6 +265,87 @@ class TestPermits:
         assert not wire.core.ready
         assert grab(worker(wire)) == handle(1)
 
+    def test_one_is_kept_for_workers_that_are_busy(self):
+        """They come for it when they have done what they have in hand, not within the second."""
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 2)
+        submit(wire, 1, kind=P.SUBMIT_JOB_HIGH_BG)
+        assert grab(one) == handle(2)
+        for _ in range(5):
+            wire.core.clock += 1.0
+            wire.core.tick()
+        assert grab(one) == handle(3)
+
+    def test_none_is_kept_for_ever(self):
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 2)
+        submit(wire, 1, kind=P.SUBMIT_JOB_HIGH_BG)
+        assert grab(one) == handle(2)
+        assert len(wire.core.ready) == 1
+        wire.core.clock += 10.1
+        wire.core.tick()
+        assert not wire.core.ready
+
+    def busy(self, wire: Wire, count: int) -> Caller:
+        """A worker of the limited function and another, of which it has a job in hand, and others wait."""
+        caller = wire.worker(b"f", b"other")
+        client = wire.connect()
+        for _ in range(count):
+            client(P.SUBMIT_JOB_BG, b"other", b"", b"")
+        assert grab(caller) == handle(1)
+        return caller
+
+    def test_urgent_ones_are_begun_while_there_is_other_work(self):
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 100)
+        submit(wire, 3, kind=P.SUBMIT_JOB_HIGH_BG)
+        urgent = [handle(101), handle(102), handle(103)]
+        begun = []
+        for _ in range(8):
+            wire.core.clock += 0.1
+            got = grab(one)
+            begun.append(got)
+            if got in urgent:
+                complete(one, got)
+        # At each hand-out one is asked for, which is there at the next.
+        assert begun[1::2][:3] == urgent
+        assert not set(begun[6:]) & set(urgent)
+
+    def test_those_of_equal_priority_take_turns_with_other_work(self):
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 100)
+        submit(wire, 3)
+        begun = []
+        for _ in range(6):
+            wire.core.clock += 0.1
+            got = grab(one)
+            begun.append(got)
+            complete(one, got)
+        assert begun == [handle(n) for n in (2, 101, 3, 102, 4, 103)]
+
+    def test_no_permit_is_taken_while_there_is_more_urgent_work(self):
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 100)
+        submit(wire, 3, kind=P.SUBMIT_JOB_LOW_BG)
+        for _ in range(5):
+            wire.core.clock += 0.1
+            grab(one)
+            assert len(wire.core.ready) == 1
+
+    def test_many_hand_outs_are_one_look_at_what_is_limited(self, monkeypatch):
+        wire = limited(Wire(), concurrency=1)
+        one = self.busy(wire, 100)
+        submit(wire, 1, kind=P.SUBMIT_JOB_LOW_BG)
+        limits, looks = wire.core.limits, []
+        look = limits._look_for_busy
+        monkeypatch.setattr(limits, "_look_for_busy", lambda: looks.append(look()))
+        for _ in range(50):
+            grab(one)
+        assert len(looks) == 1
+        wire.core.clock += 0.1
+        grab(one)
+        assert len(looks) == 2
+
     def test_more_are_allowed_while_it_goes(self):
         wire = limited(Wire(), concurrency=1)
         workers = [worker(wire) for _ in range(3)]

@@ -49,7 +49,8 @@ DEFECTS: Final = [
     Defect(
         "answers overtake one that waits",
         CORE,
-        "        if peer.line is not None:\n            peer.line.append(data)\n            return\n",
+        "        if peer.line is not None:\n            peer.line.append(data)\n"
+        "            peer.lined += len(data)\n            return\n",
         "",
     ),
     Defect(
@@ -339,7 +340,7 @@ DEFECTS: Final = [
     Defect(
         "unused permits kept",
         LIMITS,
-        "if clock - at >= UNUSED]",
+        "if at <= last]",
         "if False]",
     ),
     Defect(

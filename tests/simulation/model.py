@@ -1226,7 +1226,7 @@ class Server:
         unique = self.choose(self.shape.uniques)
         found = [job for job in self.jobs.values() if job.key == (unique,)]
         known = [job for job in found if job.state != "pending"]
-        if not found and self.durable and unique:
+        if not found and self.durable and unique not in (b"", b"-"):
             slot = Slot(self.world.clock)
             peer.line.append(slot)
             self.ask_store(
