@@ -26,7 +26,7 @@ from django.dispatch import Signal
 
 from . import conf, logs, signals, tracing
 from .context import JobContext, Reports
-from .exceptions import Discard, JobCancelled, JobTimedOut, Retry
+from .exceptions import Discard, JobCancelled, JobTimedOut, Retry, TooLarge
 from .jobs import Job, RunCoroutine, exponential
 from .models import JobRecord
 from .registry import registry
@@ -56,6 +56,9 @@ class Assigned(Reports, Protocol):
     def max_attempts(self) -> int | None: ...
     @property
     def may_return(self) -> bool: ...
+    @property
+    def hears_interrupts(self) -> bool: ...
+    def end_copy(self, failure: BaseException | None = None) -> None: ...
     def as_told(self, error: BaseException) -> BaseException: ...
 
     decision: tuple[float | None] | None
@@ -90,13 +93,45 @@ def attempt_assigned(job: Job[Any, Any], assigned: Assigned, *, run: RunCoroutin
         attempt.tell_start()
         try:
             result = job.perform(assigned.workload, attempt.context, run=run or _run_on_kept_loop)
-        except KeyboardInterrupt:
-            raise
+            assigned.end_copy()
+            refuse_too_large(job, assigned, result)
         except BaseException as error:
-            attempt.tell_failure(error)
+            assigned.end_copy(error)
+            if not (isinstance(error, KeyboardInterrupt) and assigned.hears_interrupts):
+                mend_connections(error)
+                attempt.tell_failure(error)
             raise
         attempt.tell_success()
         return result
+
+
+def refuse_too_large(job: Job[Any, Any], assigned: Assigned, result: bytes) -> None:
+    """Raise the ``TooLarge`` with which a job ends whose result fits in no packet."""
+    limit = conf.settings_for().max_packet
+    if len(result) + len(assigned.handle) + 1 > limit:
+        # Another attempt would take as long, and end the same.
+        assigned.decision = (None,)
+        what, remedy = f"the result of {job.name}", "store it, and return a reference"
+        raise TooLarge(what, len(result), limit, setting="MAX_PACKET", remedy=remedy)
+
+
+def mend_connections(error: BaseException) -> None:
+    """Close what a failed function left broken: its ``backoff`` and receivers of signals may query."""
+    is_interrupted = isinstance(error, JobTimedOut | JobCancelled)
+    for connection in connections.all(initialized_only=True):
+        # That of a test, with its own transaction around the job, stays.
+        if connection.connection is None or connection.in_atomic_block:
+            continue
+        if is_interrupted:
+            # It may have been in the middle of a query.
+            connection.close()
+        elif connection.errors_occurred or not _is_plain(connection):
+            connection.close_if_unusable_or_obsolete()
+
+
+def _is_plain(connection: BaseDatabaseWrapper) -> bool:
+    """Whether an open connection is in no transaction that its user began by hand."""
+    return bool(connection.get_autocommit() == connection.settings_dict["AUTOCOMMIT"])
 
 
 class _Attempt:
@@ -164,14 +199,30 @@ async def aperform_assigned(job: Job[Any, Any], assigned: Assigned) -> bytes:
             await sync_to_async(attempt.tell_start)()
             try:
                 result = await job.aperform(assigned.workload, attempt.context)
+                refuse_too_large(job, assigned, result)
             except BaseException as error:
-                await sync_to_async(attempt.tell_failure)(error)
+                await sync_to_async(_tell_beside)(attempt, error)
                 raise
             await sync_to_async(attempt.tell_success)()
             return result
     finally:
         _guests.discard(guest)
         await sync_to_async(_tend_connections)(guest)
+
+
+def _tell_beside(attempt: _Attempt, error: BaseException) -> None:
+    mend_shared_connections(error)
+    attempt.tell_failure(error)
+
+
+def mend_shared_connections(error: BaseException) -> None:
+    """``mend_connections`` for a coroutine job, in the thread of ``sync_to_async``."""
+    if len(_guests) < 2:
+        mend_connections(error)
+        return
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is not None and not connection.in_atomic_block:
+            _tend_shared(connection, set(_guests))
 
 
 _guests: Final[set[object]] = set()
@@ -222,8 +273,7 @@ def _tend_shared(connection: BaseDatabaseWrapper, others: set[object]) -> None:
         connection.errors_occurred = False
     # A worker that always has a job would keep it for ever. From here on each query gets another.
     is_old = connection.close_at is not None and time.monotonic() >= connection.close_at + LONGEST_SHARED
-    is_plain = connection.get_autocommit() == connection.settings_dict["AUTOCOMMIT"]
-    if is_old and is_plain and connection.alias not in _aside.connections:
+    if is_old and _is_plain(connection) and connection.alias not in _aside.connections:
         _aside.connections[connection.alias] = connection, others
         del connections[connection.alias]
 
@@ -239,13 +289,16 @@ def _run_on_kept_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
     task = loop.create_task(_tended(coroutine))
     try:
         return loop.run_until_complete(task)
-    except BaseException:
+    except BaseException as error:
         if not task.done():
             # The loop was interrupted: the function is to hear of it, too.
             task.cancel()
             loop.run_until_complete(asyncio.wait([task]))
             # Of what was interrupted before its first step nothing was awaited.
             coroutine.close()
+            if isinstance(error, JobTimedOut | JobCancelled) and not task.cancelled():
+                # It goes on, as a `def` may that catches the error: what comes of it then is its end.
+                return task.result()
         raise
 
 

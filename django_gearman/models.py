@@ -231,7 +231,9 @@ class JobRecord(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.function} #{self.pk}"
+        # Any client's text, which headings show as it is: nothing in it is to hide or reorder others.
+        name = self.function if self.function.isprintable() else repr(self.function)[1:-1]
+        return f"{name} #{self.pk}"
 
     @classmethod
     def check(cls, **kwargs: Any) -> list[CheckMessage]:

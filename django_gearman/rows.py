@@ -89,6 +89,38 @@ def refresh(record: JobRecord, names: tuple[str, ...]) -> None:
         setattr(record, field.attname, value)
 
 
+def sees_now(using: str) -> bool:
+    """Whether each statement sees what is committed by then, and not what was when the transaction began."""
+    connection = connections[using]
+    # SQLite has one who writes at a time, and nothing to lock.
+    if connection.vendor == "sqlite" or not connection.in_atomic_block:
+        return True
+    # Of an enum with PostgreSQL, a text with MySQL; None leaves it to MySQL, whose own is REPEATABLE READ.
+    level = getattr(connection, "isolation_level", None)
+    return str(getattr(level, "name", level)).lower().endswith("committed")
+
+
+def live_now(record: JobRecord, using: str) -> JobRecord | None:
+    """
+    The live record of another's unique as it is now, though the transaction may see what was before.
+
+    Raises:
+        OperationalError: PostgreSQL has another by now than the transaction sees: begin that again.
+    """
+    connection = connections[using]
+    table, key = map(connection.ops.quote_name, (JobRecord._meta.db_table, "unique_key"))
+    # Only a lock tells: the weakest that the job's end does not go with.
+    lock = "LOCK IN SHARE MODE" if connection.vendor == "mysql" else "FOR KEY SHARE"
+    found = JobRecord.objects.using(using).raw(
+        f"SELECT * FROM {table} WHERE {key} = %s {lock}", [record.unique_key]
+    )
+    with transaction.atomic(using=using):
+        live = next(iter(found), None)
+        # PostgreSQL lets go of it then, so that the job may end before the transaction does.
+        transaction.set_rollback(True, using=using)
+    return live
+
+
 def _converted(field: AnyField, value: Any, connection: BaseDatabaseWrapper) -> Any:
     expression = field.cached_col
     for convert in (*connection.ops.get_db_converters(expression), *field.get_db_converters(connection)):

@@ -5,8 +5,9 @@ from datetime import timedelta
 from io import StringIO
 
 import pytest
+from django.apps import apps
 from django.core.management import call_command
-from django.db import IntegrityError
+from django.db import IntegrityError, connection
 from django.utils import timezone
 
 from django_gearman.models import JobRecord, ServerLease, unique_key_of
@@ -55,6 +56,28 @@ class TestText:
 class TestTables:
     def test_the_migrations_tell_the_whole_model(self) -> None:
         call_command("makemigrations", "django_gearman", check=True, dry_run=True, stdout=StringIO())
+
+    def test_texts_are_bytes_in_each_table(self) -> None:
+        """A table that comes with a new migration has to be converted, too."""
+        if connection.vendor != "mysql":
+            pytest.skip("MySQL's own")
+        tables = [model._meta.db_table for model in apps.get_app_config("django_gearman").get_models()]
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT table_name, table_collation FROM information_schema.tables "
+                "WHERE table_schema = DATABASE() AND table_name IN %s",
+                [tables],
+            )
+            found = dict(cursor.fetchall())
+            cursor.execute(
+                "SELECT table_name, column_name, collation_name FROM information_schema.columns "
+                "WHERE table_schema = DATABASE() AND table_name IN %s AND collation_name NOT LIKE %s",
+                [tables, "utf8mb4%bin"],
+            )
+            others = cursor.fetchall()
+        wanted = "utf8mb4_nopad_bin" if connection.mysql_is_mariadb else "utf8mb4_0900_bin"
+        assert found == dict.fromkeys(tables, wanted)
+        assert not others
 
     @pytest.mark.parametrize("priority", [-101, 101])
     def test_priorities_have_bounds(self, priority: int) -> None:

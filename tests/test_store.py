@@ -13,17 +13,19 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connection, connections
+from django.db import OperationalError, connection, connections, transaction
 from django.db.models import F
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from django_gearman import GroupResult, group
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.management.console import close_connections
 from django_gearman.models import (
     Cancellation,
     FunctionLimit,
+    JobGroup,
     JobRecord,
     LimitUse,
     ServerLease,
@@ -56,6 +58,7 @@ from django_gearman.store.lease import LEASE, RENEWALS, Lease
 from django_gearman.store.set_operations import BadRow, array
 
 from . import harness, needs
+from .app.jobs import shout
 from .simulation.store import Database, Row, SimulatedStore
 
 Status = JobRecord.Status
@@ -717,6 +720,53 @@ class TestTakeOver:
         again.resume()
         assert [job.handle for job in again.claim(10, {}).jobs] == [queued(2).handle]
 
+    def test_clocks_that_go_forward_take_no_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore, settings: Any
+    ) -> None:
+        """Of a project without time zones, whose leases are written in local time."""
+        try:
+            settings.USE_TZ = False
+            settings.TIME_ZONE = "Etc/GMT+1"
+            stores = [DatabaseHouse("one").store, DatabaseHouse("other").store]
+            write(stores[0], queued(), started())
+            settings.TIME_ZONE = "Etc/GMT"
+            for _ in range(2):
+                for store in reversed(stores):
+                    store._lease._looked_for_dead -= 5.0
+                    store._lease.renewed -= LEASE / 2
+                    assert store.claim(10, {}).jobs == []
+                    with store._lease.transaction():
+                        leases, _ = store._lease.all_now()
+                    assert not any(lease.is_silent for lease in leases.values())
+                # All have renewed since: now they judge again.
+                for store in stores:
+                    store._lease._judges_from = 0.0
+            write(stores[0], finished())
+            assert row().status == Status.SUCCESSFUL
+        finally:
+            connection.close()
+
+    def test_servers_that_are_gone_for_good_are_looked_at_once(
+        self, database: DatabaseHouse, other: DatabaseStore
+    ) -> None:
+        """Where each deployment has a name of its own their rows are many."""
+        past = timezone.now() - timedelta(days=1)
+        ServerLease.objects.bulk_create(
+            [ServerLease(name=f"gone {number}", epoch=1, renewed_at=past) for number in range(30)]
+        )
+        counts = []
+        for _ in range(2):
+            other._lease._looked_for_dead -= 5.0
+            with CaptureQueriesContext(connection) as queries:
+                other.claim(10, {})
+            counts.append(len(queries))
+        assert counts[0] > 30
+        assert counts[1] < 10
+        # One that came back and is silent again is another matter.
+        write(database.store, queued())
+        self.silence(other)
+        assert len(other.claim(10, {}).jobs) == 1
+
     def outage(self, *stores: DatabaseStore, seconds: float) -> None:
         """The database was out of reach for so long, and is back."""
         for store in stores:
@@ -832,6 +882,17 @@ class TestTakeOver:
             write(store, queued(2))
         assert JobRecord.objects.filter(handle=queued(2).handle.decode()).count() == 0
 
+    def test_what_an_earlier_run_had_comes_before_what_came_since(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("django_gearman.store.lease.ADOPTED_AT_ONCE", 2)
+        write(database.store, *(queued(number) for number in range(1, 6)))
+        write(database.store, queued(6, unclaimed=True))
+        again = database.restart()
+        again.resume()
+        taken = [job.handle for _ in range(4) for job in again.claim(10, {}).jobs]
+        assert taken == [queued(number).handle for number in range(1, 7)]
+
 
 class TestAgain:
     """A batch whose outcome is unknown is written once more."""
@@ -896,6 +957,7 @@ class TestBytes:
             b"\xff\xfe",
             b"\x01",
             b"\x01\xff",
+            b"x\0y",
             b"u" * 255,
             b"\xff" * 255,
         ],
@@ -914,6 +976,8 @@ class TestBytes:
             b"\x01\xff",
             b"\x01",
             b"\x01\x01",
+            b"\0",
+            b"\x01\0",
         ]
         assert len({text_of_unique(unique) for unique in uniques}) == len(uniques)
 
@@ -1548,6 +1612,168 @@ class TestDatabaseDoor:
         assert abs(record.finished_at - now - timedelta(seconds=2)) < timedelta(milliseconds=1)
         connection.close()
 
+    def test_a_database_with_a_time_zone_of_its_own(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connection.close()
+        monkeypatch.setitem(connection.settings_dict, "TIME_ZONE", "Asia/Tokyo")
+        # What it remembers.
+        known = vars(connections["default"])
+        for name in ("timezone", "timezone_name"):
+            known.pop(name, None)
+        try:
+            now = timezone.now()
+            database.put(b"later", status=Status.SCHEDULED, run_after=now + timedelta(minutes=5))
+            due = database.put(b"due", status=Status.SCHEDULED, run_after=now - timedelta(minutes=5))
+            (job,) = database.store.claim(10, {}).jobs
+            assert job.function == b"due"
+            at = now.timestamp()
+            later = queued(at=at, run_after=at + 60, unclaimed=True)
+            write(database.store, later)
+            replies = database.store.ask([Question(Topic.TAKE, 1, 0.0, handle=later.handle)])
+            assert replies[1].run_after == pytest.approx(at + 60, abs=0.001)
+            due.refresh_from_db()
+            assert due.run_after == now - timedelta(minutes=5)
+        finally:
+            connection.close()
+            for name in ("timezone", "timezone_name"):
+                known.pop(name, None)
+
+    @pytest.mark.parametrize("size", [3, 20_000])
+    def test_a_workload_that_was_written_as_text(self, database: DatabaseHouse, size: int) -> None:
+        if connection.vendor != "sqlite":
+            pytest.skip("other databases refuse it, or make bytes of it")
+        record = database.put()
+        with connection.cursor() as cursor:
+            table = connection.ops.quote_name(JobRecord._meta.db_table)
+            cursor.execute(f"UPDATE {table} SET workload = %s WHERE id = %s", ["x" * size, record.pk])
+        assert [job.workload for job in database.store.claim(10, {}).jobs] == [b"x" * size]
+
+    def test_a_time_that_never_comes(self, database: DatabaseHouse) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("PostgreSQL alone has an infinity")
+        record = database.put(b"never", status=Status.SCHEDULED, run_after=timezone.now())
+        with connection.cursor() as cursor:
+            table = connection.ops.quote_name(JobRecord._meta.db_table)
+            cursor.execute(f"UPDATE {table} SET run_after = 'infinity' WHERE id = %s", [record.pk])
+        database.put(b"due", status=Status.SCHEDULED, run_after=timezone.now())
+        assert [job.function for job in database.store.claim(10, {}).jobs] == [b"due"]
+
+
+class TestSlowTransactions:
+    """What a view has changed and not committed yet holds up nobody else."""
+
+    def test_a_job_that_is_being_cancelled(self, database: DatabaseHouse) -> None:
+        cancelled = [database.put(workload=b"cancelled") for _ in range(4)]
+        due = database.put(b"due", status=Status.SCHEDULED, run_after=timezone.now())
+        held = [record.pk for record in (*cancelled, due)]
+        database.put(workload=b"other")
+        database.put(b"unrelated")
+        rows = JobRecord.objects.filter(pk__in=held, server=None)
+        with harness.held_elsewhere(lambda: rows.update(status=Status.CANCELLED)):
+            claims = [database.store.claim(3, {}) for _ in range(3)]
+            # It is not looked again and again for what nobody can have.
+            assert not claims[-1].more
+            jobs = [job for claimed in claims for job in claimed.jobs]
+            assert sorted((job.function, job.workload) for job in jobs) == [
+                (b"reverse", b"other"),
+                (b"unrelated", b"abc"),
+            ]
+            assert not any(left.ready for claimed in claims for left in (claimed.left or {}).values())
+        assert database.store.claim(10, {}).jobs == []
+
+    def test_a_job_that_stays_after_all(self, database: DatabaseHouse) -> None:
+        record = database.put()
+
+        def cancel() -> None:
+            JobRecord.objects.filter(pk=record.pk).update(status=Status.CANCELLED)
+            transaction.set_rollback(True)
+
+        with harness.held_elsewhere(cancel):
+            assert database.store.claim(10, {}).jobs == []
+        assert len(database.store.claim(10, {}).jobs) == 1
+
+    def test_a_job_that_several_cancel(self, database: DatabaseHouse) -> None:
+        records = [database.put(), database.put()]
+        rows = JobRecord.objects.filter(pk=records[0].pk)
+        Cancellation.objects.bulk_create([Cancellation(job_id=record.pk) for record in records])
+        with harness.held_elsewhere(lambda: rows.update(status=Status.CANCELLED)):
+            assert database.store.claim(10, {}).jobs == []
+        assert set(JobRecord.objects.values_list("status", flat=True)) == {Status.CANCELLED}
+
+    def test_a_unique_that_is_being_enqueued(self, database: DatabaseHouse) -> None:
+        with harness.held_elsewhere(lambda: database.put(unique=b"same")):
+            for number in (1, 3):
+                told = write(
+                    database.store,
+                    queued(number, unique=b"same"),
+                    queued(number + 1, unique=b"other %d" % number),
+                    queued(number + 10),
+                )
+                assert list(told) == [0]
+        told = write(database.store, queued(5, unique=b"same"))
+        assert isinstance(told[0], Joined)
+
+    def test_a_unique_whose_job_is_being_cancelled(self, database: DatabaseHouse) -> None:
+        record = database.put(unique=b"same")
+        rows = JobRecord.objects.filter(pk=record.pk)
+        with harness.held_elsewhere(lambda: rows.update(status=Status.CANCELLED, unique_key=None)):
+            assert list(write(database.store, queued(1, unique=b"same"), queued(2))) == [0]
+        assert write(database.store, queued(3, unique=b"same")) == {}
+
+    def test_what_is_ours_is_tried_again(self, database: DatabaseHouse) -> None:
+        write(database.store, queued(1), started(1))
+        rows = JobRecord.objects.filter(handle="H:one:1.1")
+        with harness.held_elsewhere(lambda: rows.update(client="")), pytest.raises(StoreError):
+            write(database.store, finished(1), queued(2))
+        assert write(database.store, finished(1), queued(2), again=True) == {}
+        assert row().status == Status.SUCCESSFUL
+
+    def test_a_group_that_is_being_cancelled(self, database: DatabaseHouse) -> None:
+        plan = {"stages": [{"size": 3, "many": True, "takes": "-"}], "on_success": "-", "delays": {}}
+        made = JobGroup.objects.create(total=3, left=3, plan=plan)
+        for place in range(3):
+            database.put(group=made, group_index=place)
+        first, second, third = (job.handle for job in database.store.claim(10, {}).jobs)
+
+        def end(handle: bytes) -> JobFinished:
+            return finished()._replace(handle=handle)
+
+        groups = JobGroup.objects.filter(pk=made.pk)
+        with harness.held_elsewhere(lambda: groups.update(name="held")):
+            for number, handle in enumerate((first, second)):
+                assert write(database.store, end(handle), queued(number)) == {}
+            assert JobRecord.objects.filter(status=Status.SUCCESSFUL).count() == 2
+            database.store.claim(10, {})
+            made.refresh_from_db()
+            assert made.finished == 0
+        database.store._members._recount_at = 0.0
+        database.store.claim(10, {})
+        made.refresh_from_db()
+        assert (made.left, made.successful, made.is_finished) == (1, 2, False)
+        write(database.store, end(third))
+        made.refresh_from_db()
+        assert (made.left, made.successful, made.is_finished) == (0, 3, True)
+
+    def test_members_that_run_while_their_group_is_being_cancelled(self, database: DatabaseHouse) -> None:
+        made = group(shout.si(b"%d" % number) for number in range(20)).enqueue()
+        first, second, *_ = (job.handle for job in database.store.claim(10, {}).jobs)
+        write(database.store, *(started()._replace(handle=handle) for handle in (first, second)))
+        with harness.held_elsewhere(lambda: GroupResult.find(made.id).cancel()):
+            write(database.store, *(finished()._replace(handle=handle) for handle in (first, second)))
+        assert JobRecord.objects.filter(status=Status.SUCCESSFUL).count() == 2
+        assert JobRecord.objects.filter(status=Status.CANCELLED).count() == 10
+
+    def test_a_server_that_hangs_in_a_transaction(self, database: DatabaseHouse) -> None:
+        write(database.store, queued())
+        other = DatabaseHouse("two")
+        ServerLease.objects.filter(name="one").update(renewed_at=timezone.now() - timedelta(hours=1))
+        other.store._lease._looked_for_dead -= LEASE
+        with harness.held_elsewhere(lambda: ServerLease.objects.filter(name="one").update(address="")):
+            assert other.store.claim(10, {}).jobs == []
+        other.store._lease._looked_for_dead -= LEASE
+        assert len(other.store.claim(10, {}).jobs) == 1
+
 
 class TestOutOfReach:
     def test_a_database_without_tables(self, transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1585,6 +1811,39 @@ class TestOutOfReach:
         with pytest.raises(StoreError):
             database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
+
+    def test_the_writer_does_without_an_isolation(self, database: DatabaseHouse) -> None:
+        """Of views: what others do beside them would end its transactions, such as to renew their leases."""
+        level: Any = "repeatable read"
+        match connection.vendor:
+            case "postgresql":
+                from django.db.backends.postgresql.psycopg_any import IsolationLevel
+
+                level = IsolationLevel.REPEATABLE_READ
+            case "sqlite":
+                pytest.skip("SQLite has one isolation")
+
+        def put() -> None:
+            try:
+                database.put()
+            finally:
+                connection.close()
+
+        connection.close()
+        before = connection.settings_dict
+        connection.settings_dict = {**before, "OPTIONS": {**before["OPTIONS"], "isolation_level": level}}
+        try:
+            # As the command that starts a server does before.
+            assert not JobRecord.objects.exists()
+            with database.store._lease.transaction():
+                assert not JobRecord.objects.exists()
+                other = threading.Thread(target=put)
+                other.start()
+                other.join(60)
+                assert JobRecord.objects.exists()
+        finally:
+            connection.close()
+            connection.settings_dict = before
 
     @pytest.fixture
     def pool(self, database: DatabaseHouse) -> Iterator[None]:

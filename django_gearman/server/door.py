@@ -1,7 +1,7 @@
 """
-The door of a port that speaks TLS: who comes in is known.
+Who is not let in, and the door of a port that speaks TLS: who comes in there is known.
 
-Takes connections, shakes hands, and passes on those that succeed. asyncio's
+It takes connections, shakes hands, and passes on those that succeed. asyncio's
 own servers would do so too, but count nobody who has not shaken hands, and
 leave no word of who failed.
 """
@@ -20,8 +20,33 @@ logger = logging.getLogger(__name__)
 SILENCE: Final = 60.0
 """Seconds between two warnings of connections that failed; each is told at DEBUG."""
 
+TOO_MANY: Final = (
+    "too many are open already; --file-descriptors allows more, within the system's limit "
+    "(LimitNOFILE of systemd, ulimit -Hn)"
+)
+"""Why a connection is refused that is all right in itself."""
+
 _NO_DESCRIPTORS_PAUSE: Final = 1.0
 """Seconds to wait for connections to close when the system has no more to give."""
+
+
+class Refusals:
+    """What the log says of connections that are refused: a crowd of them must not fill it."""
+
+    def __init__(self) -> None:
+        self._silent_until = 0.0
+        self._unsaid = 0
+
+    def tell(self, address: str, reason: str, now: float) -> None:
+        """Warn of it at the monotonic time ``now``, unless that was just done of another."""
+        logger.debug("Connection from %s refused: %s", address, reason)
+        if now < self._silent_until:
+            self._unsaid += 1
+            return
+        others = f" ({self._unsaid} others since the last such line)" if self._unsaid else ""
+        logger.warning("Connection from %s refused: %s%s", address, reason, others)
+        self._silent_until = now + SILENCE
+        self._unsaid = 0
 
 
 class TLSDoor:
@@ -30,6 +55,7 @@ class TLSDoor:
 
     Args:
         factory: Makes the protocol of a connection.
+        refusals: Told of those that are not let in.
         has_room: Whether one more may come in, told how many shake hands already.
         limit: Seconds that a handshake may take.
     """
@@ -39,6 +65,7 @@ class TLSDoor:
         sockets: list[socket.socket],
         tls: ssl.SSLContext,
         factory: Callable[[], asyncio.Protocol],
+        refusals: Refusals,
         *,
         has_room: Callable[[int], bool],
         limit: float,
@@ -46,12 +73,11 @@ class TLSDoor:
     ) -> None:
         self._tls = tls
         self._factory = factory
+        self._refusals = refusals
         self._has_room = has_room
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._silent_until = 0.0
-        self._unsaid = 0
         for sock in sockets:
             sock.listen(backlog)
         self._accepting = [self._loop.create_task(self._accept(sock)) for sock in sockets]
@@ -78,7 +104,7 @@ class TLSDoor:
                     task.add_done_callback(self._handshakes.discard)
                 else:
                     sock.close()
-                    self._complain(address[0], "too many are open already")
+                    self._refusals.tell(address[0], TOO_MANY, self._loop.time())
                 # sock_accept does not wait when somebody is there, and others want their turn.
                 await asyncio.sleep(0)
         finally:
@@ -93,18 +119,7 @@ class TLSDoor:
             # Left without a word, as those do that look whether the port is open.
             logger.debug("Connection from %s closed by itself during the TLS handshake", address)
         except OSError as error:
-            self._complain(address, _reason(error, self._limit))
-
-    def _complain(self, address: str, reason: str) -> None:
-        logger.debug("Connection from %s refused: %s", address, reason)
-        now = self._loop.time()
-        if now < self._silent_until:
-            self._unsaid += 1
-            return
-        others = f" ({self._unsaid} others since the last such line)" if self._unsaid else ""
-        logger.warning("Connection from %s refused: %s%s", address, reason, others)
-        self._silent_until = now + SILENCE
-        self._unsaid = 0
+            self._refusals.tell(address, _reason(error, self._limit), self._loop.time())
 
 
 def _reason(error: OSError, limit: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from math import inf
 from time import monotonic
@@ -30,6 +31,7 @@ from ..server.entries import (
     Claimed,
     Crowd,
     Entry,
+    JobKept,
     JobQueued,
     JobRequeued,
     Joined,
@@ -45,12 +47,15 @@ from .door import Door, Look
 from .folding import Folded, indexed, without_data
 from .lease import LEASE, Lease
 from .members import Members
-from .set_operations import BadRow, SetOperations, array
+from .set_operations import BadRow, BusyRow, SetOperations, array
 
 logger = logging.getLogger(__name__)
 
 LIMITS_INTERVAL: Final = 0.9
 """Seconds between two looks at the limits; there is a claim each second."""
+
+HURRIED_FOR: Final = 10.0
+"""Seconds for which batches wait for no row, after one had to: its client may come again and again."""
 
 CANCEL_INTERVAL: Final = 0.1
 """Seconds between two looks at what is to be cancelled, however often somebody calls."""
@@ -101,6 +106,8 @@ class DatabaseStore:
         self._sweep_at = 0.0
         self._look_for_cancelled_at = 0.0
         """Monotonic time at which what is to be cancelled is looked at again."""
+        self._hurried_until = 0.0
+        """Monotonic time until which batches wait for no row that somebody else has locked."""
         self._without_schedules = 0
         """The second, since 1970, of which is known that no schedule was due."""
 
@@ -187,24 +194,28 @@ class DatabaseStore:
             # Some of them may be to end.
             self._look_for_cancelled_at = 0.0
         cancelled = self._cancelled()
+        self._members.recount()
         with self._db.errors():
             # Mostly there is nothing, and finding that out need not write.
-            door = Look() if is_time else self._door.look(limit, full, crowded)
+            locks = self._door.has_locked
+            door = Look() if is_time or locks else self._door.look(limit, full, crowded)
         unsure = self._door.perhaps_taken
         taken = self._door.found_again()
-        if door.rows or is_time or self._lease.wants_proof:
+        if door.rows or is_time or locks or self._lease.wants_proof:
             try:
                 with self._lease.transaction(synced=is_time):
                     if is_time and scheduler is not None:
                         scheduler.work(moment)
-                        door = self._door.look(limit, full, crowded)
+                    if is_time or locks:
+                        door = self._door.look(limit, full, crowded, locks=locks)
                     taken += self._door.take(door.rows)
             except StoreError:
                 # The connection may have been lost inside COMMIT, and what is ours is not looked for again.
                 self._door.perhaps_taken = [*unsure, *(row.id for row in door.rows)]
                 raise
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
-        if door.is_partial and monotonic() >= self._door.count_at:
+        # What is locked would be counted as jobs that are about to be claimed.
+        if door.is_partial and not self._door.has_locked and monotonic() >= self._door.count_at:
             with self._db.errors():
                 left = self._door.count()
         return Claimed(
@@ -266,11 +277,13 @@ class DatabaseStore:
                         ours.append(str(handle).encode())
                     elif server is None:
                         at_door.append(id)
-        if over or at_door:
+        for start in range(0, len(at_door), 500):
+            # Each by itself, since groups are locked after rows. Another server may have been quicker to
+            # claim some: then it reads the same.
             with self._lease.transaction():
-                for start in range(0, len(at_door), 500):
-                    # Another server may have been quicker to claim it: then it reads the same.
-                    self._door.end(pk__in=at_door[start : start + 500])
+                self._door.end(pk__in=at_door[start : start + 500])
+        if over:
+            with self._lease.transaction():
                 for start in range(0, len(wanted), 500):
                     gone = over.intersection(wanted[start : start + 500])
                     Cancellation.objects.using(self._db.using).filter(pk__in=gone).delete()
@@ -340,9 +353,14 @@ class DatabaseStore:
         if any(isinstance(e, JobQueued | JobRequeued) and e.unclaimed and e.run_after for e in entries):
             self._door.look_for_due_at = 0.0
         batch = Folded(entries, self._queue_of)
+        is_hurried = monotonic() < self._hurried_until
         try:
-            with self._lease.transaction():
+            with self._db.hurried() if is_hurried else nullcontext(), self._lease.transaction():
                 joined = self._write(batch, again=again)
+        except BusyRow:
+            self._hurried_until = monotonic() + HURRIED_FOR
+            with self._db.hurried():
+                told = self._write_apart(entries, again=again)
         except BadRow:
             told = self._write_apart(entries, again=again)
         else:
@@ -408,7 +426,8 @@ class DatabaseStore:
                 if handle is None:
                     # It waits at the door, without a name.
                     handle = f"{self._row_prefix}{pk}"
-                    self._db.records().filter(pk=pk, handle=None).update(handle=handle)
+                    with self._set_operations.bad_rows():
+                        self._db.records().filter(pk=pk, handle=None).update(handle=handle)
                 del queued[keys[key]]
                 joined[keys[key]] = Joined(handle.encode())
         return joined
@@ -436,6 +455,9 @@ class DatabaseStore:
                 write_halves(middle, last)
                 return
             refused[first] = str(error)
+            if isinstance(error, BusyRow) and not isinstance(entries[first], JobQueued | JobKept):
+                # Nothing is wrong with it, and nobody is to be refused: all of it is tried again.
+                raise StoreError(str(error))
             # A job that ended must not run again because its result cannot be kept.
             end = without_data(entries[first], str(error))
             if end is not None:

@@ -7,7 +7,7 @@ No rows and no statements. Pure functions, called for each entry of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from functools import lru_cache
 from typing import Any, Final
 
@@ -52,20 +52,20 @@ def text_of_unique(unique: bytes) -> str:
     """
     A unique as its column keeps it: UTF-8 text, and any other bytes so that they come back whole.
 
-    The others are written as Latin-1 behind U+0001.
+    The others are written as Latin-1 behind U+0001, NUL as U+0100: PostgreSQL's texts have none.
     """
-    if not unique.startswith(b"\x01"):
+    if not unique.startswith(b"\x01") and b"\0" not in unique:
         try:
             return unique.decode()
         except UnicodeDecodeError:
             pass
-    return "\x01" + unique.decode("latin-1")
+    return "\x01" + unique.decode("latin-1").replace("\0", "\u0100")
 
 
 def bytes_of_unique(text: str) -> bytes:
     """What ``text_of_unique`` was given."""
     if text.startswith("\x01"):
-        return text[1:].encode("latin-1")
+        return text[1:].replace("\u0100", "\0").encode("latin-1")
     return text.encode()
 
 
@@ -81,15 +81,19 @@ def _forget_moments(*, setting: str, **kwargs: Any) -> None:
         moment_of.cache_clear()
 
 
-def seconds_of(moment: datetime | str | None) -> float:
-    """A moment as a driver gives it, in seconds since 1970; 0 for none. ``moment_of`` turned around."""
+def seconds_of(moment: datetime | str | None, zone: tzinfo = UTC) -> float:
+    """
+    A moment as a driver gives it, in seconds since 1970; 0 for none. ``moment_of`` turned around.
+
+    Args:
+        zone: Of a database that keeps none with its moments, while ``USE_TZ`` is on.
+    """
     if moment is None:
         return 0.0
     if isinstance(moment, str):
         moment = datetime.fromisoformat(moment)
     if moment.tzinfo is None and settings.USE_TZ:
-        # Databases without time zones keep UTC.
-        moment = moment.replace(tzinfo=UTC)
+        moment = moment.replace(tzinfo=zone)
     return moment.timestamp()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from threading import get_ident
-from typing import Any
+from typing import Any, Final
 
 from django.db import DatabaseError, InterfaceError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -21,7 +21,12 @@ from django.db.models import QuerySet
 
 from ..exceptions import StoreError
 from ..models import JobRecord
-from .statements import Statements
+from .statements import LOCK_WAIT, Statements
+
+_CODES_OF_LOCKS: Final = frozenset({1205, 3572, "55P03"})
+"""Errors that say that a row was locked for too long: MySQL's and PostgreSQL's."""
+
+_OPTIONS_OF_VIEWS: Final = ("pool", "isolation_level")
 
 
 class Database:
@@ -44,6 +49,8 @@ class Database:
         """The thread that asked last, and its connection: Django is slower to find it than SQLite a row."""
         self._prepared: object = None
         """The driver's connection that ``_prepare`` has seen."""
+        self.is_hurried = False
+        """Whether the transactions of now wait for no row."""
 
     @contextmanager
     def transaction(self, *, synced: bool = True) -> Iterator[None]:
@@ -78,11 +85,11 @@ class Database:
         # Django hands on some of the driver's own errors as they are, such as those of closing a cursor.
         driver: Any = connection.Database  # type: ignore[attr-defined]  # each backend has it
         try:
-            if connection.connection is None:
-                _do_without_pool(connection)
-                connection.ensure_connection()
             # Inside of somebody else's transaction, as in a test case, nothing could be set.
-            if connection.connection is not self._prepared and not connection.in_atomic_block:
+            is_new = connection.connection is None or connection.connection is not self._prepared
+            if is_new and not connection.in_atomic_block:
+                _leave_options_to_views(connection)
+                connection.ensure_connection()
                 self._prepare(connection)
                 self._prepared = connection.connection
             yield
@@ -90,6 +97,31 @@ class Database:
             # Whatever state it is in: the next attempt gets a new one.
             self.let_go()
             raise StoreError(said(error)) from error
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Transactions in here wait for hardly any row that others have locked; put it around them."""
+        self.is_hurried = True
+        try:
+            with self.errors():
+                self._set_lock_wait()
+            yield
+        finally:
+            self.is_hurried = False
+            # A connection that was let go of begins anew.
+            if self._prepared is not None:
+                with self.errors():
+                    self._set_lock_wait()
+
+    def _set_lock_wait(self) -> None:
+        """For how long a statement waits; on PostgreSQL each transaction says so itself."""
+        connection = self.connection
+        if connection.vendor == "mysql":
+            # MySQL makes a second of 0.
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "SET SESSION innodb_lock_wait_timeout = %s", [0 if self.is_hurried else LOCK_WAIT]
+                )
 
     def let_go(self) -> None:
         """Close the connection, whatever state it is in."""
@@ -112,6 +144,7 @@ class Database:
             with connection.cursor() as cursor:
                 cursor.execute("SELECT @@max_allowed_packet")
                 self.packet_limit = cursor.fetchone()[0]
+            self._set_lock_wait()
 
     def execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
         """The rows of a statement; none of one that has none."""
@@ -150,9 +183,18 @@ class Database:
         """Whether nobody else can write while a transaction of ours is open: SQLite has one lock for all."""
         return self.connection.vendor == "sqlite"
 
+    @property
+    def skips_locked(self) -> bool:
+        """Whether a statement can pass over rows that others have locked."""
+        return bool(self.connection.features.has_select_for_update_skip_locked)
+
     @cached_property
     def sql(self) -> Statements:
         return Statements(self.connection)
+
+    def forget_statements(self) -> None:
+        """Write them anew: that of the time has the offset of local time in it on MySQL."""
+        vars(self).pop("sql", None)
 
     @property
     def connection(self) -> BaseDatabaseWrapper:
@@ -169,11 +211,18 @@ class Database:
         return self.connection.ops.quote_name(str(self.fields[name].column))
 
 
-def _do_without_pool(connection: BaseDatabaseWrapper) -> None:
-    """It keeps its one connection; and after an outage a pool comes back when it sees fit, a minute late."""
+def _leave_options_to_views(connection: BaseDatabaseWrapper) -> None:
+    """
+    Do without some that are good for views alone.
+
+    It keeps its one connection, and after an outage a pool comes back when it sees fit, a minute late. An
+    isolation above Django's own would end transactions because others renew leases beside them.
+    """
     options = connection.settings_dict["OPTIONS"]
-    if "pool" in options:
-        own = {name: value for name, value in options.items() if name != "pool"}
+    if not options.keys().isdisjoint(_OPTIONS_OF_VIEWS):
+        # Somebody may have looked around before the writer came.
+        connection.close()
+        own = {name: value for name, value in options.items() if name not in _OPTIONS_OF_VIEWS}
         connection.settings_dict = {**connection.settings_dict, "OPTIONS": own}
 
 
@@ -193,6 +242,17 @@ def _is_direct(connection: BaseDatabaseWrapper) -> bool:
 def _for_sqlite(sql: str) -> str:
     """A statement with the driver's own marks; Django's cursor writes it anew each time."""
     return re.sub(r"(?<!%)%s", "?", sql).replace("%%", "%")
+
+
+def error_code(error: DatabaseError) -> object:
+    """The database's own code of an error; None when it has none."""
+    cause = error.__cause__
+    return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)
+
+
+def is_of_lock(error: DatabaseError) -> bool:
+    """Whether it says that somebody else has a row locked, and nothing worse."""
+    return error_code(error) in _CODES_OF_LOCKS
 
 
 def said(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from math import inf
 from time import monotonic
 from typing import Any, Final, NamedTuple
@@ -24,7 +24,7 @@ from .database import Database
 from .lease import Lease
 from .members import Members
 from .set_operations import array
-from .statements import FUNCTIONS_AT_ONCE, INLINE
+from .statements import FUNCTIONS_AT_ONCE, INLINE, SKIP_LOCKED
 
 CLAIM_BYTES: Final = 16 * 1024 * 1024
 """Bytes of workloads that one claim reads, as many as make it full and the last job's."""
@@ -37,6 +37,9 @@ MAX_CROWDED: Final = 500
 
 DUE_INTERVAL: Final = 1.0
 """Seconds between two looks at the jobs for later: those of others come without a word."""
+
+LOCKED_FOR: Final = 5.0
+"""Seconds for which looks pass over locked rows, after one was met: they may be all that would be seen."""
 
 
 class DoorRow(NamedTuple):
@@ -92,17 +95,34 @@ class Door:
         self.look_for_due_at = 0.0
         """Monotonic time at which jobs for later are looked at again."""
         self._has_later = False
+        self._locking = ""
+        """What the statements of this look end with."""
+        self._locked_until = 0.0
+        """Monotonic time until which some of what lies here may be locked by others than servers."""
         self.count_at = 0.0
         """Monotonic time from which what lies here is counted again."""
 
-    def look(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd]) -> Look:
-        """What is to be taken from the door, and what is known of the rest."""
+    @property
+    def has_locked(self) -> bool:
+        """Whether rows here may be locked: then ``look`` is to lock what it finds."""
+        return monotonic() < self._locked_until
+
+    def look(
+        self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd], *, locks: bool = False
+    ) -> Look:
+        """
+        What is to be taken from the door, and what is known of the rest.
+
+        Args:
+            locks: Lock it, in the transaction that takes it, and pass over what others have locked.
+        """
+        self._locking = SKIP_LOCKED if locks else ""
         look = Look()
         now = timezone.now()
         first: list[DoorRow] | None = None
         if not full and not crowded:
             # Mostly one job waits, or none: then this statement has told all.
-            first = self._rows_of(self._db.sql.first_ready, [2])
+            first = self._rows_of(self._db.sql.first_ready + self._locking, [2])
             if len(first) > 1:
                 first = None
         if first is not None:
@@ -130,7 +150,7 @@ class Door:
                 look.emptied.add(name.encode())
             elif name in ready:
                 statement, but = self._but(self._db.sql.ready_of, crowd)
-                rows = self._rows_of(statement, [name, above, *but, share])
+                rows = self._rows_of(statement + self._locking, [name, above, *but, share])
                 if len(rows) < share and name.encode() not in full and crowd is None:
                     look.emptied.add(name.encode())
             if name in due:
@@ -168,7 +188,7 @@ class Door:
         for statement in self._db.sql.functions_due:
             found = self._functions(statement, self._first_due_function)
             for name, at in found:
-                times[name] = min(times.get(name, inf), seconds_of(at))
+                times[name] = min(times.get(name, inf), seconds_of(at, self._zone))
             if len(found) == FUNCTIONS_AT_ONCE:
                 more.append(found[-1][0])
         all_of_them = not more
@@ -204,18 +224,18 @@ class Door:
         due: list[DoorRow] = []
         for statement in self._db.sql.due_of:
             statement, but = self._but(statement, crowd)
-            rows = self._rows_of(statement, [name, at, *but, share])
+            rows = self._rows_of(statement + self._locking, [name, at, *but, share])
             due += [row for row in rows if row.job.priority > above]
         rows = sorted([*ready, *due], key=lambda row: (-row.job.priority, row.ready_at, row.id))
         return rows[:share]
 
     def _rows_of(self, statement: str, parameters: list[Any]) -> list[DoorRow]:
         rows: list[DoorRow] = []
-        ready_at, priority = 0.0, None
+        ready_at, priority, zone = 0.0, None, self._zone
         for id, size, status, enqueued_at, group, *columns in self._db.execute(statement, parameters):
-            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
+            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns, zone)
             # Those that are ready have the order of their ids, whatever the clocks said.
-            ready_at = max(ready_at if job.priority == priority else 0.0, seconds_of(enqueued_at))
+            ready_at = max(ready_at if job.priority == priority else 0.0, seconds_of(enqueued_at, zone))
             priority = job.priority
             if status != READY:
                 rows.append(DoorRow(id, size, job, job.run_after, group))
@@ -225,6 +245,11 @@ class Door:
                 job = job._replace(run_after=0.0)
             rows.append(DoorRow(id, size, job, ready_at, group))
         return rows
+
+    @property
+    def _zone(self) -> tzinfo:
+        """In which the database keeps moments, if it keeps no zone with them."""
+        return self._db.connection.timezone or UTC
 
     def count(self) -> dict[tuple[bytes, int], Waiting]:
         """How many jobs lie at the door; from indexes alone."""
@@ -258,7 +283,7 @@ class Door:
                 return None
             noted.append(id)
             ((_, size, status, _, group, *columns),) = self._db.execute(self._db.sql.by_id(1), [id])
-            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns)
+            job = _stored_job(columns[0] or f"{self._row_prefix}{id}", columns, self._zone)
             is_later = status != READY and job.run_after > timezone.now().timestamp()
             taken = self.take([DoorRow(id, size, job, 0.0, group)], status=status if is_later else READY)
         self.perhaps_taken = [each for each in unsure if each != id]
@@ -272,10 +297,16 @@ class Door:
     def end(self, **which: Any) -> int:
         """Cancel jobs that lie at the door; how many there were."""
         door = self._db.records().filter(server=None, status__in=AT_DOOR, **which)
-        # Locked, so that each that is counted is ended here and not claimed by somebody else.
-        members = door.filter(group_index__isnull=False).select_for_update().order_by("pk")
-        groups = Counter(members.values_list("group", flat=True))
-        ended = door.update(
+        # Locked, so that each that is counted is ended here and not claimed by somebody else. What is
+        # locked already is just being ended or claimed.
+        locked = door.select_for_update(skip_locked=self._db.skips_locked).order_by("pk")
+        groups: Counter[int] = Counter()
+        ids: list[int] = []
+        for id, group, place in locked.values_list("pk", "group", "group_index"):
+            ids.append(id)
+            if place is not None:
+                groups[group] += 1
+        ended = door.filter(pk__in=ids).update(
             status=Status.CANCELLED,
             finished_at=timezone.now(),
             message="The job was cancelled",
@@ -286,17 +317,23 @@ class Door:
         return ended
 
     def take(self, rows: list[DoorRow], status: str = READY) -> list[StoredJob]:
-        """Make rows ours; those that somebody else was quicker to take stay his."""
+        """Make rows ours; those that somebody else was quicker to take stay his, or has locked."""
         if not rows:
             return []
+        is_postgresql = self._db.connection.vendor == "postgresql"
         # A handle is of a row's id, which is never used twice; handles of the wire door have an epoch
         # there. A job that another server had keeps the handle that its client knows.
         jobs = {row.id: row.job for row in rows}
-        ids = [array(list(jobs))] if self._db.connection.vendor == "postgresql" else jobs
-        parameters: list[Any] = [self._row_prefix, self._lease.id, self._lease.epoch, status, *ids]
-        taken = self._db.change(self._db.sql.take(len(jobs)), parameters)
+        ids: list[Any] = [array(list(jobs))] if is_postgresql else list(jobs)
+        if self._db.skips_locked and not is_postgresql:
+            ids = [id for (id,) in self._db.execute(self._db.sql.free(len(ids)), ids)]
+        taken = 0
+        if ids:
+            parameters = [self._row_prefix, self._lease.id, self._lease.epoch, status, *ids]
+            taken = self._db.change(self._db.sql.take(len(ids)), parameters)
         if taken < len(rows):
             still_ours = self._ours(jobs)
+            self._note_locked([id for id in jobs if id not in still_ours])
             jobs = {id: job for id, job in jobs.items() if id in still_ours}
         for row in rows:
             if row.group is not None and row.id in jobs:
@@ -304,8 +341,14 @@ class Door:
         large = [row.id for row in rows if row.size > INLINE and row.id in jobs]
         for id in large:
             ((workload,),) = self._db.execute(self._db.sql.workload, [id])
-            jobs[id] = jobs[id]._replace(workload=bytes(workload))
+            jobs[id] = jobs[id]._replace(workload=_bytes_of(workload))
         return list(jobs.values())
+
+    def _note_locked(self, ids: list[int]) -> None:
+        """Of rows that were not to be had: whether some still lie here."""
+        here = self._db.records().filter(pk__in=ids, server=None, status__in=AT_DOOR)
+        if ids and self._db.skips_locked and here.exists():
+            self._locked_until = monotonic() + LOCKED_FOR
 
     def _ours(self, ids: Collection[int]) -> set[int]:
         """Which of the rows this run of the server has."""
@@ -334,13 +377,13 @@ class Door:
                     self._members.group_of[row.job.handle] = row.group
                 if row.size > INLINE:
                     ((workload,),) = self._db.execute(self._db.sql.workload, [row.id])
-                    jobs.append(row.job._replace(workload=bytes(workload)))
+                    jobs.append(row.job._replace(workload=_bytes_of(workload)))
                 else:
                     jobs.append(row.job)
         return jobs
 
 
-def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
+def _stored_job(handle: str, columns: Sequence[Any], zone: tzinfo) -> StoredJob:
     """A job of the columns ``JOB_FIELDS``; with no workload where that was not read."""
     _, function, unique, workload, priority, attempts, most, reducer, run_after, timeout, *more = columns
     interruptions, limit_key = more
@@ -348,13 +391,18 @@ def _stored_job(handle: str, columns: Sequence[Any]) -> StoredJob:
         handle.encode(),
         function.encode(),
         bytes_of_unique(unique),
-        bytes(workload or b""),
+        _bytes_of(workload),
         priority,
         attempts,
         most,
         reducer.encode(),
-        seconds_of(run_after),
+        seconds_of(run_after, zone),
         timeout,
         interruptions,
         None if limit_key is None else limit_key.encode(),
     )
+
+
+def _bytes_of(workload: Any) -> bytes:
+    """SQLite keeps text in any column, as somebody may have written it by hand."""
+    return workload.encode() if isinstance(workload, str) else bytes(workload or b"")

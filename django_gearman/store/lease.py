@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from time import monotonic
+from time import localtime, monotonic
 from typing import Any, Final
 
+from django.conf import settings
 from django.db.models import F
 from django.utils import timezone
 
@@ -58,8 +59,12 @@ class Lease:
         self.has_earlier = False
         """Whether there are more rows of an earlier run to lay at the door."""
         self._looked_for_dead = 0.0
+        self._without_jobs: dict[int, tuple[int, Any]] = {}
+        """{lease of a dead server without jobs: its epoch, and when it was renewed}; as long as both stay."""
         self._out_of_reach = max(seconds * 2 / 3, LONGEST_REST)
         """Seconds without a proof after which nobody may have been able to renew."""
+        self._offset = localtime().tm_gmtoff
+        """Seconds by which local time is ahead, in which leases are written while ``USE_TZ`` is off."""
         self._judges_from = 0.0
         """Monotonic time from which others may be told to be silent."""
 
@@ -99,11 +104,17 @@ class Lease:
     def _prove(self) -> None:
         """In every transaction, so that a server that was replaced commits nothing."""
         began = monotonic()
+        if not settings.USE_TZ and localtime().tm_gmtoff != self._offset:
+            # Clocks went forward or back: of the others it is not known until they have renewed since.
+            self._offset = localtime().tm_gmtoff
+            self._judges_from = began + self._seconds
+            self._db.forget_statements()
         if self._db.is_alone_at_work and began - self.renewed < self._seconds / RENEWALS:
             if not self._db.execute(self._db.sql.holds, [self.id, self.epoch]):
                 raise LeaseLost(self._name)
             return
-        if not self._db.change(self._db.sql.renew, [self.id, self.epoch]):
+        renew = self._db.sql.renew_hurried if self._db.is_hurried else self._db.sql.renew
+        if not self._db.change(renew, [self.id, self.epoch]):
             raise LeaseLost(self._name)
         if began - self.renewed > self._out_of_reach:
             # The database may have been away: the others have a whole lease to come back.
@@ -143,15 +154,26 @@ class Lease:
         """
         leases = ServerLease.objects.using(self._db.using)
         silent = leases.filter(renewed_at__lt=DatabaseNow() - timedelta(seconds=self._seconds))
+        dead: list[ServerLease] = []
         with self._db.errors():
-            dead = [lease for lease in silent.exclude(pk=self.id) if self._held(lease.pk, 1)]
+            for lease in silent.exclude(pk=self.id):
+                state = lease.epoch, lease.renewed_at
+                if self._without_jobs.get(lease.pk) == state:
+                    continue
+                if self._held(lease.pk, 1):
+                    dead.append(lease)
+                else:
+                    self._without_jobs[lease.pk] = state
         more = False
         for lease in dead:
             with self.transaction():
                 if monotonic() < self._judges_from:
                     # The database was away during this look, and they are silent for that.
                     return
-                if silent.filter(pk=lease.pk, epoch=lease.epoch).update(epoch=F("epoch") + 1):
+                found = silent.filter(pk=lease.pk, epoch=lease.epoch)
+                # It may hang inside of a transaction, which has its lease locked.
+                free = found.select_for_update(skip_locked=self._db.skips_locked)
+                if free.values_list("pk").first() and found.update(epoch=F("epoch") + 1):
                     more |= self._free_jobs_of(lease)
         if not more:
             self._looked_for_dead = monotonic()

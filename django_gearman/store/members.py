@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from time import monotonic
 from typing import Final
+
+from django.db import DatabaseError, transaction
 
 from .. import continuations
 from ..models import JobRecord
 from .columns import Row, Status, in_parts, text_of
-from .database import Database
+from .database import Database, is_of_lock
 from .lease import Lease
+
+RECOUNT_INTERVAL: Final = 0.5
+"""Seconds between two tries to count in groups that somebody else has locked."""
 
 WATCH_INTERVAL: Final = 60.0
 """Seconds between two looks for groups that wait for nobody."""
@@ -34,6 +40,9 @@ class Members:
         """Whether jobs were laid at the door, since this was last set back."""
         self.over: list[int] = []
         """Groups all of whose members have ended, since this was last emptied."""
+        self._uncounted: set[int] = set()
+        """Groups that somebody had locked when members of theirs ended; their counts are to be made anew."""
+        self._recount_at = 0.0
         self._watch = continuations.Watch(db.using)
         self.watch_at = 0.0
         """Monotonic time of the next look for groups that wait for nobody."""
@@ -55,8 +64,39 @@ class Members:
         return ended
 
     def count(self, ended: Mapping[int, continuations.Ended]) -> None:
-        """Count what ended, and go on with groups that have their end, in the transaction that ends it."""
-        self._follow(continuations.count(ended, self._db.using, self._workload_limit))
+        """
+        Count what ended, and go on with groups that have their end, in the transaction that ends it.
+
+        A group that somebody keeps locked, such as a view that cancels some of it and then takes its
+        time, is counted anew later: what else has ended does not wait for it.
+        """
+        now = {group: of for group, of in ended.items() if group not in self._uncounted}
+        if not now:
+            return
+        is_alone = self._db.is_alone_at_work
+        try:
+            with nullcontext() if is_alone else transaction.atomic(using=self._db.using):
+                self._follow(continuations.count(now, self._db.using, self._workload_limit))
+        except DatabaseError as error:
+            if not is_of_lock(error):
+                raise
+            self._uncounted.update(now)
+
+    def recount(self) -> None:
+        """Count in the groups that were locked when members of theirs ended."""
+        if not self._uncounted or monotonic() < self._recount_at:
+            return
+        self._recount_at = monotonic() + RECOUNT_INTERVAL
+        for group in sorted(self._uncounted):
+            with self._db.hurried(), self._lease.transaction():
+                try:
+                    with transaction.atomic(using=self._db.using):
+                        self._follow(self._watch.settle([group], self._workload_limit))
+                except DatabaseError as error:
+                    if not is_of_lock(error):
+                        raise
+                    continue
+            self._uncounted.discard(group)
 
     def _follow(self, following: continuations.Following) -> None:
         self.laid |= following.laid

@@ -18,7 +18,7 @@ from django.db import DatabaseError, DataError, IntegrityError
 
 from ..server.entries import JobRequeued
 from .columns import Row, failure_columns, moment_of, storable, text_of
-from .database import Database, said
+from .database import Database, error_code, is_of_lock, said
 from .lease import Lease
 
 _OF_MEMBERS: Final = ("group", "group_index")
@@ -222,7 +222,7 @@ class SetOperations:
     def _execute_many(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        with self._bad_rows():
+        with self.bad_rows():
             if self._db.packet_limit < math.inf:
                 for row in rows:
                     self._length(row)
@@ -250,14 +250,14 @@ class SetOperations:
         return bool(driver.sqlite_version_info >= (3, 33))
 
     def _change(self, sql: str, parameters: list[Any]) -> None:
-        with self._bad_rows(), self._db.connection.cursor() as cursor:
+        with self.bad_rows(), self._db.connection.cursor() as cursor:
             cursor.execute(sql, parameters)
 
     def _copy(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
         """PostgreSQL's way to take many rows: several times as fast as statements."""
         connection = self._db.connection
         with (
-            self._bad_rows(),
+            self.bad_rows(),
             connection.cursor() as cursor,
             connection.wrap_database_errors,
             cursor.copy(sql) as copy,
@@ -266,15 +266,17 @@ class SetOperations:
                 copy.write_row(row)
 
     @contextmanager
-    def _bad_rows(self) -> Iterator[None]:
+    def bad_rows(self) -> Iterator[None]:
         """What the database says of a row's content, told apart from what it says of itself."""
         try:
             yield
         except (DataError, IntegrityError, ValueError, OverflowError) as error:
             raise BadRow(said(error)) from error
         except DatabaseError as error:
-            if _error_code(error) in _CODES_OF_BAD_ROWS:
+            if error_code(error) in _CODES_OF_BAD_ROWS:
                 raise BadRow(said(error)) from error
+            if is_of_lock(error):
+                raise BusyRow(f"another transaction holds the row, or its unique: {said(error)}") from error
             raise
 
 
@@ -318,11 +320,9 @@ class BadRow(Exception):
     """The database refuses a row for what is in it."""
 
 
+class BusyRow(BadRow):
+    """Somebody else has the row locked, or is about to insert one with the same unique."""
+
+
 _CODES_OF_BAD_ROWS: Final = frozenset({1153, 1301, 1366, "54000", "54001", "54011"})
 """Errors that are about what is in a row, though drivers call them operational: MySQL's and PostgreSQL's."""
-
-
-def _error_code(error: DatabaseError) -> object:
-    """The database's own code of an error; None when it has none."""
-    cause = error.__cause__
-    return getattr(cause, "sqlstate", None) or next(iter(getattr(cause, "args", ())), None)

@@ -19,6 +19,18 @@ FUNCTIONS_AT_ONCE: Final = 200
 INLINE: Final = 16 * 1024
 """Bytes of a workload that is read along with its row; larger ones are read of jobs that are taken."""
 
+LOCK_WAIT: Final = 1
+"""
+Seconds that the writer waits for a row that somebody else has locked, as a view whose transaction is slow.
+
+All that comes and ends waits with it.
+"""
+
+_HURRIED_WAIT: Final = "100ms"
+"""So too on PostgreSQL while there is such a row: what another server takes to commit."""
+
+SKIP_LOCKED: Final = " FOR UPDATE SKIP LOCKED"
+
 JOB_FIELDS: Final = (
     "handle",
     "function",
@@ -79,6 +91,9 @@ class Statements:
             f"{by('job_due')} WHERE {server} IS NULL AND {status} IN ({', '.join(map(repr, kind))})"
             for kind in kinds
         ]
+        if connection.vendor == "postgresql":
+            # No moment of Python's: a row that waits for ever, and no reason to read nothing of any.
+            later = [f"{rows} AND isfinite({due}) IS NOT FALSE" for rows in later]
         at_door = ", ".join(f"'{each.value}'" for each in AT_DOOR)
         is_mysql = connection.vendor == "mysql"
         function = columns["function"]
@@ -194,6 +209,8 @@ class Statements:
             f"{columns['server_epoch']} = %s, {status} = %s "
             f"WHERE {is_unclaimed} AND {columns['id']} "
         )
+        # A view may be ending some of them in a transaction that takes its time.
+        self._free = f"SELECT {columns['id']} FROM {by_id} WHERE {is_unclaimed} AND {columns['id']} "
         self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "
         key = columns["unique_key"]
         self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "
@@ -241,11 +258,23 @@ class Statements:
             # whole, as the few leases, then seems so dear that it would be compiled first, at length.
             ways = ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit")
             off = (f"set_config('{way}', 'off', true)" for way in ways)
-            self.renew += f" RETURNING {', '.join(off)}"
+            self.renew += f" RETURNING {', '.join(off)}, set_config('lock_timeout', '{LOCK_WAIT}s', true)"
+        self.renew_hurried = self.renew.replace(f"'{LOCK_WAIT}s'", f"'{_HURRIED_WAIT}'")
+        """So too; what follows waits for hardly any row. On other databases the connection is set so."""
 
     def take(self, rows: int) -> str:
-        """Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids."""
+        """
+        Make so many rows a server's; parameters: prefix of their handles, lease, epoch, status, ids.
+
+        On PostgreSQL, those that nobody has locked.
+        """
+        if self._has_arrays:
+            return f"{self._take}= ANY(ARRAY({self.free(rows)}))"
         return self._take + self._among(rows, "bigint")
+
+    def free(self, rows: int) -> str:
+        """Which of so many rows lie at the door and are locked by nobody; locks them."""
+        return f"{self._free}{self._among(rows, 'bigint')}{SKIP_LOCKED}"
 
     def of_keys(self, keys: int) -> str:
         """Key, id and handle of the rows that have one of so many keys."""

@@ -187,6 +187,32 @@ class TestRetry:
         assert wire.entries() == [JobDue(stored().handle)]
         assert worker(P.GRAB_JOB_UNIQ)[-1][1] == stored().handle
 
+    def test_attempt_that_a_server_interrupted_is_not_counted(self):
+        wire = Wire(durable=True)
+        wire.core.adopt([stored(max_attempts=2, attempts=1, interruptions=1)])
+        worker = speaker(wire)
+        worker(P.GRAB_JOB_UNIQ)
+        worker(P.OPTION_REQ, b"retry 0 " + stored().handle)
+        worker(P.WORK_EXCEPTION, stored().handle, b"boom")
+        assert [type(entry) for entry in wire.entries()] == [JobStarted, JobRequeued]
+        assert worker(P.GRAB_JOB_UNIQ)[0] == (P.OPTION_RES, b"attempt 3 2")
+
+    def test_later_attempt_of_a_job_that_is_not_kept_yet(self):
+        wire = Wire(durable=True)
+        foreground, background = wire.connect(), wire.connect()
+        foreground(P.SUBMIT_JOB, b"f", b"u", b"")
+        wire.commit()
+        worker = speaker(wire)
+        worker(P.GRAB_JOB_UNIQ)
+        assert background(P.SUBMIT_JOB_BG, b"f", b"u", b"") == []
+        foreground.leaves()
+        worker(P.OPTION_REQ, b"retry 5000 " + handle(1))
+        worker(P.WORK_EXCEPTION, handle(1), b"boom")
+        wire.commit()
+        assert background.hears() == [(P.JOB_CREATED, handle(1))]
+        passes(wire, 5.0)
+        assert [heard[0] for heard in worker(P.GRAB_JOB_UNIQ)] == [P.OPTION_RES, P.JOB_ASSIGN_UNIQ]
+
 
 class TestLost:
     """A job whose workers are lost."""
