@@ -13,7 +13,7 @@ Models alone; nothing of functions, and nothing of sockets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, TypedDict
@@ -268,9 +268,14 @@ def cancel_record(
     ended = _cancelled(message, timezone.now())
     if group is None:
         return bool(rows.filter(status__in=JobRecord.LIVE).update(**ended)), Following()
+    waiting = rows.filter(status=Status.WAITING)
+    # Looked at before anything is locked: a group is locked before what waits, and after all else.
+    if waiting.exists():
+        with transaction.atomic(using=using):
+            _lock(group, using)
+            if waiting.update(**ended):
+                return True, count({group: Ended(waited=1)}, using, limit)
     with transaction.atomic(using=using):
-        if rows.filter(status=Status.WAITING).update(**ended):
-            return True, count({group: Ended(waited=1)}, using, limit)
         if rows.filter(status__in=JobRecord.SERVED).update(**ended):
             return True, count({group: Ended(failed=1)}, using, limit)
     return False, Following()
@@ -288,10 +293,19 @@ def cancel_records(group: int, using: str, limit: float, message: str) -> Follow
     following = Following()
     # Of later stages first: what ends now would otherwise begin them.
     for rows, is_waiting in ((waiting, True), (served, False)):
+        last: int | None = -1
         while True:
             with transaction.atomic(using=using):
-                some = rows.select_for_update(skip_locked=_can_skip(using)).order_by("group_index")
-                ids = list(some.values_list("pk", flat=True)[:READ_AT_ONCE])
+                of_part = rows.filter(group_index__gt=last).order_by("group_index")
+                seen = dict(of_part.values_list("group_index", "pk")[:READ_AT_ONCE])
+                if not seen:
+                    break
+                *_, last = seen
+                if is_waiting:
+                    _lock(group, using)
+                # By their ids: MySQL may lock what it only passes by, such as members that servers run.
+                free = rows.filter(pk__in=seen.values()).select_for_update(skip_locked=_can_skip(using))
+                ids = list(free.values_list("pk", flat=True))
                 # Where nothing can be locked, it may be claimed in between.
                 ended = rows.filter(pk__in=ids).update(**_cancelled(message, timezone.now()))
                 of = Ended(waited=ended) if is_waiting else Ended(failed=ended)
@@ -299,9 +313,44 @@ def cancel_records(group: int, using: str, limit: float, message: str) -> Follow
                     came = count({group: of}, using, limit)
                     following.laid |= came.laid
                     following.groups += came.groups
-            if not ended:
-                break
     return following
+
+
+def cancel_unclaimed(ids: Sequence[int], using: str, limit: float, message: str) -> Following:
+    """
+    End those of some jobs that no server has, and count those of them that are members.
+
+    In parts, as ``cancel_records``.
+    """
+    following = Following()
+    for start in range(0, len(ids), READ_AT_ONCE):
+        part = ids[start : start + READ_AT_ONCE]
+        with transaction.atomic(using=using):
+            rows = JobRecord.objects.using(using).filter(pk__in=part, server=None, status__in=JobRecord.LIVE)
+            waiting = rows.filter(status=Status.WAITING, group_index__isnull=False)
+            for group in sorted(set(waiting.values_list("group", flat=True))):
+                _lock(group, using)
+            some = rows.select_for_update(skip_locked=_can_skip(using)).order_by("pk")
+            ours: list[int] = []
+            ended: dict[int, Ended] = {}
+            for id, status, group, place in some.values_list("pk", "status", "group", "group_index"):
+                ours.append(id)
+                if place is not None:  # a member
+                    of = ended.setdefault(group, Ended())
+                    if status == Status.WAITING:
+                        of.waited += 1
+                    else:
+                        of.failed += 1
+            rows.filter(pk__in=ours).update(**_cancelled(message, timezone.now()))
+            came = count(ended, using, limit)
+            following.laid |= came.laid
+            following.groups += came.groups
+    return following
+
+
+def _lock(group: int, using: str) -> None:
+    """Before rows that wait are: who lets them go has the group's row by then, and wants theirs."""
+    JobGroup.objects.using(using).filter(pk=group).update(left=F("left"))
 
 
 def _can_skip(using: str) -> bool:
@@ -360,7 +409,7 @@ class Watch:
         return True
 
     def settle(self, groups: Iterable[int], limit: float) -> Following:
-        """Go on with those of the groups that are still so; call it in a transaction."""
+        """Count the groups' members anew, and go on with those of which none is at work; in a transaction."""
         following = Following()
         for id in sorted(groups):
             rows = JobGroup.objects.using(self._using).filter(pk=id, finished_at=None)
@@ -368,17 +417,15 @@ class Watch:
             if not rows.update(left=F("left")):
                 continue
             members = JobRecord.objects.using(self._using).filter(group=id, group_index__isnull=False)
-            if members.filter(status__in=JobRecord.SERVED).exists():
-                continue
             group = rows.get()
             plan: Plan = group.plan
             begun = sum(stage["size"] for stage in plan["stages"][: group.stage + 1])
             begun_members = members.filter(group_index__lt=begun)
+            group.left = begun_members.filter(status__in=JobRecord.SERVED).count()
             group.successful = begun_members.filter(status=Status.SUCCESSFUL).count()
-            group.failed = begun - group.successful
+            group.failed = begun - group.left - group.successful
             later = members.filter(group_index__gte=begun)
             group.failed += group.total - begun - later.filter(status=Status.WAITING).count()
-            group.left = 0
-            group.save(using=self._using, update_fields=["successful", "failed"])
+            group.save(using=self._using, update_fields=["left", "successful", "failed"])
             _Group(group, self._using, limit, following).go_on()
         return following

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -25,18 +27,19 @@ from django_gearman.exceptions import (
     JobFailed,
     NotJSON,
     ResponseTimeout,
+    TooLarge,
     WaitInTransaction,
 )
 from django_gearman.history import History, Retention, lanes_of
 from django_gearman.jobs import job
-from django_gearman.models import JobGroup, JobRecord
+from django_gearman.models import Cancellation, JobGroup, JobRecord
 from django_gearman.protocol.packets import PacketType
 from django_gearman.reduction import _Reduction
 from django_gearman.registry import registry
 from django_gearman.server.entries import JobFinished, Outcome, Question, Topic
 from django_gearman.store import DatabaseStore
 from django_gearman.store.folding import Folded
-from django_gearman.testing import GearmanJobs
+from django_gearman.testing import GearmanJobs, override_gearman
 from django_gearman.worker.loop import AssignedJob
 from tests import harness
 from tests.app import jobs
@@ -213,6 +216,30 @@ class TestEnqueuedGroups:
         with pytest.raises(WaitInTransaction):
             made.get(timeout=30)
 
+    def test_members_keep_their_attempts_and_their_time(
+        self, gearman_jobs: GearmanJobs, settings: Any
+    ) -> None:
+        settings.GEARMAN = {"default": {**settings.GEARMAN["default"], "JOB_TIMEOUT": 77}}
+        steps = (jobs.fail_first.s(0), jobs.sleep_long.si())
+        group(*steps).enqueue(on_success=jobs.hang_in_c.si())
+        chain(*steps).enqueue()
+        rows = JobRecord.objects.order_by("pk").values_list("function", "max_attempts", "timeout")
+        first, long, last = (f"tests.app.jobs.{name}" for name in ("fail_first", "sleep_long", "hang_in_c"))
+        assert list(rows) == [(first, 3, 77), (long, 2, 1), (last, 1, 1), (first, 3, 77), (long, 2, 1)]
+
+    def test_members_of_one_job_with_other_options(self, gearman_jobs: GearmanJobs) -> None:
+        later = jobs.add.using(priority=5, run_after=timedelta(hours=1))
+        group(jobs.add.s(1), jobs.add.using(priority=5).s(2), later.s(3), jobs.add.s(4)).enqueue()
+        rows = JobRecord.objects.order_by("group_index").values_list("priority", "status")
+        assert list(rows) == [(0, "READY"), (5, "READY"), (5, "SCHEDULED"), (0, "READY")]
+
+    def test_values_that_are_gone_are_not_left_out(self, gearman_jobs: GearmanJobs) -> None:
+        made = group(jobs.add.s(1), jobs.add.s(2)).enqueue()
+        gearman_jobs.run_all()
+        JobRecord.objects.filter(group_index=0).delete()
+        with pytest.raises(GroupDoesNotExist):
+            made.get()
+
 
 class TestChains:
     def test_each_step_gets_the_value_of_the_one_before(self, gearman_jobs: GearmanJobs) -> None:
@@ -300,6 +327,20 @@ class TestChains:
         assert "its workload would have 31" in JobRecord.objects.get(group_index=1).message
         made.refresh()
         assert (made.finished, made.failed, made.is_finished) == (3, 2, True)
+
+    def test_members_of_a_later_step_wait_for_their_moment(self, gearman_jobs: GearmanJobs) -> None:
+        moment = timezone.now() + timedelta(hours=1)
+        chain(jobs.add.s(1), group(jobs.add.using(run_after=moment).si(1), jobs.add.si(2))).enqueue()
+        gearman_jobs.run_all(check=True)
+        assert statuses() == ["SUCCESSFUL", "SCHEDULED", "SUCCESSFUL"]
+
+    def test_a_step_that_is_too_large_is_refused(self, gearman_jobs: GearmanJobs) -> None:
+        with (
+            override_gearman(MAX_PACKET=300),
+            pytest.raises(TooLarge, match=r"the workload of tests\.app\.jobs\.total "),
+        ):
+            chain(jobs.note.s("a"), jobs.total.s(more="x" * 300)).enqueue()
+        assert not JobRecord.objects.exists()
 
 
 class TestRefused:
@@ -639,6 +680,72 @@ class TestServers:
         assert [store.over for store in stores] == [[], [int(made.id)]]
         assert statuses() == ["SUCCESSFUL", "SUCCESSFUL", "READY", "READY"]
 
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_what_waits_is_cancelled_while_its_turn_comes(
+        self, whole: bool, nudges: list[None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = chain(jobs.add.s(1), jobs.add.s(2), jobs.add.s(3)).enqueue()
+        store = DatabaseStore("default", "one")
+        store.take_lease("")
+        (held,) = store.claim(1, {}).jobs
+        cancels = made.cancel if whole else list(made)[1].cancel
+        views: list[Future[bool]] = []
+        go_on = continuations._Group.go_on
+
+        def go_on_later(group: Any) -> None:
+            if not views:
+                views.append(pool.submit(cancel))
+                assert not wait(views, 0.5).done, "it did not wait for the group's row"
+            go_on(group)
+
+        def cancel() -> bool:
+            try:
+                return cancels()
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(1) as pool:
+            monkeypatch.setattr(continuations._Group, "go_on", go_on_later)
+            entry = JobFinished(held.handle, Outcome.SUCCESSFUL, b"2", "", time.time())
+            assert store.write([entry], again=False) == {}
+            (view,) = views
+            assert view.result(60)
+        assert statuses() == ["SUCCESSFUL", "CANCELLED", "CANCELLED"]
+        made.refresh()
+        assert (made.successful, made.failed, made.is_finished) == (1, 2, True)
+
+    def test_many_are_cancelled_by_a_server_and_a_view_at_once(
+        self, nudges: list[None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = group(jobs.add.s(number) for number in range(501)).enqueue()
+        store = DatabaseStore("default", "one")
+        store.take_lease("")
+        ids = JobRecord.objects.values_list("pk", flat=True)
+        Cancellation.objects.bulk_create(Cancellation(job_id=id) for id in ids)
+        views: list[Future[bool]] = []
+        end = store._door.end
+
+        def cancel() -> bool:
+            try:
+                return made.cancel()
+            finally:
+                connection.close()
+
+        def end_and_wait(**which: Any) -> int:
+            ended = end(**which)
+            if not views:
+                views.append(pool.submit(cancel))
+                assert not wait(views, 0.5).done, "it did not wait for the group's row"
+            return ended
+
+        with ThreadPoolExecutor(1) as pool:
+            monkeypatch.setattr(store._door, "end", end_and_wait)
+            assert store.claim(1, {}).jobs == []
+            (view,) = views
+            assert view.result(60)
+        made.refresh()
+        assert (made.failed, made.is_finished) == (501, True)
+
     def test_a_batch_that_is_written_twice_counts_once(self) -> None:
         made = group(jobs.add.s(1), jobs.add.s(2)).enqueue(on_complete=jobs.note.si("over"))
         store = DatabaseStore("default", "one")
@@ -700,6 +807,30 @@ class TestServers:
         assert made.on_success.status == Status.CANCELLED
         with pytest.raises(GroupFailed):
             made.get()
+
+    def test_a_group_at_work_is_left_alone(self, gearman_jobs: GearmanJobs) -> None:
+        made = chain(jobs.add.s(1), jobs.add.s(1)).enqueue(on_complete=jobs.note.si("over"))
+        before = statuses()
+        with transaction.atomic():
+            assert not continuations.Watch("default").settle([int(made.id)], math.inf).groups
+        assert statuses() == before
+
+    def test_groups_take_turns_to_be_looked_at(
+        self, gearman_jobs: GearmanJobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(continuations, "AT_ONCE", 2)
+        made = [group(jobs.add.s(number)).enqueue() for number in range(3)]
+        JobRecord.objects.filter(group=int(made[2].id)).delete()
+        watch = continuations.Watch("default")
+        assert [watch.stuck(), watch.stuck()] == [[], [int(made[2].id)]]
+
+    def test_rows_of_later_steps_that_were_deleted_are_counted(self, gearman_jobs: GearmanJobs) -> None:
+        made = chain(jobs.add.s(1), jobs.add.s(1), jobs.add.s(1)).enqueue()
+        JobRecord.objects.exclude(group_index=2).delete()
+        with transaction.atomic():
+            continuations.Watch("default").settle([int(made.id)], math.inf)
+        made.refresh()
+        assert (made.finished, made.failed, made.is_finished) == (3, 3, True)
 
 
 class TestHistory:
