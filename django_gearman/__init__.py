@@ -41,7 +41,7 @@ _HOMES = {
     "Client": "client.sync",
     "Data": "client.tasks",
     "Discard": "exceptions",
-    "GroupResult": "groups",
+    "GroupResult": "group_results",
     "Job": "jobs",
     "JobContext": "context",
     "JobResult": "results",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from .context import JobContext as JobContext
     from .exceptions import Discard as Discard
     from .exceptions import Retry as Retry
-    from .groups import GroupResult as GroupResult
+    from .group_results import GroupResult as GroupResult
     from .groups import chain as chain
     from .groups import group as group
     from .jobs import Job as Job

@@ -53,6 +53,7 @@ from typing import (
 )
 
 from asgiref.sync import sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db import InterfaceError, OperationalError, transaction
 from django.utils import timezone
 
@@ -137,6 +138,16 @@ class JobOptions(TypedDict, total=False):
     schedule: schedules.Declaration | Sequence[schedules.Declaration]
 
 
+class CallOptions(TypedDict, total=False):
+    """What ``using`` may be told."""
+
+    priority: int | None
+    run_after: datetime | timedelta | None
+    unique: str | None
+    run_timeout: float | None
+    resubmit: bool
+
+
 class Job(Generic[P, R]):
     """
     A function that can be run elsewhere; made by ``@job``.
@@ -194,18 +205,27 @@ class Job(Generic[P, R]):
         return self.call(*args, **kwargs)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function in this process and return its value."""
+        """
+        Run the function in this process and return its value.
+
+        Raises:
+            SynchronousOnlyOperation: It is an ``async def``, and an event loop runs in this thread.
+        """
+        if self.is_async:
+            self._refuse_on_a_loop()
         return cast(R, self._invoke(JobContext(function=self.name), args, kwargs))
 
-    def using(
-        self,
-        *,
-        priority: int | None = None,
-        run_after: datetime | timedelta | None = None,
-        unique: str | None = None,
-        run_timeout: float | None = None,
-        resubmit: bool = False,
-    ) -> Job[P, R]:
+    def _refuse_on_a_loop(self) -> None:
+        """Raise where ``asyncio.run`` would, before there is a coroutine that nobody awaits."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        raise SynchronousOnlyOperation(
+            f"{self.name} is an async def, and an event loop runs here - await its acall(...) instead."
+        )
+
+    def using(self, **options: Unpack[CallOptions]) -> Job[P, R]:
         """
         The same job with other options for the submissions made through it.
 
@@ -217,22 +237,19 @@ class Job(Generic[P, R]):
             run_timeout: Seconds that ``run``, ``stream`` and their twins wait, in place of ``RUN_TIMEOUT``.
             resubmit: Let ``run`` and ``arun`` submit it to another server when their connection breaks,
                 though it may run twice then.
+        Raises:
+            InvalidJob: An option cannot be that, or there is none of that name.
         """
-        given: object = unique
+        if not options.keys() <= CallOptions.__optional_keys__:
+            _refuse_unknown_options(f"using() of {self.name}", options, _OF_USING)
+        given: object = options.get("unique")
         if given is not None and not isinstance(given, str):
             raise InvalidJob(f"the unique that using() gives {self.name} must be a str, not {given!r:.200}")
         other = Job.__new__(Job)
         other.__dict__.update(self.__dict__)
-        if priority is not None:
-            other.priority = priority
-        if run_after is not None:
-            other.run_after = run_after
-        if unique is not None:
-            other.unique = _Always(unique)
-        if run_timeout is not None:
-            other.run_timeout = run_timeout
-        if resubmit:
-            other.resubmit = True
+        other.__dict__.update({name: value for name, value in options.items() if value is not None})
+        if given is not None:
+            other.unique = _Always(given)
         other._validate()
         return other
 
@@ -270,8 +287,9 @@ class Job(Generic[P, R]):
         known = registry.get(self.name)
         if known is None:
             return super().__reduce__()
-        names = ("priority", "run_after", "unique", "run_timeout", "resubmit")
-        changes = {name: value for name in names if (value := getattr(self, name)) != getattr(known, name)}
+        changes = {
+            name: value for name in _OF_USING if (value := getattr(self, name)) != getattr(known, name)
+        }
         return _found, (self.function.__module__, self.name, changes)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobResult[R]:
@@ -325,7 +343,8 @@ class Job(Generic[P, R]):
         As ``enqueue`` for each pair of positional and named arguments: all of them, or none.
 
         One statement for thousands of rows, and one nudge; a statement for each on
-        MySQL, and of a job with ``unique`` or ``limit_key``. With ``ENQUEUE = "wire"``
+        MySQL, and of a job with ``unique`` or ``limit_key``. Jobs with a unique get
+        their ids, and their turns, in the order of the uniques. With ``ENQUEUE = "wire"``
         what was submitted before one that cannot be stays submitted.
 
         Returns:
@@ -378,8 +397,12 @@ class Job(Generic[P, R]):
             self._name_call(error, len(records))
             raise
         if options.enqueue != "wire":
+            # Each waits for whoever has enqueued its unique and not committed: in an order that is the
+            # same for all, or two that have some in common would wait for each other.
+            in_order = sorted(enumerate(records), key=lambda numbered: _order_of_uniques(numbered[1]))
             with transaction.atomic(using=options.database):
-                return [self._insert_one(record, options.database) for record in records]
+                made = {place: self._insert_one(record, options.database) for place, record in in_order}
+            return [made[place] for place in range(len(records))]
         results: list[WireJobResult[R]] = []
         for record in records:
             record.unique = record.unique or uuid.uuid4().hex
@@ -914,20 +937,28 @@ _OTHER_OPTIONS: Final = {
     "eta": "using(run_after=...)",
     "run_timeout": "using(run_timeout=...)",
     "resubmit": "using(resubmit=True)",
+    "expires": "an argument that says until when, and raise Discard after that",
     "lock": "unique or concurrency",
 }
 
 
-def _refuse_unknown_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    known = [*JobOptions.__optional_keys__, "takes_context"]
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = _OTHER_OPTIONS.get(name) or (near[0] if near else "")
-            raise InvalidJob(
-                f"@job of {function.__qualname__} has no option {name!r}; "
-                + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
-            )
+_OF_JOB: Final = (*JobOptions.__annotations__, "takes_context")
+_OF_USING: Final = tuple(CallOptions.__annotations__)
+
+
+def _refuse_unknown_options(where: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ``InvalidJob`` for what is not known there, saying what it is called here."""
+    for name in given:
+        if name in known:
+            continue
+        near = [name] if name in _OF_JOB else get_close_matches(name, known, 1)
+        meant = _OTHER_OPTIONS.get(name) or (near[0] if near else "")
+        if meant in _OF_JOB and meant not in known:
+            meant = f"@job({meant}=...), which is for all calls"
+        raise InvalidJob(
+            f"{where} has no option {name!r}; "
+            + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
+        )
 
 
 @dataclass(frozen=True)
@@ -1096,7 +1127,7 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
     if hasattr(function, "__qualname__"):
-        _refuse_unknown_options(function, options)
+        _refuse_unknown_options(f"@job of {function.__qualname__}", options, _OF_JOB)
     try:
         made: Job[Any, Any] = Job(function, **options)
     except (TypeError, ValueError) as error:
@@ -1194,6 +1225,15 @@ def declared_limits() -> dict[str, dict[str, Any]]:
         for made in registry.values()
         if made.rate_limit or made.concurrency is not None
     }
+
+
+# Many at once.
+
+
+def _order_of_uniques(record: JobRecord) -> tuple[int, str, str]:
+    """Shorter ones first, so that numbers come as numbers do; those without any stay in their order."""
+    # The key tells those of "-" apart.
+    return len(record.unique), record.unique, record.unique_key or ""
 
 
 def _pair(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,7 +40,7 @@ from .exceptions import (
 )
 from .insertion import like
 from .models import Cancellation, JobRecord, unique_key_of
-from .registry import decode_result
+from .registry import decode_result, registry
 from .submission import async_client_for, client_for, client_of, identity, insert, nudge, nudge_after_commit
 
 R = TypeVar("R")
@@ -347,9 +347,19 @@ class JobResult(Generic[R]):
         """
         if not self._ask_to_cancel():
             return False
-        limit = conf.settings_for().timeout
-        if not self._wait_for_cancelled(monotonic() + limit):
-            raise self._not_cancelled(limit)
+        sleep_between(self._looks_until_cancelled(conf.settings_for().timeout))
+        return self._is_to_be_cancelled
+
+    async def acancel(self) -> bool:
+        """As ``cancel``."""
+        if not await sync_to_async(self._ask_to_cancel)():
+            return False
+        await asleep_between(self._looks_until_cancelled(conf.settings_for().timeout))
+        return self._is_to_be_cancelled
+
+    @property
+    def _is_to_be_cancelled(self) -> bool:
+        """Of one that was to be: whether it is, or will be at the commit."""
         return not self.is_finished or self.status == JobRecord.Status.CANCELLED
 
     def _ask_to_cancel(self) -> bool:
@@ -367,20 +377,28 @@ class JobResult(Generic[R]):
             nudge_after_commit(using)
         return True
 
-    def _wait_for_cancelled(self, deadline: float) -> bool:
-        """Whether it has ended by then; at once where nothing can be seen of it before the commit."""
+    def _looks_until_cancelled(self, limit: float) -> Iterator[float]:
+        """
+        Look until it has ended, and yield the seconds until the next look; not before the commit.
+
+        Raises:
+            ResponseTimeout: It has not in ``limit`` seconds.
+        """
         if transaction.get_connection(self._record._state.db).in_atomic_block:
-            return True
-        pause, nudge_at = 0.002, monotonic() + NUDGE_AGAIN
+            return
+        began = monotonic()
+        pause, nudge_at = 0.002, began + NUDGE_AGAIN
         while True:
             self.refresh()
-            if self.is_finished or monotonic() >= deadline:
-                return self.is_finished
+            if self.is_finished:
+                return
+            if monotonic() >= began + limit:
+                raise self._not_cancelled(limit)
             if monotonic() >= nudge_at:
                 # The server that heard of it may have looked a moment before.
                 nudge_at = monotonic() + NUDGE_AGAIN
                 nudge()
-            sleep(pause)
+            yield pause
             pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
 
     def _not_cancelled(self, limit: float) -> ResponseTimeout:
@@ -390,10 +408,6 @@ class JobResult(Generic[R]):
             "that takes its jobs over: is one running on this database?"
         )
         return error
-
-    async def acancel(self) -> bool:
-        """As ``cancel``."""
-        return await sync_to_async(self.cancel)()
 
     def retry(self) -> JobResult[R]:
         """
@@ -410,7 +424,7 @@ class JobResult(Generic[R]):
         if not self.is_finished:
             raise JobNotFinished(self._name, self.status)
         using = self._record._state.db or conf.settings_for().database
-        return JobResult(insert(_same_again(self._record), using))
+        return _insert_again(self._record, using)[0]
 
     async def aretry(self) -> JobResult[R]:
         """As ``retry``."""
@@ -426,6 +440,19 @@ def one_of_many(template: JobRecord, id: int, workload: bytes) -> JobResult[Any]
     result: JobResult[Any] = JobResult.__new__(JobResult)
     result._made_of = template, id, workload
     return result
+
+
+def sleep_between(looks: Iterator[float]) -> None:
+    """Take the looks, each followed by the seconds of sleep that it yields."""
+    for pause in looks:
+        sleep(pause)
+
+
+async def asleep_between(looks: Iterator[float]) -> None:
+    """As ``sleep_between``, for asyncio: Django's thread for queries is free between two looks."""
+    look = sync_to_async(lambda: next(looks, None))
+    while (pause := await look()) is not None:
+        await asyncio.sleep(pause)
 
 
 class Patience:
@@ -562,6 +589,10 @@ class WireJobResult(JobResult[R]):
             "keep the result of enqueue(), or its handle for `manage.py gearman_status --cancel`",
         )
 
+    async def acancel(self) -> bool:
+        """As ``cancel``."""
+        return await sync_to_async(self.cancel)()
+
     def _standing(self) -> JobStatus:
         """What the server that has the job says of its unique; each is asked where that is not known."""
         client = client_of(self._server) if self._server else client_for()
@@ -677,6 +708,18 @@ def _same_again(old: JobRecord) -> JobRecord:
     )
 
 
+def _insert_again(old: JobRecord, using: str) -> tuple[JobResult[Any], bool]:
+    """The job that is to do in place of one that has ended; whether it was made here, and not joined."""
+    record = _same_again(old)
+    inserted = insert(record, using)
+    result: JobResult[Any] = JobResult(inserted)
+    known = registry.get(record.function)
+    if inserted is record and known is not None:
+        # Of a function that the process does not know there is no sender.
+        known._enqueued(result)
+    return result, inserted is record
+
+
 def retry_all(ids: Iterable[int], using: str) -> tuple[int, int, int]:
     """
     Enqueue jobs again by the ids of their records, in that order: all of them, or none.
@@ -696,38 +739,45 @@ def retry_all(ids: Iterable[int], using: str) -> tuple[int, int, int]:
             if not old.is_finished:
                 unfinished += 1
                 continue
-            again = _same_again(old)
-            if insert(again, using) is again:
-                made += 1
-            else:
-                joined += 1
+            _, is_new = _insert_again(old, using)
+            made, joined = made + is_new, joined + (not is_new)
     return made, joined, unfinished
 
 
-def cancel_all(results: Iterable[JobResult[Any]], limit: float) -> tuple[int, int]:
+def cancel_all(ids: Sequence[int], using: str, limit: float) -> tuple[int, int]:
     """
-    Cancel jobs at once; how many were, and how many are only asked to be after ``limit`` seconds.
+    Cancel jobs together by the ids of their records: how many were, how many are only asked to be.
 
-    Those that ended before, or whose records are gone, are in neither.
+    Those that ended before, or whose records are gone, are in neither. In a transaction nothing is
+    waited for, and what is asked for counts as done.
+
+    Args:
+        limit: Seconds to wait for job servers.
     """
-    deadline = monotonic() + limit
-    asked = []
-    for result in results:
-        try:
-            if result._ask_to_cancel():
-                asked.append(result)
-        except JobResultDoesNotExist:
-            continue
-    done = waiting = 0
-    for result in asked:
-        try:
-            if not result._wait_for_cancelled(deadline):
-                waiting += 1
-            elif not result.is_finished or result.status == JobRecord.Status.CANCELLED:
-                done += 1
-        except JobResultDoesNotExist:
-            continue
-    return done, waiting
+    deadline, pause = monotonic() + limit, 0.002
+    records = JobRecord.objects.using(using)
+    asked = list(records.filter(pk__in=ids, status__in=JobRecord.LIVE).values_list("pk", flat=True))
+    following = continuations.cancel_unclaimed(
+        asked, using, conf.settings_for().max_packet, "Cancelled before a job server had it"
+    )
+    live = records.filter(pk__in=asked, status__in=JobRecord.LIVE)
+    wishes = [Cancellation(job_id=id) for id in live.order_by("pk").values_list("pk", flat=True)]
+    Cancellation.objects.using(using).bulk_create(wishes, batch_size=500, ignore_conflicts=True)
+    if following.laid or wishes:
+        nudge_after_commit(using)
+    done = records.filter(pk__in=asked, status=JobRecord.Status.CANCELLED)
+    if transaction.get_connection(using).in_atomic_block:
+        return done.count() + len(wishes), 0
+    nudge_at = monotonic() + NUDGE_AGAIN
+    while wishes and live.exists() and monotonic() < deadline:
+        if monotonic() >= nudge_at:
+            # The server that heard of it may have looked a moment before.
+            nudge_at = monotonic() + NUDGE_AGAIN
+            nudge()
+        sleep(pause)
+        pause = min(pause * 1.5, LONGEST_PAUSE_OF_GET)
+    waiting = live.count() if wishes else 0
+    return done.count(), waiting
 
 
 def _cancel_by_wire(handle: str, server: str) -> bool:

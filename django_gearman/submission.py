@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.core.signals import setting_changed
-from django.db import IntegrityError, connections, transaction
+from django.db import IntegrityError, transaction
 from django.dispatch import receiver
 from django.utils.asyncio import async_unsafe
 
@@ -23,7 +23,6 @@ from . import conf, rows
 from .client.aio import AsyncClient
 from .client.core import Priority
 from .client.sync import Client
-from .exceptions import JobResultDoesNotExist
 from .models import JobRecord
 
 C = TypeVar("C", Client, AsyncClient)
@@ -133,25 +132,36 @@ def insert(record: JobRecord, using: str) -> JobRecord:
 
 
 def insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
-    """Insert a record with a unique; the live record that has it already, if there is one."""
+    """
+    Insert a record with a unique; the live record that has it already, if there is one.
+
+    Raises:
+        IntegrityError: It cannot be inserted.
+        OperationalError: As ``rows.live_now``.
+    """
     live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
-    for _ in range(20):
-        found = live.first()
+    sees_now = rows.sees_now(using)
+    found = live.first()
+    if found is not None and not sees_now:
+        found = rows.live_now(record, using)
+    for left in reversed(range(20 if sees_now else 2)):
         if found is not None:
             return found
         try:
             with transaction.atomic(using=using):
                 rows.insert(record, using)
-        except IntegrityError:
-            # Somebody was quicker. A snapshot of ours may not show it, which a lock does.
-            if connections[using].features.has_select_for_update:
-                with transaction.atomic(using=using):
-                    found = live.select_for_update().first()
-                if found is not None:
-                    return found
-            continue
-        return None
-    raise JobResultDoesNotExist(f"of unique {record.unique}")
+        except IntegrityError as error:
+            # Somebody was quicker. To lock the row as one's own would be a deadlock on MySQL,
+            # where all who come too late have a share of its lock by now.
+            found = live.first() if sees_now else rows.live_now(record, using)
+            if found is None and not left:
+                if not sees_now:
+                    # PostgreSQL shows it to no statement of this transaction.
+                    error.add_note("What it met came after this transaction began: begin that again.")
+                raise
+        else:
+            return None
+    return found
 
 
 def nudge() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,7 +37,7 @@ from django_gearman.exceptions import (
     ResponseTimeout,
     TooLarge,
 )
-from django_gearman.models import JobRecord
+from django_gearman.models import Cancellation, JobRecord
 from django_gearman.results import _STANDING, Patience
 from django_gearman.server import watchers
 from django_gearman.submission import async_client_for, client_for
@@ -286,6 +291,35 @@ class TestMany:
         assert [results[0].id, results[1].id] == [results[2].id, results[3].id]
         assert JobRecord.objects.count() == 2
 
+    def test_uniques_come_in_their_own_order(self) -> None:
+        """Results are in the order of the calls; jobs without a unique keep it, too."""
+        calls = [((path, "line"), {}) for path in ("10", "b", "9", "b")]
+        results = jobs.append_once.enqueue_many(calls)
+        assert [json.loads(workload)["args"][0] for workload in workloads(results)[:3]] == ["10", "b", "9"]
+        ids = [int(each.id) for each in results]
+        assert ids[2] < ids[1] == ids[3] < ids[0]
+        free = [int(each.id) for each in jobs.append_once.using(unique="").enqueue_many(calls)]
+        assert free == sorted(set(free))
+
+    def test_the_same_uniques_from_many_sides(self) -> None:
+        """Nobody waits for one who waits for him, whatever the order of the calls."""
+        together = threading.Barrier(4)
+
+        def enqueue(seed: int) -> list[str]:
+            paths = [str(number) for number in range(200)]
+            random.Random(seed).shuffle(paths)
+            try:
+                together.wait(30)
+                results = jobs.append_once.enqueue_many([((path, "line"), {}) for path in paths])
+                return [each.id for _, each in sorted(zip(paths, results, strict=True), key=itemgetter(0))]
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(enqueue, range(4))
+        assert others == [first] * 3
+        assert JobRecord.objects.count() == len(set(first)) == 200
+
     def test_large_ones(self) -> None:
         """More than a statement takes."""
         results = jobs.shout.enqueue_many([(((b"%d" % number) * 3_000_000,), {}) for number in range(4)])
@@ -347,6 +381,39 @@ class TestCancelAndRetry:
             with pytest.raises(JobFailed, match="cancelled"):
                 result.get(timeout=30)
             assert result.retry().get(timeout=20) > 1
+
+    @pytest.mark.parametrize("way", ["job", "group"])
+    def test_others_query_while_a_server_that_hangs_is_awaited(
+        self, way: str, database_server: harness.GearmanServerProcess
+    ) -> None:
+        """On asyncio, where all queries of a process share a thread."""
+        path = str(database_server._folder / "never")
+        made: JobResult[Any] | GroupResult[Any]
+        if way == "job":
+            result = made = jobs.wait_for_file.enqueue(path)
+        else:
+            made = group(jobs.wait_for_file.s(path)).enqueue()
+            (result,) = made
+
+        async def use() -> None:
+            cancelling = asyncio.create_task(made.acancel())
+            try:
+                async with asyncio.timeout(30):
+                    while not await Cancellation.objects.filter(job_id=result.id).aexists():
+                        await asyncio.sleep(0.01)
+                assert not cancelling.done()
+            finally:
+                database_server.signal(signal.SIGCONT)
+            assert await cancelling
+
+        with harness.worker(database_server, processes=1):
+            client_for().claim()
+            harness.wait_until(lambda: is_running(result))
+            database_server.signal(signal.SIGSTOP)
+            awaited(use())
+        assert not is_running(result)
+        assert result.status == Status.CANCELLED
+        assert awaited(made.acancel()) is False
 
 
 @pytest.mark.django_db(transaction=True)

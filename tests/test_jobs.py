@@ -6,22 +6,26 @@ import asyncio
 import datetime
 import decimal
 import functools
+import importlib
 import json
 import pathlib
 import pickle
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.contrib.auth.models import User
-from django.db import OperationalError, connection, connections, transaction
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import DatabaseError, IntegrityError, OperationalError, connection, connections, transaction
 from django.utils import timezone
 
-from django_gearman import JobContext, JobResult, attempts, group, job, rows
+from django_gearman import JobContext, JobResult, attempts, group, job, rows, signals
 from django_gearman.attempts import aperform_assigned, pause_before_retry, perform_assigned
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
@@ -103,11 +107,15 @@ class Reports:
     takes_log = True
     cancelled = False
     may_return = True
+    hears_interrupts = False
     decision: tuple[float | None] | None = None
 
     def __init__(self, workload: bytes = workload) -> None:
         self.workload = workload
         self.told: list[tuple[Any, ...]] = []
+
+    def end_copy(self, failure: BaseException | None = None) -> None:
+        pass
 
     def as_told(self, error: BaseException) -> BaseException:
         return error
@@ -170,6 +178,7 @@ class TestDeclaration:
             ({"name": 5}, "is no name for a job"),
             ({"takes_context": True}, "its first argument must be `context`"),
             ({"retries": 3}, "has no option 'retries'; use max_attempts"),
+            ({"expires": 60}, "@job of plain has no option 'expires'; use an argument .* raise Discard"),
         ],
     )
     def test_refused_options(self, registry: dict[str, Any], options: dict[str, Any], message: str) -> None:
@@ -218,6 +227,15 @@ class TestCall:
     def test_async(self) -> None:
         assert jobs.add_later(1, 2) == 3
 
+    def test_async_where_an_event_loop_runs(self) -> None:
+        async def view(call: Any) -> None:
+            await call(1, 2)
+
+        for call in (jobs.add_later, jobs.add_later.call):
+            with pytest.raises(SynchronousOnlyOperation, match=r"add_later is .* await its acall\(\.\.\.\)"):
+                asyncio.run(view(call))
+        assert asyncio.run(jobs.add_later.acall(1, 2)) == 3
+
     def test_raw(self) -> None:
         assert jobs.shout(b"a") == b"A"
 
@@ -256,6 +274,21 @@ class TestUsing:
             ({"run_after": datetime.datetime(2030, 1, 1)}, "aware datetime"),
             ({"run_after": 60}, "run_after of .* must be a datetime or a timedelta, not 60"),
             ({"run_after": datetime.date(2030, 1, 1)}, "must be a datetime or a timedelta"),
+            (
+                {"countdown": 60},
+                r"using\(\) of .*add has no option 'countdown'; use using\(run_after=\.\.\.\)",
+            ),
+            (
+                {"expires": 60},
+                "has no option 'expires'; use an argument that says until when, and raise Discard",
+            ),
+            (
+                {"queue": "slow"},
+                r"has no option 'queue'; use @job\(queue_name=\.\.\.\), which is for all calls",
+            ),
+            ({"timeout": 60}, r"use @job\(timeout=\.\.\.\)"),
+            ({"prioritty": 5}, "use priority"),
+            ({"link": None}, "it has priority, resubmit, run_after, run_timeout, unique"),
         ],
     )
     def test_refused(self, options: dict[str, Any], message: str) -> None:
@@ -646,6 +679,13 @@ class TestResult:
         """The test itself runs in one."""
         with pytest.raises(WaitInTransaction, match="wait after the transaction"):
             jobs.add.enqueue(1).get(timeout=1)
+
+    def test_retry_keeps_what_a_foreign_client_asked_for(self) -> None:
+        old = JobRecord.objects.create(
+            function="f", reducer="total", workload=b"w", status="FAILED", max_attempts=4, timeout=5
+        )
+        again = JobResult(old).retry()._record
+        assert [getattr(again, name) for name in ("reducer", "max_attempts", "timeout")] == ["total", 4, 5]
 
 
 @pytest.mark.django_db(transaction=True)
@@ -1068,6 +1108,132 @@ class TestDatabaseConnections:
             asyncio.run(sync_to_async(connections.close_all)())
 
 
+@pytest.mark.django_db(transaction=True)
+class TestBrokenConnections:
+    """Who decides on another attempt, and who hears of the failure, finds connections that work."""
+
+    @pytest.fixture
+    def seen(self, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+        """What ``declared`` says of the failure, and a receiver of signals."""
+        monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", None)
+        seen: list[Any] = []
+
+        def receive(exception: BaseException, **arguments: Any) -> None:
+            seen.append(User.objects.create(username=type(exception).__name__))
+
+        signals.job_finished.connect(receive)
+        yield seen
+        signals.job_finished.disconnect(receive)
+        asyncio.run(sync_to_async(connections.close_all)())
+
+    def declared(self, function: Any, seen: list[Any]) -> Job[Any, Any]:
+        """As a job that asks its record, and gives up."""
+        return job(name="broken", max_attempts=3, backoff=lambda error, result: seen.append(result))(function)
+
+    def assert_seen(self, seen: list[Any], error: str) -> None:
+        result, user = seen
+        assert result.attempts == 1
+        assert user.username == error
+        assert list(User.objects.filter(username__endswith="Error")) == [user], "nothing undid it"
+
+    def test_in_a_transaction_that_was_begun_by_hand(self, seen: list[Any]) -> None:
+        with pytest.raises(ValueError, match="before its commit"):
+            perform_assigned(self.declared(leave_transaction, seen), no_arguments())
+        self.assert_seen(seen, "ValueError")
+
+    def test_in_a_transaction_that_is_broken(self, seen: list[Any]) -> None:
+        with pytest.raises(DatabaseError) as caught:
+            perform_assigned(self.declared(break_transaction, seen), no_arguments())
+        self.assert_seen(seen, type(caught.value).__name__)
+
+    def test_in_the_middle_of_a_query(self, seen: list[Any]) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("other drivers wait for the end of a query")
+
+        def ring(*args: object) -> None:
+            raise JobTimedOut(1)
+
+        before = signal.signal(signal.SIGALRM, ring)
+        try:
+            with pytest.raises(JobTimedOut):
+                perform_assigned(self.declared(wait_in_query, seen), no_arguments())
+        finally:
+            signal.signal(signal.SIGALRM, before)
+            end_sleepers()
+        result, user = seen
+        assert (result.attempts, user.username) == (1, "JobTimedOut")
+
+    def test_of_a_session_that_was_ended(self, seen: list[Any]) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("ends its session as an administrator of PostgreSQL can")
+        with pytest.raises(OperationalError):
+            perform_assigned(self.declared(lose_session, seen), no_arguments())
+        self.assert_seen(seen, "OperationalError")
+
+    def test_of_a_session_that_was_ended_under_a_coroutine(self, seen: list[Any]) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("ends its session as an administrator of PostgreSQL can")
+        with pytest.raises(OperationalError):
+            asyncio.run(aperform_assigned(self.declared(alose_session, seen), no_arguments()))
+        self.assert_seen(seen, "OperationalError")
+
+    def test_and_under_one_beside_others(self, seen: list[Any]) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("ends its session as an administrator of PostgreSQL can")
+        make_users()
+        made = self.declared(alose_session, seen)
+
+        async def main() -> None:
+            reading, gate = await begin_reading()
+            with pytest.raises(OperationalError):
+                await aperform_assigned(made, no_arguments())
+            gate.go_on.set()
+            with pytest.raises(OperationalError):
+                await reading
+
+        asyncio.run(main())
+        # The reader failed after it.
+        self.assert_seen(seen[:2], "OperationalError")
+
+
+def leave_transaction() -> None:
+    transaction.set_autocommit(False)
+    User.objects.create(username="lost")
+    raise ValueError("before its commit")
+
+
+def break_transaction() -> None:
+    transaction.set_autocommit(False)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT nothing FROM nowhere")
+
+
+def wait_in_query() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        cursor.execute("SELECT pg_sleep(30)")
+
+
+def lose_session() -> None:
+    User.objects.count()
+    end_session()
+    User.objects.count()
+
+
+def end_sleepers() -> None:
+    """The server goes on with a query that nobody waits for."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND query = 'SELECT pg_sleep(30)'"
+        )
+
+
+async def alose_session() -> None:
+    await sync_to_async(lose_session)()
+
+
 def count_users() -> int:
     return User.objects.count()
 
@@ -1355,6 +1521,24 @@ class TestUnique:
             ids = set(pool.map(enqueue, range(8)))
         assert len(ids) == JobRecord.objects.count() == 1
 
+    def test_many_wait_in_transactions_for_the_one_that_was_first(self) -> None:
+        once = jobs.add.using(unique="u")
+
+        def enqueue(number: int) -> str:
+            try:
+                with transaction.atomic():
+                    return once.enqueue(number).id
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(8) as pool:
+            with transaction.atomic():
+                first = once.enqueue(0)
+                others = [pool.submit(enqueue, number) for number in range(8)]
+                assert not wait(others, 0.5).done, "they did not wait for the transaction"
+            assert {other.result(60) for other in others} == {first.id}
+        assert JobRecord.objects.count() == 1
+
     @pytest.mark.parametrize(
         ("unique", "message"),
         [
@@ -1371,6 +1555,76 @@ class TestUnique:
         once = job(unique=lambda left, right=1: left)(plain)
         with pytest.raises(TypeError, match=r"the unique of .*plain must be a str, not 1"):
             once.enqueue(1)
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE_READ", "SERIALIZABLE"])
+class TestUniqueInAnOlderTransaction:
+    """Where a transaction sees what was when it began, a job joins none that has ended since."""
+
+    once: ClassVar = jobs.add.using(unique="u")
+
+    @pytest.fixture(autouse=True)
+    def _isolation(
+        self, transactional_db: None, level: str, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[None]:
+        if connection.vendor == "sqlite":
+            pytest.skip("has no levels")
+        option: Any = level.lower().replace("_", " ")
+        if connection.vendor == "postgresql":
+            levels = importlib.import_module("django.db.backends.postgresql.psycopg_any").IsolationLevel
+            option = levels[level]
+        connection.close()
+        monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", option)
+        yield
+        monkeypatch.undo()
+        connection.close()
+
+    def end(self, result: JobResult[Any]) -> None:
+        """As a job server does it."""
+        JobRecord.objects.filter(pk=result.id).update(status=Status.SUCCESSFUL, unique_key=None)
+
+    def elsewhere(self, do: Callable[[], Any]) -> Any:
+        """Do it in a transaction of another connection."""
+
+        def and_close() -> Any:
+            try:
+                return do()
+            finally:
+                connection.close()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(and_close).result(30)
+
+    def test_one_that_has_ended(self) -> None:
+        first = self.once.enqueue(1)
+        # PostgreSQL cannot; who begins again can.
+        refused = pytest.raises(OperationalError, match="could not serialize access")
+        with refused if connection.vendor == "postgresql" else nullcontext(), transaction.atomic():
+            assert not User.objects.exists()
+            self.elsewhere(lambda: self.end(first))
+            assert self.once.enqueue(2).id != first.id
+        assert self.once.enqueue(2).id != first.id
+        assert JobRecord.objects.filter(status=Status.READY).count() == 1
+
+    def test_one_that_came(self) -> None:
+        with transaction.atomic():
+            assert not User.objects.exists()
+            first = self.elsewhere(lambda: self.once.enqueue(1))
+            if connection.vendor == "mysql":
+                assert self.once.enqueue(2).id == first.id
+            else:
+                with pytest.raises(IntegrityError) as refused:
+                    self.once.enqueue(2)
+                assert "begin that again" in refused.value.__notes__[0]
+        assert self.once.enqueue(2).id == first.id
+
+    def test_joined_one_may_end_meanwhile(self) -> None:
+        if connection.vendor != "postgresql":
+            pytest.skip("MySQL's locks stay")
+        first = self.once.enqueue(1)
+        with transaction.atomic():
+            assert self.once.enqueue(2).id == first.id
+            self.elsewhere(lambda: self.end(first))
 
 
 @pytest.mark.django_db

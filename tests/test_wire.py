@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.db import transaction
 from django.utils import timezone
 
@@ -214,10 +215,11 @@ class TestEnqueue:
         with transaction.atomic():
             result = jobs.shout.enqueue(b"a")
             assert result.cancel() is False
+            assert async_to_sync(result.acancel)() is False
         found = jobs.shout.get_result(result.id)
         with pytest.raises(InvalidCall, match=r"shout\) has no handle here, .*; keep the result of"):
             found.cancel()
-        assert result.cancel() is True
+        assert async_to_sync(result.acancel)() is True
         if not isinstance(server, Gearmand):
             # gearmand counts what was cancelled until a worker comes for it.
             harness.wait_until(lambda: not waiting(server))
