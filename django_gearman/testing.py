@@ -59,13 +59,12 @@ if TYPE_CHECKING:
     Which: TypeAlias = Job[Any, Any] | Task[Any, Any] | str
     """A function: as ``@job`` or ``@task`` made it, or its name on the wire."""
 
+# Without the backends of tasks, which not everybody can import.
 __all__ = [
-    "DummyBackend",
     "GearmanCluster",
     "GearmanClusterMixin",
     "GearmanJobs",
     "GearmanJobsMixin",
-    "ImmediateBackend",
     "RecordedJob",
     "override_gearman",
 ]
@@ -550,6 +549,7 @@ class _Link:
 
     tells_attempts = True
     takes_logs = True
+    is_copy = False
 
     def __init__(self, runner: _Runner) -> None:
         self.report = runner.say

@@ -27,16 +27,20 @@ from django.core.management import CommandError, call_command
 
 from django_gearman import conf
 from django_gearman.client import connection as connection_module
+from django_gearman.client.admin_client import AdminClient
+from django_gearman.client.aio import AsyncClient
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client
-from django_gearman.exceptions import ConnectionFailed, ConnectionLost, GearmanError
+from django_gearman.exceptions import ConnectionFailed, ConnectionLost
 from django_gearman.protocol.packets import RESPONSE, PacketType, encode_request, encode_response
 from django_gearman.protocol.reader import PacketReader
 from django_gearman.server import door
 from django_gearman.server import transport as transport_module
+from django_gearman.server.connection import Connection as ServerConnection
+from django_gearman.server.connection import TransportLimits
 from django_gearman.server.core import JobServer
 from django_gearman.server.options import ServerOptions
-from django_gearman.server.transport import GearmanServer, TransportLimits, bind
+from django_gearman.server.transport import GearmanServer, bind
 from django_gearman.submission import client_for
 from django_gearman.tls import TLSFilesError, client_context, server_context
 from django_gearman.worker.loop import AssignedJob
@@ -562,7 +566,7 @@ class TestStream:
             sent = 0
             server = place.server
 
-            def blocked() -> list[transport_module.Connection]:
+            def blocked() -> list[ServerConnection]:
                 return [connection for connection in list(server.connections) if connection._blocked]
 
             deadline = time.monotonic() + LIMIT
@@ -751,9 +755,21 @@ class TestEnds:
             client.echo(b"")
 
     def test_plain_client_at_our_port_gets_an_error(self, files: Files) -> None:
+        said = "before it said anything; if it speaks TLS, TLS_CA is missing here"
         with serving(files.server()) as place, place.client(None) as client:
-            with pytest.raises(GearmanError):
+            with pytest.raises(ConnectionLost, match=said):
                 client.do_background("f", b"")
+            with pytest.raises(ConnectionLost, match=said):
+                asyncio.run(AsyncClient([f"127.0.0.1:{place.port}"]).do_background("f", b""))
+            with pytest.raises(ConnectionLost, match=said), AdminClient(f"127.0.0.1:{place.port}") as admin:
+                admin.version()
+            # With a choice, a server has to answer before it is given anything.
+            names = [f"127.0.0.1:{place.port}", f"localhost:{place.port}"]
+            with (
+                pytest.raises(ConnectionFailed, match=said),
+                Client(names, connect_timeout=LIMIT) as two,
+            ):
+                two.do_background("f", b"")
             assert place.server.core.jobs == {}
 
     def test_worker_goes_on_trying(self, files: Files, caplog: pytest.LogCaptureFixture) -> None:

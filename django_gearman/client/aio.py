@@ -36,7 +36,7 @@ from ..exceptions import (
 from ..protocol.packets import GROUP, RESPONSE, ROW, PacketType
 from ..protocol.reader import MAX_BODY, PacketReader
 from .admin_client import FunctionStatus, function_status
-from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of
+from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, why_lost
 from .core import ClientProtocol, JobRequest, Priority, Question
 from .large import LargeEnds
 from .servers import CIRCUIT, QUICK, Route, allowance
@@ -148,8 +148,8 @@ class _Link(asyncio.Protocol):
         return True
 
     def connection_lost(self, error: Exception | None) -> None:
-        reason = "the server closed it" if error is None else reason_of(error)
-        lost = ConnectionLost(self.server, reason)
+        in_plain = self._transport is not None and self._transport.get_extra_info("ssl_object") is None
+        lost = ConnectionLost(self.server, why_lost(error, was_silent=in_plain and not self._received))
         lost.__cause__ = error
         self._lose(lost)
 
@@ -647,7 +647,7 @@ class AsyncClient(Submitter):
                 with self._using(link, request):
                     await self._acknowledged(link, request, None)
                 assert request.handle is not None, "it was acknowledged"
-                return request.handle.decode()
+                return request.handle.decode(errors="replace")
             except ConnectionLost as error:
                 route.lost(link.server, error)
 
@@ -940,8 +940,19 @@ class AsyncClient(Submitter):
         loop = asyncio.get_running_loop()
         links = self._links_of.get(loop)
         if links is None or links.pid != os.getpid():
+            self._drop_closed()
             links = self._links_of[loop] = _Links()
         return links
+
+    def _drop_closed(self) -> None:
+        """Forget loops that were closed without their asynchronous generators being ended."""
+        for reference in self._links_of.keyrefs():
+            loop = reference()
+            if loop is not None and loop.is_closed():
+                left = self._links_of.pop(loop, None)
+                if left is not None:
+                    # It refers to the loop.
+                    left.keeper = None
 
     async def _opened(self, links: _Links, server: str, left: list[str]) -> _Link:
         """Open a connection, once for all that wait for it."""

@@ -21,10 +21,15 @@ from .large import LargeEnds
 
 _CHUNK: Final = 256 * 1024
 
+_READS: Final = 16
+"""How often ``fill`` receives: more may come for ever."""
+
 TLS_ALERT: Final = b"\x15\x03"
 """How a TLS server's answer to plain text begins. RFC 8446, section 5.1."""
 
 SPEAKS_TLS: Final = "it speaks TLS and we do not; TLS_CA would make us"
+
+_SAID_NOTHING: Final = "before it said anything; if it speaks TLS, TLS_CA is missing here"
 
 KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which the kernel asks whether the other end is still there."""
@@ -138,7 +143,7 @@ class Connection:
                 self._set_timeout(timeout)
                 self._socket.sendall(data)
         except OSError as error:
-            raise ConnectionLost(self.server, reason_of(error)) from error
+            raise self._lost(error) from error
 
     def _send_records(self, sock: ssl.SSLSocket, data: bytes, timeout: float) -> None:
         # sendall() of an SSLSocket would allow the time-out again for every record.
@@ -164,7 +169,7 @@ class Connection:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except OSError as error:
-            raise ConnectionLost(self.server, reason_of(error)) from error
+            raise self._lost(error) from error
 
     def receive(self, deadline: float | None, what: str = "the answer of the job server") -> Packet:
         """
@@ -196,10 +201,9 @@ class Connection:
             self._reader = LargeEnds(self._reader, error, self.server, self._max_packet)
         return self._reader.take()
 
-    def fill(self) -> None:
-        """Receive what is there, without waiting; then ``take``."""
-        while self.is_readable() and self._fill(0.0):
-            pass
+    def fill(self) -> bool:
+        """Receive what is there, or 4 MiB of it, without waiting; then ``take``. Whether that was all."""
+        return any(not (self.is_readable() and self._fill(0.0)) for _ in range(_READS))
 
     def fill_ready(self) -> None:
         """Receive once what ``select`` said is there; then ``take`` until there is nothing."""
@@ -248,14 +252,19 @@ class Connection:
         except (TimeoutError, BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return b""
         except OSError as error:
-            raise ConnectionLost(self.server, reason_of(error)) from error
+            raise self._lost(error) from error
         if not data:
-            raise ConnectionLost(self.server, "the server closed it")
+            raise self._lost(None)
         if not self._received:
             self._received = True
             if data.startswith(TLS_ALERT):
                 raise ConnectionLost(self.server, SPEAKS_TLS)
         return data
+
+    def _lost(self, error: OSError | None) -> ConnectionLost:
+        """What to raise for what the system says; None where the other end closed it."""
+        in_plain = not isinstance(self._socket, ssl.SSLSocket)
+        return ConnectionLost(self.server, why_lost(error, was_silent=in_plain and not self._received))
 
     def _set_timeout(self, timeout: float | None) -> None:
         if timeout != self._timeout:
@@ -280,6 +289,18 @@ def not_proven(error: ConnectionLost, host: str, *, tls: bool) -> ConnectionFail
 def _left(deadline: float) -> float:
     """Seconds until then; not 0, which would mean not to wait at all."""
     return max(deadline - monotonic(), 0.001)
+
+
+def why_lost(error: Exception | None, *, was_silent: bool) -> str:
+    """
+    Why a connection broke; ``error`` is None where the other end closed it.
+
+    Args:
+        was_silent: Whether nothing ever came, in plain text: a server that speaks TLS may close it like that.
+    """
+    reason = "the server closed it" if error is None else reason_of(error)
+    closed = error is None or isinstance(error, ConnectionError)
+    return f"{reason} {_SAID_NOTHING}" if was_silent and closed else reason
 
 
 def reason_of(error: Exception) -> str:

@@ -31,6 +31,9 @@ _SUBMISSIONS: Final = {
 }
 FINAL: Final = (PacketType.WORK_COMPLETE, PacketType.WORK_FAIL, PacketType.WORK_EXCEPTION)
 
+_LONGEST_NUMBER: Final = 20
+"""Digits of 64 bits."""
+
 
 @dataclass(eq=False, slots=True)
 class Question:
@@ -236,6 +239,12 @@ class ClientProtocol:
                 raise ProtocolError(
                     b"UNEXPECTED_PACKET", b"The server gave another answer than was asked for"
                 )
+            if kind in (PacketType.STATUS_RES, PacketType.STATUS_RES_UNIQUE) and not all(
+                # After the name, known and running.
+                number.isdigit() and len(number) <= _LONGEST_NUMBER
+                for number in arguments[3:]
+            ):
+                raise ProtocolError(b"UNEXPECTED_PACKET", b"The server told a progress that is no numbers")
             waiting.answer = kind, arguments
         elif kind == (PacketType.OPTION_RES if waiting.listens else PacketType.JOB_CREATED):
             waiting.handle = waiting.listens or arguments[0]

@@ -92,12 +92,13 @@ class _Session:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it is this process's, and not closed by the server in the meantime."""
+        """Whether it is this process's, not closed by the server in the meantime, and comes to an end."""
         if self.pid != os.getpid():
             return False
         try:
             if self.connection.is_readable():
-                self.connection.fill()
+                if not self.connection.fill():
+                    return False
                 # Answers that nobody waited for.
                 while (packet := self.connection.take()) is not None:
                     self.protocol.receive(packet)
@@ -610,7 +611,7 @@ class Client(Submitter):
             session = self._take_on(route)
             try:
                 with self._using(session):
-                    return session.server, self._acknowledged(session, request, None).decode()
+                    return session.server, self._acknowledged(session, request, None).decode(errors="replace")
             except ConnectionLost as error:
                 route.lost(session.server, error)
 

@@ -474,6 +474,24 @@ class TestLoops:
         gc.collect()
         assert not client._links_of
 
+    def test_nothing_stays_open_of_loops_closed_by_hand(self, server: harness.GearmanServerProcess) -> None:
+        """Which end no asynchronous generators; the next loop forgets them."""
+        before = count_clients(server)
+        client = AsyncClient([server.address])
+
+        def use() -> None:
+            for _ in range(3):
+                with closing(asyncio.new_event_loop()) as loop:
+                    assert loop.run_until_complete(client.echo(b"x")) == b"x"
+            del loop
+            assert asyncio.run(client.echo(b"x")) == b"x"
+            gc.collect()
+
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            use()
+        assert not client._links_of
+        harness.wait_until(lambda: count_clients(server) == before)
+
     def test_loops_of_two_threads(self, server: harness.GearmanServerProcess) -> None:
         client = AsyncClient([server.address])
         together = threading.Barrier(2)

@@ -163,5 +163,22 @@ class TestNonsense:
         with pytest.raises(ProtocolError, match="another answer than JOB_CREATED"):
             protocol.receive((P.ECHO_RES, [b"x"]))
 
+    @pytest.mark.parametrize("number", [b"", b"abc", b"-1", b"9" * 5000])
+    @pytest.mark.parametrize(
+        ("asked", "answers", "after"),
+        [(P.GET_STATUS, P.STATUS_RES, []), (P.GET_STATUS_UNIQUE, P.STATUS_RES_UNIQUE, [b"0"])],
+    )
+    def test_a_progress_that_is_no_number(
+        self,
+        protocol: ClientProtocol,
+        asked: PacketType,
+        answers: PacketType,
+        after: list[bytes],
+        number: bytes,
+    ) -> None:
+        protocol.ask(asked, b"H:1", answers=answers)
+        with pytest.raises(ProtocolError, match="no numbers"):
+            protocol.receive((answers, [b"H:1", b"1", b"1", b"1", number, *after]))
+
     def test_a_noop_is_nothing(self, protocol: ClientProtocol) -> None:
         protocol.receive((P.NOOP, []))

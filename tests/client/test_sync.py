@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from django_gearman.client import connection as connection_module
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import NUDGE_TIMEOUT, Client, JobStatus, UniqueStatus
 from django_gearman.client.tasks import Data, Progress, Value, Warned
@@ -29,7 +30,7 @@ from django_gearman.exceptions import (
     ServerError,
     TooLarge,
 )
-from django_gearman.protocol.packets import CLAIM, PacketType, encode_request
+from django_gearman.protocol.packets import CLAIM, PacketType, encode_request, encode_response
 from django_gearman.worker.loop import AssignedJob, JobRefused, WorkerFunction
 from tests import harness
 
@@ -541,6 +542,7 @@ class TestNobodyComes:
         assert type(caught.value) is ResponseTimeout
 
 
+@pytest.mark.usefixtures("patience")
 class TestWatch:
     """``watch``: our server's extension, ``packets.ROW``."""
 
@@ -634,6 +636,7 @@ def listened(*then: Any) -> Script:
 TOLD = (P.WORK_COMPLETE, b"group 5", b"")
 
 
+@pytest.mark.usefixtures("patience")
 class TestWatchGroup:
     """``watch_group``: each of the servers is asked, since any may write the end of the last member."""
 
@@ -788,6 +791,22 @@ class TestFaults:
         with fake_server(script) as port, Client([f"127.0.0.1:{port}"]) as client:
             assert client.echo(b"x") == b"x"
 
+    def test_a_progress_that_is_no_number(self) -> None:
+        script = play(P.GET_STATUS, (P.STATUS_RES, b"H:1", b"1", b"1", b"half", b"1"), None)
+        with (
+            fake_server(script) as port,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
+            pytest.raises(ConnectionLost, match="no numbers"),
+        ):
+            client.job_status("H:1")
+
+    def test_a_handle_that_is_no_text(self) -> None:
+        with (
+            fake_server(play(P.SUBMIT_JOB_BG, (P.JOB_CREATED, b"H:\xff"), None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
+        ):
+            assert client.do_background("f") == "H:\ufffd"
+
     def test_nobody_listens(self) -> None:
         address = f"127.0.0.1:{harness.free_port()}"
         with pytest.raises(
@@ -804,6 +823,40 @@ class TestFaults:
 
 
 class TestConnections:
+    def test_a_server_that_never_stops_talking(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it says is read for a moment only, and the next call has another connection."""
+        monkeypatch.setattr(connection_module, "_CHUNK", 100)
+
+        def talk(peer: Peer) -> None:
+            peer.expect(P.ECHO_REQ)
+            peer.send(P.ECHO_RES, b"1")
+            peer.socket.sendall(encode_response(P.NOOP, b"") * 1000)
+            peer.wait_for_end()
+
+        with (
+            fake_server(talk, play(P.ECHO_REQ, (P.ECHO_RES, b"2"), None)) as port,
+            Client([f"127.0.0.1:{port}"], timeout=30) as client,
+        ):
+            assert client.echo(b"1") == b"1"
+            ((session,),) = client._idle.values()
+            came = session.connection._socket
+            harness.wait_until(lambda: len(came.recv(2000, socket.MSG_PEEK)) == 2000)
+            assert client.echo(b"2") == b"2"
+
+    def test_much_is_received_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        noop = encode_response(P.NOOP, b"")
+        monkeypatch.setattr(connection_module, "_CHUNK", len(noop))
+        with (
+            fake_server(play(noop * 20, None)) as port,
+            closing(Connection("127.0.0.1", port, connect_timeout=30)) as connection,
+        ):
+            came = connection._socket
+            harness.wait_until(lambda: len(came.recv(1000, socket.MSG_PEEK)) == 20 * len(noop))
+            assert not connection.fill()
+            assert len(list(iter(connection.take, None))) == 16
+            assert connection.fill()
+            assert len(list(iter(connection.take, None))) == 4
+
     def test_reopened_after_a_restart(self) -> None:
         with harness.server(store="memory") as process, Client([process.address], timeout=10) as client:
             assert client.echo(b"1") == b"1"
