@@ -21,7 +21,7 @@ from asgiref.sync import sync_to_async
 from . import logs, reports
 
 if TYPE_CHECKING:
-    from .groups import GroupResult
+    from .group_results import GroupResult
 
 PROGRESS_INTERVAL: Final = 0.1
 """Seconds between two progress reports of one job; the last one is always sent."""
@@ -93,7 +93,7 @@ class JobContext:
     @cached_property
     def group(self) -> GroupResult[Any] | None:
         """The group that the job is a member of, or that it follows; None for none. One query."""
-        # Of the public names: groups.py stands on this file.
+        # Of the public names: group_results.py stands on this file.
         from . import GroupResult
 
         return GroupResult.of_job(int(self.id)) if self.id else None

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from django.conf import settings
-from django.db import connection
+from django.db import connection, transaction
 
 from django_gearman.exceptions import GearmanError
 from django_gearman.worker.loop import Worker, WorkerFunction
@@ -451,6 +451,33 @@ def worker_thread(
         os.close(control_read)
     assert not thread.is_alive(), "the worker did not stop"
     assert not failures, failures
+
+
+@contextmanager
+def held_elsewhere(do: Callable[[], object]) -> Iterator[None]:
+    """Do it in a transaction of another connection, as a view does, that is open as long as the block."""
+    if not connection.features.has_select_for_update_skip_locked:
+        pytest.skip("this database does not lock rows")
+    has_done, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            with transaction.atomic():
+                do()
+                has_done.set()
+                goes_on.wait(60)
+        finally:
+            has_done.set()
+            connection.close()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert has_done.wait(60)
+        yield
+    finally:
+        goes_on.set()
+        thread.join(60)
 
 
 @contextmanager

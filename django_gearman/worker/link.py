@@ -61,6 +61,8 @@ class Link:
         self.echo_at: float | None = None
         """When it was sent ECHO_REQ and has not answered yet."""
         self.retry_at = 0.0
+        self.is_copy = False
+        """Whether this is what a process has of it that a job forked."""
         self.tells_attempts = False
         """Whether the server is ours, and speaks of attempts."""
         self.takes_logs = False
@@ -86,6 +88,8 @@ class Link:
         """For each question that has not been answered: how many reports were sent before it."""
         self._confirmed = 0
         self._pause = FIRST_PAUSE
+        self._told = ""
+        """What was last said of a server that cannot be reached, since it last was."""
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -132,10 +136,20 @@ class Link:
                 self.connection = None
                 self._forget_unsent()
             logger.warning("%s; connecting again", error)
-        elif self._pause == FIRST_PAUSE:
+            self._told = ""
+        elif str(error) != self._told:
+            self._told = str(error)
             logger.warning("%s Trying until one does.", error)
         self.retry_at = monotonic() + self._pause * random.uniform(0.5, 1.0)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+    def leave(self) -> None:
+        """In a forked process: close this copy of the connection; the parent's stays open."""
+        self.is_copy = True
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+            self._forget_unsent()
 
     def send(self, data: bytes) -> None:
         """Send packets, behind what waits; as far as is possible without waiting."""

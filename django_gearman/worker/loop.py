@@ -17,10 +17,12 @@ import os
 import select
 import socket
 import ssl
+import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from time import monotonic, sleep
 from typing import Any, Final
 
@@ -74,6 +76,9 @@ MOST_UNSENT: Final = 1024 * 1024
 
 _PUMP_LINGER: Final = 0.5
 """Seconds for which the thread stays that sends what a job has said, once there is nothing."""
+
+_LONGEST_ATTEMPT: Final = 32
+"""Bytes of ``attempt N M``."""
 
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 _RETURN_ALL: Final = encode_request(PacketType.OPTION_REQ, RETURN)
@@ -165,6 +170,26 @@ class AssignedJob:
     def cancel(self) -> None:
         self._is_cancelled = True
 
+    @property
+    def hears_interrupts(self) -> bool:
+        """Whether a KeyboardInterrupt in its function comes from the terminal, not from the function."""
+        # A child, which shows what it has in hand, passes over SIGINT.
+        return self._place is None
+
+    def end_copy(self, failure: BaseException | None = None) -> None:
+        """In a process that its function forked and that comes back, too: end there, as Python would."""
+        if not self._link.is_copy:
+            return
+        status: object = failure
+        if isinstance(failure, SystemExit):
+            status = failure.code
+        elif failure is not None:
+            logger.error("A process that job %s forked has failed", _text(self.handle), exc_info=failure)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status & 0xFF if isinstance(status, int) else int(status is not None))
+
     def as_told(self, error: BaseException) -> BaseException:
         """What ended its function, as it is to be told: why it was interrupted, and not how."""
         return error if self.running is None else self.running.told(error)
@@ -213,7 +238,7 @@ class Worker:
         alarm: Interrupts the caller's thread, which then is the main thread.
         crew: The token that this worker shares with whoever speaks for it.
         row: Where to show what is in hand.
-        is_spent: Asked after each job, with their number: whether to take no further one.
+        is_spent: Asked after each job until it says so, with their number: whether to take no further one.
         show: Told the function that begins, and nothing when none is left.
     """
 
@@ -301,6 +326,7 @@ class Worker:
         self._wake = socket.socketpair()
         for end in self._wake:
             end.setblocking(False)
+        _workers.add(self)
         if self._row is not None:
             self._row.say_ready()
         try:
@@ -311,6 +337,15 @@ class Worker:
                 self._turn()
         finally:
             self._close()
+
+    def become_copy(self) -> None:
+        """In a process that a job forked: the parent alone speaks; what is said goes nowhere."""
+        self.sending = threading.RLock()
+        for link in self._links:
+            link.leave()
+        wake, self._wake = self._wake, None
+        for end in wake or ():
+            end.close()
 
     def say(self, link: Link, data: bytes) -> None:
         """
@@ -663,6 +698,9 @@ class Worker:
             # The question was on its way when we were told to stop.
             link.send(encode_request(PacketType.OPTION_REQ, RETURN + handle))
             return
+        if not lane.free:
+            link.lost(ConnectionLost(str(link), "it hands out more jobs than it was asked for"))
+            return
         place = lane.free.pop()
         limit = self._limits.get(name)
         job = AssignedJob(link, handle, name, unique, workload, attempt, max_attempts or None, place, limit)
@@ -706,19 +744,21 @@ class Worker:
         try:
             with nullcontext() if self._alarm is None else self._alarm.begin(job):
                 result = self._function(lane, job)(job)
-        except KeyboardInterrupt:
-            # Whoever debugs wants to leave at once; the job is not to blame.
-            if job.may_return:
-                job._link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
-            raise
         except BaseException as error:  # whatever a job raises ends the job, not the worker
+            if isinstance(error, KeyboardInterrupt) and job.hears_interrupts:
+                # Whoever debugs wants to leave at once; the job is not to blame.
+                if job.may_return:
+                    job._link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
+                raise
             failure = error
+        job.end_copy(failure)
         with self.sending:
             self._runs_here = False
         self._finish(job, result, failure)
 
     def _done(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:
         """A job has ended, in another thread."""
+        job.end_copy(failure)
         self._events.append(lambda: self._finish(job, result, failure))
         self.wake()
 
@@ -735,7 +775,7 @@ class Worker:
         else:
             report = self._report_failure(job, failure)
         self.jobs_done += 1
-        if self._is_spent is not None and self._is_spent(self.jobs_done):
+        if self._is_spent is not None and not self._stopping and self._is_spent(self.jobs_done):
             self._stopping = True
         job.report = report
         del lane.jobs[job]
@@ -808,6 +848,21 @@ class Worker:
             end.close()
 
 
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+"""Those that run, or have run."""
+
+
+def _become_copies() -> None:
+    """In a forked child: two that send on one connection would break it, and the jobs of both."""
+    for worker in list(_workers):
+        worker.become_copy()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_become_copies)
+
+
 class _Pump:
     """Sends what a job has said, and has stopped saying, while it keeps the worker's own thread busy."""
 
@@ -872,7 +927,7 @@ def _wait(
 
 def _attempt(told: bytes) -> tuple[int, int]:
     """``attempt N M`` as numbers; of anything else, the first of no number."""
-    words = told.split(b" ")
+    words = told.split(b" ") if len(told) <= _LONGEST_ATTEMPT else []
     if len(words) == 3 and words[0] == b"attempt" and words[1].isdigit() and words[2].isdigit():
         return int(words[1]), int(words[2])
     return 1, 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Final
+
+logger = logging.getLogger(__name__)
 
 MIB: Final = 1024 * 1024
 
@@ -49,7 +52,17 @@ class Allowance:
             self._most = min(limits)
 
     def is_spent(self, jobs: int) -> bool:
-        """Whether a process that has run so many jobs is to end."""
+        """Whether a process that has run so many jobs is to end; the log says why."""
         if self._max_jobs is not None and jobs >= self._max_jobs:
+            logger.info("Process %d ends after %d jobs, its limit (--max-jobs)", os.getpid(), jobs)
             return True
-        return self._most is not None and resident() > self._most
+        if self._most is None or (has := resident()) <= self._most:
+            return False
+        limit = self._most // MIB
+        logger.info(
+            "Process %d ends with %d MiB, more than its limit, %d (--max-memory)",
+            os.getpid(),
+            has // MIB,
+            limit,
+        )
+        return True

@@ -284,6 +284,7 @@ class Tasks:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="gearman-tasks", daemon=True)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._has_ended = False
         self._thread.start()
 
     def start(
@@ -315,11 +316,21 @@ class Tasks:
 
     def close(self) -> None:
         """End the loop; only when no job is left."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
         self._loop.close()
 
+    def _end(self) -> None:
+        self._has_ended = True
+        self._loop.stop()
+
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while not self._has_ended:
+            try:
+                self._loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                # One that a job began as a task has raised it: asyncio raises it here, too, besides where
+                # the job awaits it.
+                pass
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())

@@ -3,8 +3,8 @@ Processes: fork them, replace those that die, end those that hang, stop them in 
 
 Knows no Gearman. Each child is one call of a function with the read end of a
 pipe, its control: a byte there, or its end, means to finish the work in hand
-and return. Children ignore the signals that stop the parent, so that TERM to
-the whole group and TERM to the parent are the same. A child whose parent dies
+and return. Children pass over the signals that stop the parent, so that TERM to
+the whole group and TERM to the parent are the same to them. A child whose parent dies
 is killed by the kernel where that can be arranged (Linux), and sees the end of
 its control elsewhere. What a child has in hand stands on its row of the board;
 what became of that is told to the spokesman.
@@ -22,6 +22,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
@@ -72,6 +73,8 @@ FREEZE_LIMIT: Final = 0.5
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _SIGNALS: Final = (*_STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD)
+_PASSED_OVER: Final = (*_STOP_SIGNALS, signal.SIGHUP, signal.SIGALRM)
+"""What a child does not heed; what it starts does."""
 
 
 class Spokesman(Protocol):
@@ -316,12 +319,13 @@ class Supervisor:
                     "Killing %d processes now; their jobs go back to the queue", len(self._children)
                 )
             else:
+                self._stop()
+                # Who reads this may rely on it that they have been told.
                 logger.info(
                     "Stopping: %d processes finish their job, within %g s; once more to stop now",
                     len(self._children),
                     self._grace,
                 )
-                self._stop()
 
     def _stop(self) -> None:
         self._kill_at = monotonic() + self._grace
@@ -370,8 +374,13 @@ class Supervisor:
             if os.getppid() != self._parent:
                 os._exit(1)  # it died between fork and the line above
             signal.set_wakeup_fd(-1)
-            for number in (*_STOP_SIGNALS, signal.SIGHUP, signal.SIGALRM):
-                signal.signal(number, signal.SIG_IGN)
+            for number in _PASSED_OVER:
+                # SIG_IGN would be inherited by the programs that jobs start, which nobody could end then.
+                signal.signal(number, _pass_over)
+                signal.siginterrupt(number, False)
+            os.register_at_fork(
+                before=_hold_signals, after_in_parent=_release_signals, after_in_child=_hear_signals
+            )
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _show_crashes()
             for sibling in self._children.values():
@@ -409,7 +418,8 @@ class Supervisor:
         if child in self._old:
             self._old.remove(child)
         cause = f"killed by {_name_of(-code)}" if code < 0 else f"exit status {code}"
-        for job in child.row.running():
+        jobs = child.row.running()
+        for job in jobs:
             self._tell(child, job, f"The worker was lost: {cause}")
         if self._kill_at is not None or child.is_superfluous or child.slot >= len(self._group_of):
             return
@@ -420,7 +430,8 @@ class Supervisor:
             logger.error("Process %d could not begin: %s; stopping", child.pid, self._failure)
             self._stop()
             return
-        if code == 0:
+        # With a job in hand none ends as it should: a function has called os._exit.
+        if code == 0 and not jobs:
             logger.log(
                 logging.DEBUG if was_finishing else logging.INFO,
                 "Process %d has ended; another takes its place",
@@ -434,7 +445,9 @@ class Supervisor:
                 self._pauses[child.slot] = pause
             else:
                 self._pauses.pop(child.slot, None)
-            logger.error("Process %d is gone: %s; another starts in %g s", child.pid, cause, pause)
+            logger.error(
+                "Process %d is gone: %s%s; another starts in %g s", child.pid, cause, _in_hand(jobs), pause
+            )
         self._start_at[child.slot] = monotonic() + pause
 
     def _tell(self, child: _Child, job: RunningJob, cause: str) -> None:
@@ -700,11 +713,45 @@ class Supervisor:
             self._start_at.pop(child.slot, None)
 
 
+def _in_hand(jobs: list[RunningJob]) -> str:
+    """What a process was at, for a line of the log; of many jobs the first."""
+    if not jobs:
+        return ""
+    handle, function = (name.decode(errors="replace") for name in (jobs[0].handle, jobs[0].function))
+    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+    return f", in the middle of job {handle} ({function}){others}"
+
+
 def _name_of(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    """The parent hears it as well, and tells its children what it means by their controls."""
+
+
+_held = threading.local()
+"""What else was blocked in a thread that forks."""
+
+
+def _hold_signals() -> None:
+    """Before a child's job forks: what comes for the new process waits until that heeds it."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_OVER)
+
+
+def _release_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
+def _hear_signals() -> None:
+    """In a process that a child's job forked: whoever started it may end it."""
+    for number in _PASSED_OVER:
+        if signal.getsignal(number) is _pass_over:
+            signal.signal(number, signal.SIG_DFL)
+    _release_signals()
 
 
 def _show_crashes() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,10 @@ class TestThreads:
             assert len({text.split()[0] for text in ran.values()}) == 2
             assert len(set(ran.values())) == 6
             # No prefetch: the other two wait at the server, where others could take them.
-            assert site_server.status()[pools.hold.name] == (8, 6, 2)
+            harness.wait_until(lambda: site_server.status()[pools.hold.name] == (8, 6, 2))
             (tmp_path / f"{min(ran)}.go").touch()
             wait_begun(tmp_path, 7)
-            assert site_server.status()[pools.hold.name] == (7, 6, 2)
+            harness.wait_until(lambda: site_server.status()[pools.hold.name] == (7, 6, 2))
             worker.signal(signal.SIGTERM)
             harness.wait_until(lambda: "Stopping" in worker.stderr)
             (tmp_path / "go").touch()
@@ -258,6 +259,49 @@ class TestChoice:
         assert done.returncode in (1, 2)
         assert sentence in done.stderr
         assert "Traceback" not in done.stderr
+
+
+class TestLaterGroup:
+    """What the parent does for its processes, it does for those of every group."""
+
+    @pytest.fixture
+    def worker(self, site_server: Server) -> Iterator[harness.ManagedProcess]:
+        groups = {"video": {"QUEUES": ["encoding"]}, "slow": {"QUEUES": ["slow"]}, "rest": {}}
+        env = SITE | {
+            "GEARMAN_TEST_SETTINGS": json.dumps({"WORKERS": groups, "SERVERS": [site_server.address]})
+        }
+        with harness.ManagedProcess(["gearman_worker"], started="rest: 1", env=env) as process:
+            yield process
+
+    @pytest.mark.usefixtures("worker")
+    def test_job_is_cancelled(self, tmp_path: Path):
+        result = pools.be_interrupted.enqueue(str(tmp_path), "job")
+        harness.wait_until(lambda: (tmp_path / "job.begun").exists(), 60.0)
+        assert result.cancel()
+        harness.wait_until(lambda: (tmp_path / "job.cancelled").exists(), 30.0)
+        assert jobs.add.enqueue(1).get(timeout=30) == 2
+
+    @pytest.mark.usefixtures("worker")
+    def test_record_says_of_what_a_process_died(self):
+        with pytest.raises(JobFailed, match="The worker was lost: exit status 7 at the last of 1 attempts"):
+            pools.exit_hard.enqueue(7).get(timeout=60)
+        with pytest.raises(JobFailed, match="Time limit of 1 s: killed at the last of 1 attempts"):
+            jobs.hang_in_c.enqueue().get(timeout=60)
+
+    def test_job_that_goes_back_keeps_its_attempts(
+        self, site_server: Server, worker: harness.ManagedProcess, tmp_path: Path
+    ):
+        result = pools.hold.enqueue(str(tmp_path), "held")
+        wait_begun(tmp_path, 1)
+        worker.signal(signal.SIGTERM)
+        harness.wait_until(lambda: "Stopping" in worker.stderr)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert "1 jobs went back to the queue" in worker.stdout
+        (tmp_path / "go").touch()
+        with harness.worker(site_server, processes=1, env=SITE):
+            assert result.get(timeout=60)
+        assert (result.attempts, result.errors) == (1, [])
 
 
 def test_titles_say_what_a_process_does(site_server: Server, tmp_path: Path):

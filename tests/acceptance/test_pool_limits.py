@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ class TestTime:
             assert worker.children() == children
         assert (tmp_path / "cleaned").exists()
 
+    @pytest.mark.parametrize("options", [[], ["--concurrency", "3"]])
+    def test_an_async_def_ends_as_it_wants_to(self, options: list[str], site_server: Server, tmp_path: Path):
+        """Where it hears of the limit at an ``await``, and goes on: as any other function."""
+        with harness.worker(site_server, processes=2, options=options, env=SITE):
+            cleaned = pools.clean_up_as_task.enqueue(str(tmp_path / "cleaned"), "")
+            failed = pools.clean_up_as_task.enqueue(str(tmp_path / "failed"), "no")
+            passed = pools.sleep_as_task.enqueue()
+            assert cleaned.get(timeout=30) == "cleaned up"
+            assert told(failed) == "no"
+            assert told(passed) == "the job took longer than 1 s"
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"CancelledError"}
+
     def test_hard_limit_kills_what_goes_on_and_no_other(self, site_server: Server, tmp_path: Path):
         with harness.worker(site_server, processes=3, env=SITE) as worker:
             held = pools.hold.enqueue(str(tmp_path), "held")
@@ -86,6 +99,16 @@ class TestDeath:
                 assert all(cause in error.message for error in result.errors)
             harness.wait_until(lambda: len(worker.children()) == 2, 60.0, "as many processes as before")
 
+    def test_keyboard_interrupt_of_a_function_ends_its_job_alone(self, site_server: Server):
+        with harness.worker(site_server, processes=1, env=SITE) as worker:
+            worker.wait_connected()
+            children = worker.children()
+            result = pools.interrupt_itself.enqueue()
+            assert told(result) == "its own"
+            assert (result.status, result.attempts) == (Status.FAILED, 1)
+            assert jobs.add.enqueue(1).get(timeout=30) == 2
+            assert worker.children() == children
+
     def test_next_job_does_not_wait(self, site_server: Server):
         with harness.worker(site_server, processes=1, env=SITE) as worker:
             worker.wait_connected()
@@ -103,15 +126,17 @@ class TestRecycling:
             assert max(counts.values()) == 3
             assert all(result.attempts == 1 for result in results)
             assert "another starts" not in worker.stderr
+            assert "ends after 3 jobs, its limit (--max-jobs)" in worker.stderr
 
     @pytest.mark.parametrize("limit", ["+60", "400,+60"])
     def test_of_one_that_grows(self, site_server: Server, limit: str):
         options = ["--max-memory", limit]
-        with harness.worker(site_server, processes=1, options=options, env=SITE):
+        with harness.worker(site_server, processes=1, options=options, env=SITE) as worker:
             results = [pools.leak.enqueue(25) for _ in range(9)]
             counts = Counter(result.get(timeout=20) for result in results)
             assert max(counts.values()) == 3
             assert all(result.attempts == 1 for result in results)
+            assert re.search(r"ends with \d+ MiB, more than its limit, \d+ \(--max-memory\)", worker.stderr)
 
     def test_limit_below_what_a_process_begins_with_replaces_none(self, site_server: Server):
         options = ["--max-memory", "1"]

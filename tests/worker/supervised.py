@@ -15,6 +15,7 @@ import math
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -139,10 +140,28 @@ def ends(folder: Path, control: int, row: Row) -> None:
     """Ends by itself, without an error."""
 
 
-def masks(folder: Path, control: int, row: Row) -> None:
-    """Say which signals a child ignores."""
-    ignored = [number.name for number in signal.Signals if signal.getsignal(number) == signal.SIG_IGN]
-    (folder / "ignored").write_text(" ".join(sorted(ignored)))
+def vanishes(folder: Path, control: int, row: Row) -> None:
+    """Two jobs in hand, and one of them ends the process."""
+    row.say_ready()
+    for number, handle in enumerate((b"first", b"second")):
+        row.place(number).begin(handle, b"f", monotonic(), 0.0, math.inf)
+    os._exit(0)
+
+
+def starts_others(folder: Path, control: int, row: Row) -> None:
+    """Start a program and fork a process for each signal, and send it at once; say of what they ended."""
+    ended = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM):
+        with subprocess.Popen(["sleep", "600"]) as program:
+            program.send_signal(number)
+        ended.append(program.returncode)
+        forked = os.fork()
+        if forked == 0:
+            time.sleep(600)
+            os._exit(0)
+        os.kill(forked, number)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+    (folder / "ended").write_text(" ".join(signal.Signals(-status).name for status in ended))
     idle(folder, control, row)
 
 
@@ -189,6 +208,7 @@ def main() -> None:
     os.pipe = pipe_if_there_are_files
     end = supervisor.Supervisor(
         [group],
+        places=2,
         grace=float(grace),
         spokesman=Canceller(Path(folder)),
         notifier=Loud({}),

@@ -18,6 +18,7 @@ import pytest
 
 from django_gearman.client.connection import Connection
 from django_gearman.client.sync import Client
+from django_gearman.exceptions import ConnectionFailed
 from django_gearman.protocol.packets import ATTEMPTS, WAITS, PacketType, encode_request
 from django_gearman.worker import loop
 from django_gearman.worker.loop import AssignedJob
@@ -200,6 +201,35 @@ class TestSilence:
             harness.wait_until(lambda: len(resumed) == 4)
         assert resumed[:2] == [b"resume 1 H:1", b"resume 1 H:2"]
         assert sorted(resumed[2:]) == [b"H:1", b"H:2"]
+
+
+class TestWords:
+    """Each reason why a server is out of reach is told once."""
+
+    def test_server_that_went_and_does_not_come_back(self, caplog: pytest.LogCaptureFixture) -> None:
+        def told() -> list[str]:
+            return [line for line in caplog.messages if "Trying until one does" in line]
+
+        with (
+            harness.server(store="memory") as server,
+            harness.worker_thread({"reverse": reverse}, server) as worker,
+        ):
+            harness.wait_until(lambda: server.status().get("reverse") == (0, 0, 1))
+            server.stop()
+            harness.wait_until(lambda: bool(told()), what="a word on why it cannot be reached")
+            assert "connecting again" in caplog.text
+            (link,) = worker._links
+            harness.wait_until(lambda: link._pause >= 0.8, what="further attempts")
+            assert len(told()) == 1
+
+    def test_another_reason(self, caplog: pytest.LogCaptureFixture) -> None:
+        options: dict[str, Any] = {"describe": lambda error: b"", "retry": lambda job, error: None}
+        worker = loop.Worker({"reverse": reverse}, [("127.0.0.1", 1)], client_id="x", **options)
+        (link,) = worker._links
+        for reason in ("refused", "refused", "its TLS certificate is not trusted", "refused"):
+            link.lost(ConnectionFailed("127.0.0.1:1", reason))
+        told = [reason for line in caplog.messages for reason in ("refused", "not trusted") if reason in line]
+        assert told == ["refused", "not trusted", "refused"]
 
 
 class TestDelivery:

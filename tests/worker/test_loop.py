@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from time import monotonic
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from django_gearman.client.sync import Client
 from django_gearman.client.tasks import BESIDE
 from django_gearman.exceptions import JobFailed
-from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType
+from django_gearman.protocol.packets import ATTEMPTS, RETURN, WAITS, PacketType, encode_response
 from django_gearman.worker import link, loop
 from django_gearman.worker.loop import AssignedJob, JobRefused, Worker
 from tests import harness
@@ -137,6 +139,43 @@ class TestFailures:
             raise error
 
         assert outcome(work) == b"failed: " + repr(error).encode()
+
+    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=["exit", "interrupt"])
+    def test_task_that_a_job_began(
+        self, server: harness.GearmanServerProcess, client: Client, error: BaseException
+    ) -> None:
+        """asyncio raises these two out of its event loop, too: the jobs on it go on."""
+        has_begun, go_on = threading.Event(), threading.Event()
+
+        async def inner() -> None:
+            await asyncio.sleep(0)
+            raise error
+
+        async def gather(job: AssignedJob) -> bytes:
+            await asyncio.gather(inner())
+            return b""
+
+        async def hold(job: AssignedJob) -> bytes:
+            has_begun.set()
+            while not go_on.is_set():
+                await asyncio.sleep(0.01)
+            return b"held"
+
+        with (
+            harness.worker_thread({}, server, tasks={"gather": gather, "hold": hold}, concurrency=2),
+            Client([server.address], timeout=30) as other,
+            ThreadPoolExecutor() as threads,
+        ):
+            held = threads.submit(other.do, "hold", timeout=60)
+            try:
+                assert has_begun.wait(30)
+                for _ in range(2):
+                    with pytest.raises(JobFailed) as caught:
+                        client.do("gather", timeout=30)
+                    assert caught.value.data == repr(error).encode()
+            finally:
+                go_on.set()
+            assert held.result(60) == b"held"
 
     def test_log_has_one_printable_line(self, outcome: Any, caplog: pytest.LogCaptureFixture) -> None:
         def work(job: AssignedJob) -> bytes:
@@ -377,6 +416,50 @@ class TestReconnect:
         with fake_server(nonsense, good) as port, harness.worker_thread({"reverse": reverse}, port):
             harness.wait_until(lambda: served)
         assert served == [b"H:1", b"ba"]
+
+    def test_more_jobs_than_were_asked_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        """There is no place for the third."""
+        go_on = threading.Event()
+        is_back = threading.Event()
+
+        def wait(job: AssignedJob) -> bytes:
+            assert go_on.wait(30)
+            return b""
+
+        def generous(peer: Peer) -> None:
+            peer.socket.sendall(encode_response(P.JOB_ASSIGN_UNIQ, b"H:1", b"wait", b"", b"") * 3)
+            peer.wait_for_end()
+
+        def again(peer: Peer) -> None:
+            is_back.set()
+            peer.wait_for_end()
+
+        with fake_server(generous, again) as port, harness.worker_thread({"wait": wait}, port, threads=2):
+            try:
+                assert is_back.wait(30)
+            finally:
+                go_on.set()
+        assert "more jobs than it was asked for" in caplog.text
+
+    @pytest.mark.parametrize("attempt", [b"9" * 5000 + b" 1", b"1 " + b"9" * 5000, b"one of two"])
+    def test_an_attempt_that_is_no_number(self, attempt: bytes) -> None:
+        seen: list[int] = []
+
+        def work(job: AssignedJob) -> bytes:
+            seen.append(job.attempt)
+            return b""
+
+        def script(peer: Peer) -> None:
+            for kind in (P.SET_CLIENT_ID, P.CAN_DO, P.GRAB_JOB_UNIQ):
+                peer.expect(kind)
+            peer.send(P.OPTION_RES, b"attempt " + attempt)
+            peer.send(P.JOB_ASSIGN_UNIQ, b"H:1", b"work", b"", b"")
+            peer.expect(P.WORK_COMPLETE)
+            have_nothing(peer)
+
+        with fake_server(script) as port, harness.worker_thread({"work": work}, port):
+            harness.wait_until(lambda: seen)
+        assert seen == [1]
 
     def test_a_lost_noop(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loop, "RECHECK", 0.05)

@@ -184,17 +184,20 @@ class TestStop:
         assert program.wait() == 0
         assert len(program.begun()) == 2
 
-    def test_what_a_child_ignores(self, start: Start, tmp_path: Path) -> None:
-        start("masks", processes=1)
-        ignored = tmp_path / "0" / "ignored"
-        text = wait_until(lambda: ignored.exists() and ignored.read_text())
-        assert {"SIGTERM", "SIGINT", "SIGQUIT"} <= set(str(text).split())
+    def test_what_a_child_starts_hears_signals(self, start: Start, tmp_path: Path) -> None:
+        """Though the child itself does not."""
+        start("starts_others", processes=1)
+        ended = tmp_path / "0" / "ended"
+        text = wait_until(lambda: ended.exists() and ended.read_text())
+        told = [name for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGALRM") for _ in range(2)]
+        assert str(text).split() == told
 
     def test_a_child_that_is_stopped_by_a_signal_goes_on(self, start: Start) -> None:
         """TERM to one child alone is not how it is stopped."""
         program = start("idle")
         children = program.wait_for_children(2)
-        os.kill(children[0], signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGALRM):
+            os.kill(children[0], number)
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
         assert len(program.done()) == 2
@@ -217,6 +220,16 @@ class TestReplace:
         wait_until(lambda: len(program.done()) >= 2)
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
+
+    def test_one_that_is_gone_with_a_job_in_hand(self, start: Start) -> None:
+        program = start("vanishes", processes=1)
+        wait_until(lambda: len(program.begun()) >= 3)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert (
+            "is gone: exit status 0, in the middle of job first (f) and 1 more; another starts" in program.log
+        )
+        assert "takes its place" not in program.log
 
     def test_the_pause_grows_for_the_short_lived(self, start: Start) -> None:
         program = start("crash", processes=1)

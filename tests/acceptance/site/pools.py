@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from django_gearman import JobContext, job
 from django_gearman.exceptions import JobCancelled, JobTimedOut
+from django_gearman.models import JobRecord
+
+logger = logging.getLogger(__name__)
 
 kept: list[bytes] = []
 
@@ -42,6 +50,18 @@ def clean_up(path: str) -> str:
     return "cleaned up"
 
 
+@job(timeout=1)
+async def clean_up_as_task(path: str, problem: str) -> str:
+    """``clean_up`` at an ``await``; the file says what it hears."""
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError as error:
+        Path(path).write_text(type(error).__name__)
+    if problem:
+        raise ValueError(problem)
+    return "cleaned up"
+
+
 @job
 def sleep_for(seconds: float) -> int:
     time.sleep(seconds)
@@ -51,6 +71,11 @@ def sleep_for(seconds: float) -> int:
 @job(max_attempts=1)
 def exit_hard(status: int) -> None:
     os._exit(status)
+
+
+@job
+def interrupt_itself() -> None:
+    raise KeyboardInterrupt("its own")
 
 
 @job(max_attempts=1)
@@ -134,3 +159,65 @@ def hang_for_ever(folder: str, name: str) -> None:
 @job(queue_name="encoding")
 def encode(name: str) -> int:
     return os.getpid()
+
+
+def fork() -> int:
+    """``os.fork``, without the warning of what threads may have locked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def say_much(name: str) -> None:
+    for number in range(50):
+        logger.warning("%s says %d", name, number)
+        time.sleep(0.02)
+
+
+@job(takes_context=True, max_attempts=1)
+def speak_in_children(context: JobContext) -> list[int | None]:
+    """Log in two processes beside this one, all at once; how they ended."""
+    forking = multiprocessing.get_context("fork")
+    children = [forking.Process(target=say_much, args=[f"child {number}"]) for number in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for child in children:
+            child.start()
+    say_much("parent")
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+@job(max_attempts=1)
+def fork_one_that_exits(how: str) -> int:
+    """Fork a process that leaves the function, as few do; its status. The database is still there then."""
+    JobRecord.objects.count()
+    child = fork()
+    if child == 0:
+        if how == "raises":
+            raise ValueError("a child went wrong")
+        if how == "returns":
+            return -1
+        sys.exit(3)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    JobRecord.objects.count()
+    return status
+
+
+@job(max_attempts=1)
+def end_others() -> list[int | None]:
+    """Start a program, a process and a pool, and have them end; of what the first two did."""
+    with subprocess.Popen(["sleep", "600"]) as program:
+        program.terminate()
+    forking = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = forking.Process(target=time.sleep, args=[600])
+        process.start()
+        process.terminate()
+        process.join()
+        with forking.Pool(2) as pool:
+            # Its end waits for both of its processes.
+            pool.map_async(time.sleep, [600, 600])
+    return [program.returncode, process.exitcode]
