@@ -13,10 +13,11 @@ from django.dispatch import Signal
 
 job_enqueued = Signal()
 """
-``enqueue`` has made a job. ``result``: its ``JobResult``.
+A job was made by ``enqueue``, or again by ``JobResult.retry`` or the admin. ``result``: its ``JobResult``.
 
 In the caller's transaction, which may be rolled back yet. Not sent for a
-submission that joined another job, nor by schedules and other programs.
+submission that joined another job, nor by schedules and other programs; nor
+where a job is enqueued again by a process that does not know its function.
 """
 
 job_started = Signal()

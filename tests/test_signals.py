@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import sentry_sdk
+from asgiref.sync import async_to_sync
 from django.db import transaction
 from django.dispatch import Signal
+from django.utils import timezone
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from django_gearman import JobContext, Retry, job, signals, tracing
+from django_gearman import JobContext, JobResult, Retry, job, signals, tracing
+from django_gearman.attempts import aperform_assigned, perform_assigned
 from django_gearman.attempts import pause_before_retry as decide
-from django_gearman.attempts import perform_assigned
+from django_gearman.exceptions import TooLarge
 from django_gearman.jobs import Job
 from django_gearman.models import JobRecord
+from django_gearman.results import retry_all
 from tests.app import jobs
 from tests.docs import block_of
 from tests.test_jobs import Reports, registry  # noqa: F401  # a fixture
@@ -64,6 +68,32 @@ class TestEnqueued:
         jobs.append_once.enqueue("a", "c")
         assert len(heard) == 1
 
+    def test_enqueued_again(self, heard: list[Any]):
+        old = jobs.append_once.enqueue("a", "b")
+        old.cancel()
+        del heard[:]
+        again = old.retry()
+        assert heard == [("job_enqueued", {"sender": jobs.append_once, "result": again})]
+        # This one joins it.
+        assert old.retry() == again
+        assert len(heard) == 1
+
+    def test_enqueued_again_by_the_admin(self, heard: list[Any]):
+        old = [jobs.add.enqueue(number) for number in range(2)]
+        for result in old:
+            result.cancel()
+        del heard[:]
+        assert retry_all([int(result.id) for result in old], "default") == (2, 0, 0)
+        made = JobRecord.objects.filter(status="READY").order_by("pk")
+        assert heard == [
+            ("job_enqueued", {"sender": jobs.add, "result": JobResult(record)}) for record in made
+        ]
+
+    def test_enqueued_again_where_the_function_is_not_known(self, heard: list[Any]):
+        old = JobRecord.objects.create(function="resize", status="FAILED", finished_at=timezone.now())
+        assert JobResult(old).retry().function == "resize"
+        assert heard == []
+
     def test_wire(self, heard: list[Any], settings: Any):
         settings.GEARMAN = {"default": {"ENQUEUE": "wire"}}
         with transaction.atomic():
@@ -103,6 +133,29 @@ class TestAttempt:
             perform_assigned(jobs.fail, assigned("boom"))
         assert [name for name, _ in heard] == ["job_started", "job_finished"]
         assert heard[1][1]["exception"] is raised.value
+
+    @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+    def test_result_that_fits_in_no_packet(self, heard: list[Any], settings: Any, is_async: bool):
+        """The job has failed, and is not tried again: its result would be as large."""
+        settings.GEARMAN = {"default": {"MAX_PACKET": 70_000}}
+        large = job(name="large", max_attempts=3)(areturn_much if is_async else return_much)
+        perform: Any = async_to_sync(aperform_assigned) if is_async else perform_assigned
+        room = 70_000 - len("H:one:1.1") - 1 - len('""')
+        assert len(perform(large, assigned(room))) == room + 2
+        del heard[:]
+        told = assigned(room + 1)
+        with pytest.raises(TooLarge, match=r"result of large .* more than MAX_PACKET=70000; store it"):
+            perform(large, told)
+        assert [name for name, _ in heard] == ["job_started", "job_finished"]
+        assert isinstance(heard[1][1]["exception"], TooLarge)
+        assert told.decision == (None,)
+
+    @pytest.mark.parametrize("hears", [False, True], ids=["function", "terminal"])
+    def test_keyboard_interrupt(self, heard: list[Any], hears: bool):
+        """Its end, unless it comes from the terminal: then the job goes back to the queue."""
+        with pytest.raises(KeyboardInterrupt):
+            perform_assigned(job(name="interrupt")(interrupt), assigned(hears_interrupts=hears))
+        assert [name for name, _ in heard] == ["job_started"] + ["job_finished"] * (not hears)
 
     def test_arguments_that_do_not_fit(self, heard: list[Any]):
         with pytest.raises(TypeError):
@@ -171,6 +224,18 @@ class TestAttempt:
 
 def ask_again(context: JobContext, number: int) -> None:
     raise Retry("not yet", after=7)
+
+
+def return_much(size: int) -> str:
+    return "x" * size
+
+
+async def areturn_much(size: int) -> str:
+    return return_much(size)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def raise_error() -> None:

@@ -20,7 +20,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import pickle
+import socket
 import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -31,7 +33,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connection, transaction
+from django.db import DatabaseError, connection, transaction
 from django.test import override_settings
 from django.utils import timezone
 from django.utils.module_loading import import_string
@@ -59,8 +61,8 @@ from django_gearman.backends import (
     task_finished,
     task_started,
 )
-from django_gearman.exceptions import InvalidGroup, JobCancelled, JobFailed, JobTimedOut
-from django_gearman.models import JobRecord
+from django_gearman.exceptions import InvalidGroup, JobCancelled, JobFailed, JobTimedOut, TooLarge
+from django_gearman.models import JobAttempt, JobRecord
 from django_gearman.registry import registry
 from django_gearman.testing import GearmanJobs
 
@@ -610,6 +612,44 @@ class TestSignals:
         assert [(name, status) for name, _, status, _ in told] == [("started", RUNNING), ("finished", FAILED)]
         assert assigned.decision == (None,)
 
+    @pytest.mark.django_db(transaction=True)
+    @pytest.mark.parametrize("hears", [False, True], ids=["function", "terminal"])
+    def test_keyboard_interrupt(self, told: list[Any], hears: bool) -> None:
+        """The end of the task, unless it comes from the terminal."""
+        assigned: Any = Assigned()
+        assigned.hears_interrupts = hears
+        with pytest.raises(KeyboardInterrupt):
+            perform_assigned(registry["tests.app.tasks.failing_task_keyboard_interrupt"], assigned)
+        assert [name for name, *_ in told] == ["started"] + ["finished"] * (not hears)
+
+    @pytest.mark.django_db(transaction=True)
+    @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+    def test_a_result_that_fits_in_no_packet(self, told: list[Any], settings: Any, is_async: bool) -> None:
+        settings.GEARMAN = {"default": {"MAX_PACKET": 70_000}}
+        made: Any = task(areturn_much if is_async else return_much)
+        perform: Any = async_to_sync(aperform_assigned) if is_async else perform_assigned
+        try:
+            with pytest.raises(TooLarge, match="more than MAX_PACKET=70000; store it"):
+                perform(registry[made.module_path], Assigned())
+        finally:
+            del registry[made.module_path], registry[f"{made.module_path}@slow"]
+        assert [(name, status) for name, _, status, _ in told] == [("started", RUNNING), ("finished", FAILED)]
+
+    @with_options
+    @pytest.mark.django_db(transaction=True)
+    def test_a_connection_that_a_task_left_broken(self, told: list[Any]) -> None:
+        """Its ``backoff`` gets another, and decides."""
+        asked: list[Any] = []
+        options: Any = {"max_attempts": 3, "backoff": lambda error, result: asked.append(result.attempts)}
+        made: Any = task(**options)(break_transaction)
+        try:
+            with pytest.raises(DatabaseError):
+                perform_assigned(registry[made.module_path], Assigned())
+        finally:
+            del registry[made.module_path], registry[f"{made.module_path}@slow"]
+        assert asked == [1]
+        assert [(name, status) for name, _, status, _ in told] == [("started", RUNNING), ("finished", FAILED)]
+
     @with_options
     @pytest.mark.django_db(transaction=True)
     def test_a_time_limit_is_told_as_such(self) -> None:
@@ -657,6 +697,31 @@ class TestSignals:
         assert perform_assigned(registry["tests.app.tasks.get_task_id"], assigned) == b'"H:x:1.1"'
         assert [name for name, *_ in told] == ["started", "finished"]
 
+    @pytest.mark.parametrize(
+        ("written", "others"),
+        [(0, ["", ""]), (1, ["lost:1", ""]), (2, ["", "lost:1"]), (3, ["", ""])],
+    )
+    def test_workers_that_were_lost(self, written: int, others: list[str]) -> None:
+        """The server may write of them, and of the attempt that begins, a moment later."""
+        result = tasks.noop_task.enqueue()
+        record = JobRecord.objects.filter(pk=result.id)
+        record.update(handle="H:x:1.1", attempts=written, worker="lost:1" if written else "")
+        heard: list[list[str]] = []
+
+        def started(task_result: Any, **kwargs: Any) -> None:
+            heard.append(task_result.worker_ids)
+
+        task_started.connect(started)
+        try:
+            context = JobContext("H:x:1.1", attempt=3)
+            registry["tests.app.tasks.noop_task"].perform(b'{"args": [], "kwargs": {}}', context)
+            JobAttempt.objects.create(job=record.get(), number=1, worker="lost:0", finished_at=timezone.now())
+            registry["tests.app.tasks.noop_task"].perform(b'{"args": [], "kwargs": {}}', context)
+        finally:
+            task_started.disconnect(started)
+        own = f"{socket.gethostname()}:{os.getpid()}"
+        assert heard == [[*others, own], ["lost:0", others[1], own]]
+
     @pytest.mark.django_db(transaction=True)
     def test_a_connection_to_the_database_that_is_lost(self, caplog: pytest.LogCaptureFixture) -> None:
         """The worker's; the function gets another."""
@@ -678,12 +743,29 @@ class Assigned:
 
     handle, unique, workload = b"H:x:1.1", b"", b'{"args": [], "kwargs": {}}'
     attempt, max_attempts = 1, None
-    takes_log, may_return, cancelled, decision = False, True, False, None
+    takes_log, may_return, hears_interrupts, cancelled, decision = False, True, False, False, None
     error: BaseException | None = None
     """Why the worker interrupted it."""
 
+    def end_copy(self, failure: BaseException | None = None) -> None:
+        pass
+
     def as_told(self, error: BaseException) -> BaseException:
         return self.error or error
+
+
+def return_much() -> str:
+    return "x" * 70_000
+
+
+async def areturn_much() -> str:
+    return return_much()
+
+
+def break_transaction() -> None:
+    transaction.set_autocommit(False)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT nothing FROM nowhere")
 
 
 def count_records() -> int:
@@ -944,6 +1026,14 @@ class TestRegistry:
         job(name="other")(of_no_module_that_is_looked_through)
         task(of_no_module_that_is_looked_through)
         assert set(registry) == {"other", self.NAME, f"{self.NAME}@slow"}
+
+    def test_what_is_no_queue_is_left_to_the_checks(self) -> None:
+        backend = {"BACKEND": GEARMAN, "QUEUES": ["default", "slow", 7, "", "a\n"]}
+        with override_settings(TASKS={"default": backend}):
+            task(of_no_module_that_is_looked_through)
+            assert set(registry) >= {self.NAME, f"{self.NAME}@slow"}
+            ids = [message.id for message in run_checks()]
+        assert ids.count("django_gearman.E016") == 3
 
     def test_declared_twice_by_a_reload(self) -> None:
         first: Any = task(of_no_module_that_is_looked_through)

@@ -71,7 +71,7 @@ class TestWithout:
             from django.core.management import call_command
             call_command("migrate", verbosity=0)
             from django_gearman import job
-            from django_gearman.testing import GearmanJobs
+            from django_gearman.testing import *
             def double(number):
                 return 2 * number
             double.__module__ = "somewhere"

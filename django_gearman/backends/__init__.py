@@ -350,12 +350,17 @@ class GearmanBackend(_WithOptions):
             )
         queues: list[object] = sorted(self.queues, key=str)
         for queue in queues:
-            if not isinstance(queue, str) or not queue.isprintable() or not 0 < len(queue) <= 100:
+            if not is_queue_name(queue):
                 yield Error(
                     f"{where}['QUEUES'] has {queue!r}, which is no name for a queue.",
                     hint="Use 1 to 100 characters, without control characters.",
                     id="django_gearman.E016",
                 )
+
+
+def is_queue_name(queue: object) -> bool:
+    """Whether ``QUEUES`` may have it."""
+    return isinstance(queue, str) and queue.isprintable() and 0 < len(queue) <= 100
 
 
 class ImmediateBackend(_WithOptions, _ImmediateBackend):

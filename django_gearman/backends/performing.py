@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
@@ -23,7 +23,7 @@ from django.db import DatabaseError, InterfaceError, connections
 from django.utils import timezone
 
 from .. import conf
-from ..attempts import pause_after
+from ..attempts import mend_connections, mend_shared_connections, pause_after, refuse_too_large
 from ..context import JobContext
 from ..encoding import describe_exception, dumps, exception_of, refuse_unless_json
 from ..exceptions import InvalidJob
@@ -41,6 +41,7 @@ from . import (
     TaskResultDoesNotExist,
     TaskResultStatus,
     gearman_backends,
+    is_queue_name,
     normalize_json,
     task_enqueued,
     task_finished,
@@ -101,24 +102,25 @@ class TaskJob(Job[Any, Any]):
             pauses[attempt] = self.task.backoff(error, task_result)  # type: ignore[attr-defined]  # our ``Task``
         return cast("float | timedelta | None", pauses[attempt])
 
-    def _invoke(
-        self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any], *more: Any
-    ) -> Any:
+    def perform(self, workload: bytes, context: JobContext, **options: Any) -> bytes:
+        """Run the function for a workload from the wire, and tell the receivers of Django's signals."""
+        args, kwargs = self._decode(workload)
         result = self._running(context, args, kwargs)
         sender = type(self.backend)
         task_started.send_robust(sender, task_result=result)
         given: Any = GearmanTaskContext(task_result=result, job=context)
         try:
-            value = as_json(super()._invoke(given, args, kwargs, *more), f"the return value of {self.name}")
-        except KeyboardInterrupt:
-            raise
+            value = as_json(self._invoke(given, args, kwargs, **options), f"the return value of {self.name}")
+            encoded = self._encoded(value, context)
         except BaseException as error:
-            if self._note_failure(context, result, error):
+            if isinstance(error, KeyboardInterrupt) and _hears_interrupts(context):
+                raise
+            if self._note_failure(context, result, error, mend_connections):
                 task_finished.send_robust(sender, task_result=result)
             raise
         _note_success(result, value)
         task_finished.send_robust(sender, task_result=result)
-        return value
+        return encoded
 
     async def aperform(self, workload: bytes, context: JobContext) -> bytes:
         """``perform`` of an ``async def``, on the event loop that runs."""
@@ -130,14 +132,23 @@ class TaskJob(Job[Any, Any]):
             args = (GearmanTaskContext(task_result=result, job=context), *args)
         try:
             value = as_json(await self.function(*args, **kwargs), f"the return value of {self.name}")
+            encoded = self._encoded(value, context)
         except BaseException as error:
-            if await sync_to_async(self._note_failure)(context, result, error):
+            if await sync_to_async(self._note_failure)(context, result, error, mend_shared_connections):
                 await task_finished.asend_robust(sender, task_result=result)
             raise
         _note_success(result, value)
         await task_finished.asend_robust(sender, task_result=result)
+        return encoded
+
+    def _encoded(self, value: Any, context: JobContext) -> bytes:
+        """What ``as_json`` made of a return value, for the wire."""
+        encoded = dumps(value)
+        assigned: Any = context._reports
+        if assigned is not None:
+            refuse_too_large(self, assigned, encoded)
         context.flush()
-        return dumps(value)
+        return encoded
 
     def _running(
         self, context: JobContext, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -149,12 +160,14 @@ class TaskJob(Job[Any, Any]):
             # A foreground job, or of a server that keeps no records here.
             record = JobRecord(function=self.name, handle=context.handle, enqueued_at=now)
             record.workload = dumps({"args": args, "kwargs": kwargs})
+        # After a lost worker the server may not have written of that one, nor of this attempt.
+        known = {record.attempts: record.worker}
         record.status = JobRecord.Status.RUNNING
         record.attempts = context.attempt
         record.worker = f"{socket.gethostname()}:{os.getpid()}"
         record.started_at = record.started_at or now
         record.last_attempted_at = now
-        return result_of(self.backend, self.task, record)
+        return result_of(self.backend, self.task, record, workers=known)
 
     def _find_record(self, handle: str) -> JobRecord | None:
         connection = connections[conf.settings_for().database]
@@ -169,10 +182,17 @@ class TaskJob(Job[Any, Any]):
                 connection.close_if_unusable_or_obsolete()
             return None
 
-    def _note_failure(self, context: JobContext, result: TaskResult[Any, Any], error: BaseException) -> bool:
+    def _note_failure(
+        self,
+        context: JobContext,
+        result: TaskResult[Any, Any],
+        error: BaseException,
+        mend: Callable[[BaseException], None],
+    ) -> bool:
         """Write into the result what was raised; whether that is its end."""
         assigned: Any = context._reports
         if assigned is not None:
+            mend(error)
             error = assigned.as_told(error)
         told = exception_of(describe_exception(error))
         result.errors.append(TaskError(exception_class_path=told["exception"], traceback=told["traceback"]))
@@ -182,6 +202,12 @@ class TaskJob(Job[Any, Any]):
         object.__setattr__(result, "status", TaskResultStatus.FAILED)
         object.__setattr__(result, "finished_at", timezone.now())
         return True
+
+
+def _hears_interrupts(context: JobContext) -> bool:
+    """Whether a KeyboardInterrupt comes from the terminal; without a worker, too."""
+    assigned: Any = context._reports
+    return assigned is None or bool(assigned.hears_interrupts)
 
 
 def _note_success(result: TaskResult[Any, Any], value: Any) -> None:
@@ -199,7 +225,8 @@ def register(task: Task[Any, Any], backends: Sequence[GearmanBackend]) -> None:
     """
     Have the task's function among those that workers offer: in its own queue, and in those of the backends.
 
-    What ``using`` made of a task is no news.
+    What ``using`` made of a task is no news. What is no name for a queue is left to the checks
+    to tell of, which run when the apps are loaded.
 
     Raises:
         InvalidTask: Another function has its name.
@@ -209,7 +236,7 @@ def register(task: Task[Any, Any], backends: Sequence[GearmanBackend]) -> None:
         raise InvalidTask(f"{task.module_path} is the name of a @job; give that another name=")
     declared = known.task if isinstance(known, TaskJob) and known.function is task.func else task
     queues = {declared.queue_name: None} | {
-        queue: None for backend in backends for queue in sorted(backend.queues)
+        queue: None for backend in backends for queue in sorted(filter(is_queue_name, backend.queues))
     }
     for queue in queues:
         name = wire_name(declared.module_path, queue, declared_for=declared.queue_name)
@@ -301,7 +328,12 @@ def as_json(value: object, what: str) -> Any:
 
 
 def result_of(
-    backend: GearmanBackend, task: Task[Any, Any], record: JobRecord, *, id: str = ""
+    backend: GearmanBackend,
+    task: Task[Any, Any],
+    record: JobRecord,
+    *,
+    id: str = "",
+    workers: Mapping[int, str] = {},
 ) -> TaskResult[Any, Any]:
     """
     What a record tells, in Django's words.
@@ -309,6 +341,7 @@ def result_of(
     Args:
         task: As it was declared; the record has the options that it was enqueued with.
         id: The result's id, where it is not the record's.
+        workers: Who made attempts of which the record tells nothing, by their number.
     """
     past = {}
     if not record._state.adding and _is_retried(record):
@@ -316,9 +349,8 @@ def result_of(
     errors = [_error(attempt.exception, attempt.message, attempt.traceback) for attempt in past.values()]
     if record.status in JobRecord.FAILURES:
         errors.append(_error(record.exception, record.message, record.traceback))
-    workers = [
-        past[number].worker if number in past else record.worker for number in range(1, record.attempts + 1)
-    ]
+    known = {**workers, record.attempts: record.worker}
+    known.update((number, attempt.worker) for number, attempt in past.items())
     args, kwargs = _arguments(record)
     result: TaskResult[Any, Any] = TaskResult(
         task=_as_enqueued(task, backend, record),
@@ -332,7 +364,7 @@ def result_of(
         kwargs=kwargs,
         backend=backend.alias,
         errors=errors,
-        worker_ids=workers,
+        worker_ids=[known.get(number, "") for number in range(1, record.attempts + 1)],
     )
     if record.status == JobRecord.Status.SUCCESSFUL:
         object.__setattr__(result, "_return_value", _value(bytes(record.result or b"")))
