@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Final
 
 from django.conf import settings
-from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, transaction
+from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connections, transaction
 from django.db.models import Q, QuerySet
 
 from . import schedules
@@ -72,7 +72,7 @@ class Scheduler:
         if self._due(now).exists():
             return True
         if self._wants_review(now):
-            if self._to_replan(now):
+            if self._to_replan(self._readable(), now):
                 return True
             self._reviewed = now
         return False
@@ -85,12 +85,12 @@ class Scheduler:
             now: Seconds since 1970.
         """
         if self._wants_review(now):
-            for schedule in self._to_replan(now):
+            for schedule in self._to_replan(self._not_locked(self._readable()), now):
                 self._try(schedule, self._replan, now)
             self._reviewed = now
             self._is_new = False
         began = monotonic()
-        for schedule in self._due(now).order_by("next_at", "pk")[:AT_ONCE]:
+        for schedule in self._not_locked(self._due(now)).order_by("next_at", "pk")[:AT_ONCE]:
             self._try(schedule, self._fire, now)
             if monotonic() - began > SLICE:
                 break
@@ -106,11 +106,11 @@ class Scheduler:
     def _wants_review(self, now: int) -> bool:
         return self._reviewed is None or abs(now - self._reviewed) >= REVIEW_INTERVAL
 
-    def _to_replan(self, now: int) -> list[Schedule]:
+    def _to_replan(self, rows: QuerySet[Schedule], now: int) -> list[Schedule]:
         """Rows whose next time does not follow from what they say, or from a clock that was right."""
         return [
             row
-            for row in self._readable().filter(~Q(plan="") | Q(enabled=True, withdrawn=False)).order_by("pk")
+            for row in rows.filter(~Q(plan="") | Q(enabled=True, withdrawn=False)).order_by("pk")
             # What could not be fired may be what a new version of the code can.
             if row.plan != row.current_plan
             or (self._is_new and row.error and row.next_at is None)
@@ -168,6 +168,12 @@ class Scheduler:
             if made is not None:
                 self._rows().filter(pk=schedule.pk).update(last_job=made.pk)
         logger.debug("Schedule %s: %d jobs, next at %s", schedule.name, len(due.times), _moment(due.next_at))
+
+    def _not_locked(self, rows: QuerySet[Schedule]) -> QuerySet[Schedule]:
+        """Locked, and without what a view that takes its time has just edited."""
+        if not connections[self._using].features.has_select_for_update_skip_locked:
+            return rows
+        return rows.select_for_update(skip_locked=True)
 
     def _readable(self) -> QuerySet[Schedule]:
         # The others are for a server that can read them.

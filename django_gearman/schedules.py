@@ -35,6 +35,9 @@ MAX_NAME: Final = 60
 
 MIN_INTERVAL: Final = timedelta(seconds=1)
 
+MAX_INTERVAL: Final = timedelta(days=36_500)
+"""So that the next times are in years that a date can have."""
+
 _WINDOWS: Final = (3600, 6 * 3600, 86_400, 7 * 86_400, 32 * 86_400, 366 * 86_400)
 """Seconds before now in which the last time is looked for, one after the other."""
 
@@ -241,6 +244,8 @@ def timing(expression: str, interval: timedelta | None, zone: str) -> Timing:
             raise InvalidSchedule(f"an interval is a timedelta, not {interval!r}")
         if interval < MIN_INTERVAL or interval.microseconds:
             raise InvalidSchedule(f"an interval is one second or more, and whole seconds, not {interval}")
+        if interval > MAX_INTERVAL:
+            raise InvalidSchedule(f"an interval is {MAX_INTERVAL.days} days or less, not {interval}")
         return IntervalTiming(int(interval.total_seconds()))
     made = CronTiming(expression, time_zone(zone))
     check_cron(expression)

@@ -31,6 +31,7 @@ from django_gearman.registry import registry
 from django_gearman.scheduler import Scheduler, is_edited, reset, synchronise
 from django_gearman.store import DatabaseStore
 
+from . import harness
 from .app import jobs
 
 NOON = int(datetime(2026, 6, 1, 12, tzinfo=UTC).timestamp())
@@ -152,6 +153,18 @@ class TestFiring:
         for number in range(3):
             make(name=str(number))
         assert [len(work(NOON + 60 + second)) for second in range(4)] == [1, 1, 1, 0]
+
+    @pytest.mark.parametrize("next_at", [None, NOON])
+    def test_neighbours_of_one_whose_times_no_date_can_have(self, next_at: int | None):
+        far = make(name="far")
+        plan = "every 3000000 days, 0:00:00" if next_at else ""
+        rows = Schedule.objects.filter(pk=far.pk)
+        rows.update(interval=timedelta(days=3_000_000), plan=plan, next_at=next_at)
+        make()
+        assert times(work(NOON + 60)) == [60]
+        far.refresh_from_db()
+        assert far.next_at is None
+        assert "36500 days or less" in far.error
 
     def test_neighbours_of_one_that_cannot_be_fired(self, caplog: pytest.LogCaptureFixture):
         bad = make(name="a", args=["x", "y", "z"])
@@ -412,6 +425,30 @@ class TestOnce:
             assert made_for == [start + 300 * each for each in range(len(made_for))]
             assert len(made_for) == 13
         assert not JobRecord.objects.filter(server=None).exists()
+
+    def test_one_that_is_being_edited_waits_alone(self):
+        made = make()
+        make(name="other")
+        rows = Schedule.objects.filter(pk=made.pk)
+        with harness.held_elsewhere(lambda: rows.update(args=[2])):
+            assert [record.client for record in work(NOON + 60)] == ["schedule other"]
+        assert [record.client for record in work(NOON + 60)] == ["schedule minutely"]
+
+    def test_one_whose_unique_is_being_enqueued_is_tried_again(self):
+        make(function=jobs.append_once.name, args=["path", "line"])
+        make(name="other")
+        Schedule.objects.update(next_at=NOON)
+        mine = store()
+        with harness.held_elsewhere(lambda: jobs.append_once.enqueue("path", "line")):
+            claimed = [*mine.claim(10, {}).jobs, *mine.claim(10, {}).jobs]
+        assert [job.function for job in claimed] == [jobs.add.name.encode()]
+        assert "lock" in Schedule.objects.get(name="minutely").error.lower()
+        assert mine._scheduler is not None
+        mine._scheduler._waiting.clear()
+        Schedule.objects.filter(name="minutely").update(next_at=NOON)
+        mine.claim(10, {})
+        schedule = Schedule.objects.get(name="minutely")
+        assert (schedule.error, schedule.next_at) == ("", NOON + 60)
 
     def test_a_server_that_was_replaced_makes_none(self):
         make()

@@ -7,7 +7,7 @@ from typing import Any
 
 from django.contrib import admin
 from django.db import transaction
-from django.db.models import Count, Q, QuerySet
+from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
@@ -17,7 +17,7 @@ from django_gearman.limiting import Standing, is_edited, reset, standings
 from django_gearman.models import FunctionLimit, JobRecord
 
 from . import format
-from .read_only import FunctionLimitModelAdmin, Look
+from .read_only import FunctionLimitModelAdmin, Look, RowForm
 
 KEYS = 20
 """Keys of one limit that are shown, those of which most is in use."""
@@ -25,6 +25,7 @@ KEYS = 20
 
 @admin.register(FunctionLimit)
 class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
+    form = RowForm
     list_display = ("function", "allowed", "state", "in_use", "begun")
     list_filter = ("enabled",)
     list_per_page = 100
@@ -56,9 +57,6 @@ class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
     def save_model(self, request: HttpRequest, obj: FunctionLimit, form: Any, change: bool) -> None:
         """Save what was edited, and no more: a server may be taking over what the code says."""
         obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
-
-    def get_queryset(self, request: HttpRequest) -> QuerySet[FunctionLimit]:
-        return super().get_queryset(request).using(conf.settings_for().database)
 
     def get_changelist_instance(self, request: HttpRequest) -> Any:
         changes = super().get_changelist_instance(request)
@@ -143,10 +141,7 @@ class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
     @admin.display(description=gettext_lazy("waiting"))
     def waiting(self, limit: FunctionLimit) -> str:
         records = JobRecord.objects.using(conf.settings_for().database)
-        counts = records.filter(function=limit.function).aggregate(
-            ready=Count("pk", filter=Q(status=JobRecord.Status.READY))
-        )
-        return str(counts["ready"])
+        return str(records.filter(function=limit.function, status=JobRecord.Status.READY).count())
 
     @admin.display(description=gettext_lazy("in the code"))
     def code(self, limit: FunctionLimit) -> str:

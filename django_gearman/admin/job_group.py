@@ -81,14 +81,15 @@ class JobGroupAdmin(Look, ReadOnly, JobGroupModelAdmin):
 
     @admin.display(description=gettext_lazy("on success"))
     def follows_success(self, group: JobGroup) -> str:
-        return self._following(group.on_success)
+        return self._following(group, group.on_success)
 
     @admin.display(description=gettext_lazy("on completion"))
     def follows_completion(self, group: JobGroup) -> str:
-        return self._following(group.on_complete)
+        return self._following(group, group.on_complete)
 
-    def _following(self, id: int | None) -> str:
-        job = JobRecord.objects.filter(pk=id).only("function", "status", "exception").first() if id else None
+    def _following(self, group: JobGroup, id: int | None) -> str:
+        records = JobRecord.objects.using(group._state.db).only("function", "status", "exception")
+        job = records.filter(pk=id).first() if id else None
         if job is None:
             return format.NOTHING
         url = reverse(

@@ -21,7 +21,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from django_gearman.models import JobAttempt, JobGroup, JobRecord
-from django_gearman.results import JobResult, cancel_all, retry_all
+from django_gearman.results import cancel_all, retry_all
 
 from . import filters, format, payload
 from .change_list import JobChangeList
@@ -29,7 +29,10 @@ from .paginator import JobPaginator
 from .read_only import JobRecordModelAdmin, Look, ReadOnly
 
 MATCHES = 1000
-"""Jobs of one unique to find at most, newest first; jobs that one action takes at most."""
+"""Jobs of one unique to find at most, newest first."""
+
+AT_ONCE = 1000
+"""Jobs that one action takes at most."""
 
 CANCEL_LIMIT = 5.0
 """Seconds in which to see the end of jobs that are cancelled."""
@@ -110,8 +113,12 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
 
     @admin.action(description=gettext_lazy("Cancel"), permissions=["cancel"])
     def cancel(self, request: HttpRequest, queryset: QuerySet[JobRecord]) -> None:
-        jobs = queryset.filter(status__in=JobRecord.LIVE).defer(*payload.COLUMNS)
-        count, waiting = cancel_all([JobResult(job) for job in jobs[:MATCHES]], CANCEL_LIMIT)
+        live = queryset.filter(status__in=JobRecord.LIVE).order_by("-pk").values_list("pk", flat=True)
+        ids = list(live[: AT_ONCE + 1])
+        count, waiting = cancel_all(ids[:AT_ONCE], queryset.db, CANCEL_LIMIT)
+        if len(ids) > AT_ONCE:
+            left = _("Only the %(count)d newest of the jobs were looked at: cancel the others once more.")
+            self.message_user(request, left % {"count": AT_ONCE}, messages.WARNING)
         if waiting:
             left = ngettext(
                 "%(count)d job will be cancelled once a job server sees to it: is one running?",
@@ -124,13 +131,17 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
 
     @admin.action(description=gettext_lazy("Enqueue again"), permissions=["cancel"])
     def enqueue_again(self, request: HttpRequest, queryset: QuerySet[JobRecord]) -> None:
-        """As ``JobResult.retry`` of each that has ended, the oldest first."""
-        chosen = queryset.order_by("pk").values_list("pk", flat=True)[: MATCHES + 1]
-        ids = list(chosen)
-        made, joined, unfinished = retry_all(ids[:MATCHES], queryset.db)
-        if len(ids) > MATCHES:
-            left = _("Only the %(count)d oldest of the jobs were looked at: choose the others once more.")
-            self.message_user(request, left % {"count": MATCHES}, messages.WARNING)
+        """As ``JobResult.retry`` of each that has ended, the oldest first; of too many none."""
+        ids = list(queryset.order_by("pk").values_list("pk", flat=True)[: AT_ONCE + 1])
+        if len(ids) > AT_ONCE:
+            # They stay as they are: who chose all once more would have the first of them again.
+            told = _(
+                "More than %(count)d jobs were chosen, and none was enqueued again. Choose fewer by the "
+                "filters, or do it by code: Failures in docs/monitoring.md shows how."
+            )
+            self.message_user(request, told % {"count": AT_ONCE}, messages.ERROR)
+            return
+        made, joined, unfinished = retry_all(ids, queryset.db)
         if unfinished:
             left = ngettext(
                 "%(count)d job has not ended, and was not enqueued again.",
@@ -162,11 +173,12 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
         """Read one row; of the columns that may be huge, only the beginning."""
         jobs = self.get_queryset(request).select_related("server").defer(*payload.COLUMNS)
         try:
-            return jobs.annotate(
+            job: JobRecord = jobs.annotate(
                 **payload.heads(), has_past_attempts=Exists(JobAttempt.objects.filter(job=OuterRef("pk")))
             ).get(pk=object_id)
         except (JobRecord.DoesNotExist, ValidationError, ValueError):
             return None
+        return job
 
     def get_fieldsets(self, request: HttpRequest, obj: JobRecord | None = None) -> Any:
         ended: tuple[str, ...] = ("result_value",)
@@ -315,14 +327,16 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
 
     @admin.display(description=gettext_lazy("group"))
     def group_link(self, job: JobRecord) -> str:
-        group = JobGroup.objects.filter(pk=job.group_id or 0).first()
+        group = JobGroup.objects.using(job._state.db).filter(pk=job.group_id or 0).first()
         if group is None:
             return format.NOTHING
         url = reverse(
             "admin:django_gearman_jobgroup_change", args=[group.pk], current_app=self.admin_site.name
         )
         if job.group_index is not None:
-            place = _("member %(place)d of %(total)d") % {"place": job.group_index, "total": group.total}
+            # As GroupFailed and its outcomes count.
+            told = _("member %(place)d of %(total)d, counted from 0")
+            place = told % {"place": job.group_index, "total": group.total}
         else:
             place = _("follows it")
         link = format_html('<a href="{}">{} {}</a>', url, group.pk, format.visible(group.name, 80))

@@ -1,4 +1,4 @@
-"""What our admins share: how their pages look, and that jobs and servers are not changed there."""
+"""What our admins share: their look, their database, and that jobs and servers are not changed there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.db import models
+from django.forms import ModelForm
 from django.http import HttpRequest
 
+from django_gearman import conf
 from django_gearman.models import FunctionLimit, JobGroup, JobRecord, Schedule, ServerLease
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ else:
 
 
 class Look:
-    """How the pages of all our models look."""
+    """How the pages of all our models look, and where they look."""
 
     show_full_result_count = False
     view_on_site: Callable[[Any], str | None] | bool = False
@@ -32,6 +34,22 @@ class Look:
 
     class Media:
         css = {"all": ["django_gearman/admin.css"]}
+
+    def get_queryset(self, request: HttpRequest) -> models.QuerySet[Any]:
+        """Rows of the jobs' database, which need not be the default one."""
+        rows: models.QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]  # a ModelAdmin's
+        return rows.using(conf.settings_for().database)
+
+
+class RowForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know that it is generic
+    def validate_unique(self) -> None:
+        """As a model form's, in the jobs' database; Django would look in the default one."""
+        model = type(self.instance)
+        others = model._base_manager.using(conf.settings_for().database).exclude(pk=self.instance.pk)
+        for field in model._meta.concrete_fields:
+            value = self.cleaned_data.get(field.name)
+            if field.unique and value is not None and others.filter(**{field.name: value}).exists():
+                self.add_error(field.name, self.instance.unique_error_message(model, (field.name,)))
 
 
 class ReadOnly:

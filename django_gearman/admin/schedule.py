@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Any
 
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.db import OperationalError, transaction
 from django.db.models import QuerySet
-from django.forms import ModelForm, Textarea
+from django.forms import JSONField, Textarea
+from django.forms.fields import InvalidJSONInput
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.formats import date_format
@@ -24,18 +26,63 @@ from django_gearman.models import Schedule
 from django_gearman.scheduler import insert, is_edited, reset
 
 from . import format
-from .read_only import Look, ScheduleModelAdmin
+from .read_only import Look, RowForm, ScheduleModelAdmin
 
 NEXT_TIMES = 5
+
+DEEPEST = 30
+"""Lists and objects that may be nested in arguments; MariaDB takes some 30, others more."""
+
+_TOO_DEEP = gettext_lazy("Lists and objects may be nested %(depth)d deep at most.")
 
 DECLARED = ("name", "function")
 """What the code says of its own schedules, and nobody else."""
 
 
-class ScheduleForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know that it is generic
+class ArgumentsField(JSONField):
+    """JSON that every database can keep, and every page can show."""
+
+    def to_python(self, value: Any) -> Any:
+        try:
+            parsed = super().to_python(value)
+            self._refuse(parsed)
+        except RecursionError:
+            raise ValidationError(_TOO_DEEP % {"depth": DEEPEST}) from None
+        except ValueError as error:  # a number of thousands of digits, or half of a surrogate pair
+            raise ValidationError(str(error)) from error
+        return parsed
+
+    def _refuse(self, value: Any, depth: int = 0) -> None:
+        if depth == DEEPEST and isinstance(value, list | dict):
+            raise ValidationError(_TOO_DEEP % {"depth": DEEPEST})
+        match value:
+            case str():
+                value.encode()
+                if "\0" in value:
+                    raise ValidationError(_("The character \\u0000 is not allowed."))
+            case list():
+                for each in value:
+                    self._refuse(each, depth + 1)
+            case dict():
+                for key, each in value.items():
+                    self._refuse(key, depth)
+                    self._refuse(each, depth + 1)
+
+    def bound_data(self, data: Any, initial: Any) -> Any:
+        # As it was typed: what was refused can perhaps neither be read nor written anew.
+        return data if data is None else InvalidJSONInput(data)
+
+    def prepare_value(self, value: Any) -> Any:
+        text = super().prepare_value(value)
+        # The code may declare what a page cannot show.
+        return text if format.visible(text) == text else json.dumps(value, cls=self.encoder)
+
+
+class ScheduleForm(RowForm):
     class Meta:
         model = Schedule
-        fields = "__all__"  # noqa: DJ007  # fieldsets choose
+        fields = "__all__"  # fieldsets choose
+        field_classes = {"args": ArgumentsField, "kwargs": ArgumentsField}
         widgets = {name: Textarea(attrs={"rows": 3, "cols": 60}) for name in ("args", "kwargs")}
 
     def clean(self) -> dict[str, Any]:
@@ -86,9 +133,6 @@ class ScheduleAdmin(Look, ScheduleModelAdmin):
     def save_model(self, request: HttpRequest, obj: Schedule, form: Any, change: bool) -> None:
         """Save what was edited, and no more: a server may be firing the schedule."""
         obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
-
-    def get_queryset(self, request: HttpRequest) -> QuerySet[Schedule]:
-        return super().get_queryset(request).using(conf.settings_for().database)
 
     # The actions.
 
@@ -215,4 +259,7 @@ def _zone(moment: datetime.datetime) -> str:
 
 
 def _moment(seconds: int | None) -> datetime.datetime | None:
-    return None if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    try:
+        return None if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (OverflowError, ValueError):  # beyond the year 9999
+        return None

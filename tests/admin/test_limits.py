@@ -9,7 +9,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from django_gearman.limiting import synchronise
-from django_gearman.models import FunctionLimit, LimitUse
+from django_gearman.models import FunctionLimit, JobRecord, LimitUse
 from django_gearman.permits import Limit, Request, Use
 
 from .test_schedules import refused
@@ -75,6 +75,20 @@ class TestList:
                 limit(f"{name}{number}")
                 use(f"{name}{number}")
         assert counts[0] == counts[1]
+
+
+class TestPage:
+    def test_counts_what_waits_and_not_the_history(self, admin_client):
+        row = limit("f")
+        for status, number in (("READY", 3), ("SUCCESSFUL", 5), ("RUNNING", 1)):
+            JobRecord.objects.bulk_create(JobRecord(function="f", status=status) for _ in range(number))
+        JobRecord.objects.create(function="g")
+        with CaptureQueriesContext(connection) as queries:
+            text = page(admin_client, row)
+        assert '<div class="readonly">3</div>' in text
+        (counted,) = [query["sql"] for query in queries if "COUNT" in query["sql"]]
+        # A condition of the row, for which there are indexes.
+        assert "status" in counted.rpartition("WHERE")[2]
 
 
 class TestForm:

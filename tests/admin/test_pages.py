@@ -4,12 +4,17 @@ import datetime
 import html
 import json
 import re
+from functools import partial
 
 import pytest
 from django.contrib.auth.models import Permission, User
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from django_gearman.models import JobAttempt, JobRecord, ServerLease
+from django_gearman import chain, group
+from django_gearman.models import Cancellation, JobAttempt, JobRecord, ServerLease
+from tests.app import jobs
 from tests.docs import block_of
 
 from .conftest import LIST
@@ -189,13 +194,11 @@ class TestHostileTexts:
         self.assert_harmless(response)
         assert "\u202e" not in html.unescape(text_of(response)).replace("%E2%80%AE", "")
 
-    def test_page(self, admin_page, job):
-        page = text_of(admin_page(f"{job.pk}/change/"))
-        # The breadcrumb above it is the model's __str__, escaped by Django and nothing else.
-        body = page[page.index('<div id="content-main">') :]
-        assert "<script>alert" not in page
-        assert "\x01" not in body
-        assert "\u202e" not in body
+    @pytest.mark.parametrize("address", ["change", "history"])
+    def test_page(self, admin_page, job, address):
+        response = admin_page(f"{job.pk}/{address}/")
+        self.assert_harmless(response)
+        assert "\u202e" not in html.unescape(text_of(response))
 
     @pytest.mark.parametrize(
         "payload", [b"\xff\xfe<script>", b"<script>\x00", b"<script>\xe2\x80\xae</script>"]
@@ -256,19 +259,77 @@ class TestReadOnly:
         assert client.get(f"{LIST}{job.pk}/change/").status_code == 200
 
 
+@pytest.fixture
+def act(admin_client, settings):
+    """Do what the list offers to jobs, and return what it says then."""
+    settings.ROOT_URLCONF = "tests.admin.urls"
+
+    def do(action, *jobs, client=admin_client, **more):
+        data = {"action": action, "_selected_action": [job.pk for job in jobs], **more}
+        response = client.post(LIST, data, follow=True)
+        return [str(message) for message in response.context["messages"]]
+
+    return do
+
+
+class TestCancel:
+    """With job servers it is tried in acceptance/test_pool_cancel.py."""
+
+    def test_only_so_many_the_newest_first(self, act, make_job, monkeypatch):
+        monkeypatch.setattr("django_gearman.admin.job_record.AT_ONCE", 2)
+        jobs = [make_job("READY", server=None) for _ in range(3)]
+        newest = "Only the 2 newest of the jobs were looked at: cancel the others once more."
+        assert act("cancel", jobs[0], select_across="1") == [newest, "2 jobs were cancelled."]
+        assert [JobRecord.objects.get(pk=job.pk).status for job in jobs] == [
+            "READY",
+            "CANCELLED",
+            "CANCELLED",
+        ]
+        assert act("cancel", jobs[0], select_across="1") == ["1 job was cancelled."]
+
+    def test_each_as_it_stands(self, act, make_job):
+        ended, held, free = (
+            make_job("FAILED"),
+            make_job("RUNNING"),
+            make_job("READY", server=None, unique="a"),
+        )
+        JobRecord.objects.filter(pk=free.pk).update(unique_key="a")
+        members = group(jobs.add.s(1), jobs.add.s(2)).enqueue(on_complete=jobs.note.si("over"))
+        chained = chain(jobs.add.s(1), jobs.note.s()).enqueue()
+        chosen = [
+            ended,
+            held,
+            free,
+            *JobRecord.objects.filter(group__isnull=False, group_index__isnull=False),
+        ]
+        # What a job server has is asked for.
+        assert act("cancel", *chosen) == ["6 jobs were cancelled."]
+        assert list(Cancellation.objects.values_list("job_id", flat=True)) == [held.pk]
+        for job, status in ((ended, "FAILED"), (held, "RUNNING"), (free, "CANCELLED")):
+            job.refresh_from_db()
+            assert (job.status, job.unique_key) == (status, None)
+        for result in (members, chained):
+            result.refresh()
+            assert (result.is_finished, result.failed) == (True, 2)
+        assert members.on_complete.status == "READY"
+
+    def test_takes_as_many_queries_for_many(self, act, make_job):
+        counts = []
+        for number in (2, 40):
+            jobs = [make_job(status, server=None) for status in ("READY", "SCHEDULED") for _ in range(number)]
+            jobs += [make_job("RUNNING") for _ in range(number)]
+            with CaptureQueriesContext(connection) as queries:
+                assert act("cancel", *jobs) == [f"{3 * number} jobs were cancelled."]
+            counts.append(len(queries))
+        assert counts[0] == counts[1]
+
+
 class TestEnqueueAgain:
     """The action that does what ``JobResult.retry`` does."""
 
     @pytest.fixture
-    def enqueue_again(self, admin_client, settings):
-        settings.ROOT_URLCONF = "tests.admin.urls"
-
-        def act(*jobs, client=admin_client, **more):
-            data = {"action": "enqueue_again", "_selected_action": [job.pk for job in jobs], **more}
-            response = client.post(LIST, data, follow=True)
-            return [str(message) for message in response.context["messages"]]
-
-        return act
+    def enqueue_again(self, act):
+        return partial(act, "enqueue_again")
 
     def made_after(self, job):
         return list(JobRecord.objects.filter(pk__gt=job.pk).order_by("pk"))
@@ -314,16 +375,14 @@ class TestEnqueueAgain:
         (made,) = self.made_after(jobs[-1])
         assert made.unique == "album-7"
 
-    def test_not_more_than_so_many(self, enqueue_again, make_job, monkeypatch):
-        monkeypatch.setattr("django_gearman.admin.job_record.MATCHES", 2)
-        jobs = [make_job("FAILED", call=((number,), {})) for number in range(3)]
-        assert enqueue_again(jobs[0], select_across="1") == [
-            "Only the 2 oldest of the jobs were looked at: choose the others once more.",
-            "2 jobs were enqueued again.",
-        ]
-        assert [bytes(job.workload) for job in self.made_after(jobs[-1])] == [
-            bytes(job.workload) for job in jobs[:2]
-        ]
+    def test_of_too_many_none(self, enqueue_again, make_job, monkeypatch):
+        monkeypatch.setattr("django_gearman.admin.job_record.AT_ONCE", 2)
+        jobs = [make_job("FAILED") for _ in range(3)]
+        for _ in range(2):
+            (said,) = enqueue_again(jobs[0], select_across="1")
+            assert said.startswith("More than 2 jobs were chosen, and none was enqueued again.")
+        assert not self.made_after(jobs[-1])
+        assert enqueue_again(*jobs[:2]) == ["2 jobs were enqueued again."]
 
     def test_failures_by_code(self, make_job):
         """The loop of docs/monitoring.md."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import time
 
@@ -126,6 +127,17 @@ class TestPage:
         Schedule.objects.update(cron="x")
         assert "five fields" in page(admin_client, schedule).content.decode()
 
+    def test_of_one_that_no_form_would_take(self, admin_client, schedule):
+        year_10240 = 261_000_000_000
+        Schedule.objects.update(cron="", interval=datetime.timedelta(days=3_000_000), next_at=year_10240)
+        assert "every 3000000 d" in admin_client.get(LIST).content.decode()
+        assert "36500 days or less" in page(admin_client, schedule).content.decode()
+
+    @pytest.mark.skipif(connection.vendor != "sqlite", reason="others take no half of a pair")
+    def test_of_one_whose_arguments_no_page_can_show(self, admin_client, schedule):
+        Schedule.objects.update(args=["\ud800"])
+        assert "\\ud800" in page(admin_client, schedule).content.decode()
+
     def test_leads_to_the_last_job(self, admin_client, schedule):
         job = JobRecord.objects.create(function="f")
         Schedule.objects.update(last_job=job.pk, last_at=1_700_000_000)
@@ -199,11 +211,46 @@ class TestSaving:
             ({"interval": "1:00"}, "cron"),
             ({"cron": ""}, "__all__"),
             ({"priority": "101"}, "__all__"),
+            ({"cron": "", "interval": "36501 00:00:00"}, "interval"),
+            ({"cron": "", "interval": "106751992 00:00:00"}, "interval"),
+            ({"args": '["\\u0000"]'}, "args"),
+            ({"kwargs": '{"\\u0000": 1}'}, "kwargs"),
+            ({"args": '[{"a": "\\ud800"}]'}, "args"),
+            ({"args": "[" * 31 + "]" * 31}, "args"),
+            ({"args": "[" * 3_000 + "]" * 3_000}, "args"),
+            ({"args": "[" * 100_000 + "]" * 100_000}, "args"),
+            ({"args": f"[{'9' * 5_000}]"}, "args"),
         ],
+        ids=lambda value: str(value)[:40],
     )
     def test_what_is_refused(self, admin_client, schedule, changes, field):
-        assert field in refused(save(admin_client, schedule, **changes))
+        response = save(admin_client, schedule, **changes)
+        assert field in refused(response)
+        # What was typed is there to be mended.
+        (typed,) = (response.context["adminform"].form[name].value() for name in list(changes)[-1:])
+        assert typed == list(changes.values())[-1]
         assert Schedule.objects.get().cron == "30 2 * * *"
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            "[" * 30 + "1" + "]" * 30,
+            f"[{'9' * 4_000}]",
+            '["\\u202e\\u001b"]',
+            '["\\ud83d\\ude00", "\\\\u0000"]',
+        ],
+        ids=range(4),
+    )
+    def test_what_is_odd_and_taken(self, admin_client, schedule, args):
+        # Of a function that is not known here any arguments may be right.
+        Schedule.objects.update(function="elsewhere")
+        assert save(admin_client, schedule, args=args).status_code == 302
+        assert Schedule.objects.get().args == json.loads(args)
+        text = page(admin_client, schedule).content.decode()
+        assert "\u202e" not in text
+        assert admin_client.get(LIST).status_code == 200
+        assert save(admin_client, schedule).status_code == 302
+        assert Schedule.objects.get().args == json.loads(args)
 
     def test_a_unique_that_raises(self, admin_client, schedule, monkeypatch):
         monkeypatch.setattr(jobs.add, "unique", lambda left, right=1: {}[left])

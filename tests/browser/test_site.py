@@ -32,6 +32,28 @@ WORK_LIMIT = 180_000
 RECORDS = "/admin/django_gearman/jobrecord/"
 FUNCTION = "project.gallery.jobs.make_thumbnails"
 
+ATTEMPT = """
+from datetime import timedelta
+from django.utils import timezone
+from django_gearman.models import JobAttempt, JobRecord
+def attempt(job, number):
+    JobAttempt.objects.create(
+        job_id=job, number=number, finished_at=timezone.now(), message="no", traceback=f"Traceback {number}"
+    )
+"""
+"""For ``manage.py shell``: what a server writes of an attempt that comes to nothing."""
+
+RETRYING = f"""{ATTEMPT}
+job = JobRecord.objects.create(
+    function="{FUNCTION}", status="RETRYING", attempts=1, run_after=timezone.now() + timedelta(days=1)
+)
+attempt(job.pk, 1)
+print(job.pk)
+"""
+"""The same: a job that waits for its next attempt, for long; its number is printed."""
+
+FORGET = "from django_gearman.models import JobRecord; JobRecord.objects.filter(pk={}).delete()"
+
 
 @dataclass
 class Upload:
@@ -365,6 +387,19 @@ class TestListOfJobs:
         expect(status_of(rows(admin).nth(0))).to_have_text("Ready")
         screenshot(admin, "admin-list-live")
 
+        # Those that came are chosen with the others.
+        there = rows(admin).count()
+        expect(admin.locator(".action-counter").first).to_have_text(f"0 of {there} selected")
+        admin.locator("#action-toggle").check()
+        expect(admin.locator("input.action-select:checked")).to_have_count(there)
+        expect(admin.locator(".action-counter").first).to_have_text(f"{there} of {there} selected")
+        admin.locator("#action-toggle").uncheck()
+        rows(admin).nth(2).locator("input.action-select").check()
+        rows(admin).nth(0).locator("input.action-select").click(modifiers=["Shift"])
+        expect(admin.locator(".action-counter").first).to_have_text(f"3 of {there} selected")
+        admin.locator("#action-toggle").check()
+        admin.locator("#action-toggle").uncheck()
+
         without_worker.worker.start()
         for number in range(added + 1):
             expect(status_of(rows(admin).nth(number))).to_have_text("Successful")
@@ -372,6 +407,14 @@ class TestListOfJobs:
         expect(live).to_be_hidden()
         assert len(operator.visits) == visits, "the page was loaded again"
         gallery.close()
+
+
+@pytest.fixture
+def retrying(site: Site) -> Iterator[int]:
+    """A job that has failed once and is to be tried again, another day."""
+    job = int(site.manage("shell", "-c", RETRYING).split()[-1])
+    yield job
+    site.manage("shell", "-c", FORGET.format(job))
 
 
 class TestPageOfOneJob:
@@ -443,6 +486,27 @@ class TestPageOfOneJob:
         expect(admin.get_by_role("button", name="Live")).to_be_hidden()
         assert len(operator.visits) == visits, "the page was loaded again"
 
+    def test_what_was_opened_stays_open(self, admin: Page, site: Site, retrying: int):
+        admin.goto(f"{RECORDS}{retrying}/change/")
+        attempts = admin.locator("details")
+        attempts.first.locator("summary").press("Enter")
+        expect(attempts.first.locator("pre")).to_be_visible()
+        site.manage("shell", "-c", f"{ATTEMPT}attempt({retrying}, 2)")
+        expect(attempts).to_have_count(2)
+        # The newest stands first.
+        expect(attempts.last.locator("pre")).to_have_text("Traceback 1")
+        expect(attempts.last.locator("pre")).to_be_visible()
+        expect(attempts.first.locator("pre")).to_be_hidden()
+
+    def test_page_says_when_the_session_has_ended(self, admin: Page, operator: Visitor, retrying: int):
+        admin.goto(f"{RECORDS}{retrying}/change/")
+        expect(admin.get_by_role("button", name="Live")).to_be_visible()
+        cookies = operator.context.cookies()
+        operator.context.clear_cookies()
+        admin.get_by_role("button", name="Not live: reload the page").click()
+        expect(admin.get_by_role("button", name="Log in")).to_be_visible()
+        operator.context.add_cookies(cookies)  # type: ignore[arg-type]  # of one type, told twice
+
     def test_way_to_the_jobs_of_the_same_function(self, admin: Page, upload: Upload, good: list[Photo]):
         admin.goto(f"{RECORDS}{job_of(upload.page, good[0].path.name)}/change/")
         admin.get_by_role("link", name="Jobs of this function").click()
@@ -488,7 +552,7 @@ class TestOtherPagesOfTheAdmin:
         row = rows(admin).filter(has_text=good[0].path.name)
         expect(row.get_by_role("link", name=f"Job {job_of(upload.page, good[0].path.name)}")).to_be_visible()
         screenshot(admin, "admin-photos")
-        row.get_by_role("link", name=good[0].path.name).click()
+        row.get_by_role("link", name=good[0].path.name, exact=True).click()
         expect(admin.locator(".field-width .readonly")).to_have_text(str(good[0].size[0]))
         screenshot(admin, "admin-photo")
 
@@ -499,7 +563,7 @@ class TestOtherPagesOfTheAdmin:
         folder = folder_of(upload.page, site, name)
         before = len(list((site.media / "originals").iterdir()))
         admin.goto("/admin/gallery/photo/")
-        rows(admin).filter(has_text=name).get_by_role("link", name=name).click()
+        rows(admin).filter(has_text=name).get_by_role("link", name=name, exact=True).click()
         admin.locator("a.deletelink").click()
         admin.get_by_role("button", name="Yes").click()
         expect(rows(admin).filter(has_text=name)).to_have_count(0)

@@ -19,9 +19,9 @@ let stopped = false;
 const unfinished = () => document.querySelector("[data-gearman-unfinished]") !== null;
 const paused = () => button.getAttribute("aria-pressed") === "true";
 
-/** Says whether the page is live, paused or cut off; hides when there is nothing to follow. */
+/** Says whether the page is live, paused, cut off or left as it is; hides when there is nothing to follow. */
 function tell(state) {
-    button.hidden = stopped || !unfinished();
+    button.hidden = !unfinished();
     if (button.dataset.state !== state) {
         button.dataset.state = state;
         button.textContent = button.dataset[state];
@@ -59,7 +59,7 @@ async function refresh() {
         }
         // A slow page is asked for less often.
         period = Math.max(PERIOD, 4 * (performance.now() - began));
-        tell(paused() ? "paused" : "live");
+        tell(stopped ? "stopped" : paused() ? "paused" : "live");
     } catch {
         period = Math.min(2 * period, LONGEST);
         tell("lost");
@@ -77,12 +77,31 @@ function update(fresh) {
     }
 }
 
-/** Makes the contents alike; leaves the very nodes alone when they are. */
+/** Makes the contents alike; leaves the very nodes alone when they are. What was opened stays open. */
 function copy(from, to) {
+    // The newest stands first, and may have come since: counted from the end, each keeps its place.
+    const opened = Array.from(to.querySelectorAll("details"), (one) => one.open).reverse();
+    Array.from(from.querySelectorAll("details")).reverse().forEach((one, i) => {
+        one.open = opened[i] ?? one.open;
+    });
     if (from.innerHTML !== to.innerHTML) {
         to.replaceChildren(...document.adoptNode(from).childNodes);
     }
 }
+
+/** The boxes of a list by which its actions choose; Django would keep to those that were there at first. */
+const boxes = {
+    now: () => Array.from(document.querySelectorAll("#result_list > tbody input.action-select")),
+    get length() {
+        return this.now().length;
+    },
+    forEach(visit) {
+        this.now().forEach(visit);
+    },
+    [Symbol.iterator]() {
+        return this.now()[Symbol.iterator]();
+    },
+};
 
 const keyOf = (row) => row.querySelector("th a, td a")?.getAttribute("href");
 
@@ -119,10 +138,19 @@ function updateList(fresh) {
             body.insertBefore(row, body.rows[i] ?? null);
         }
     });
+    const both = (selector) => [fresh.querySelector(selector), document.querySelector(selector)];
     for (const selector of [".paginator", "[data-gearman-part=note]"]) {
-        const [from, to] = [fresh.querySelector(selector), document.querySelector(selector)];
+        const [from, to] = both(selector);
         if (from && to && !to.contains(document.activeElement)) {
             copy(from, to);
+        }
+    }
+    // How many there are to choose from. Only the words: Django listens to the link among them.
+    for (const selector of [".action-counter", ".actions .all", ".actions .question a"]) {
+        const [from, to] = both(selector);
+        if (from && to) {
+            Object.assign(to.dataset, from.dataset);
+            to.textContent = from.textContent;
         }
     }
 }
@@ -149,9 +177,18 @@ function updateJob(fresh) {
 }
 
 if (button) {
+    // This runs before the page is ready, which is when Django's own script looks for the boxes.
+    const watchBoxes = window.Actions;
+    if (watchBoxes) {
+        window.Actions = (_, options) => watchBoxes(boxes, options);
+    }
     // A screen reader hears of the job's status, not of every figure.
     document.querySelector("body.change-form .field-status_badge .readonly")?.setAttribute("aria-live", "polite");
     button.addEventListener("click", () => {
+        if (stopped) {
+            location.reload(); // asks for the login, or says that the job is gone
+            return;
+        }
         button.setAttribute("aria-pressed", String(!paused()));
         tell(paused() ? "paused" : "live");
         period = PERIOD;
