@@ -161,8 +161,8 @@ STORAGES = {
     },
 }
 
-# The form allows fewer and says so; this stops what does not come from a form.
-DATA_UPLOAD_MAX_NUMBER_FILES = 100
+# The form allows fewer, and says so in a sentence; at this number there is none, just "Bad Request".
+DATA_UPLOAD_MAX_NUMBER_FILES = 1000
 # Beside MEDIA_ROOT, so that a large upload is renamed into place, not copied.
 FILE_UPLOAD_TEMP_DIR = VAR / "uploads"
 FILE_UPLOAD_TEMP_DIR.mkdir(mode=0o700, exist_ok=True)

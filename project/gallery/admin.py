@@ -9,6 +9,8 @@ from django.utils.html import format_html
 
 from .models import Photo, Upload, Video
 
+LINKED_PICTURE = '<a href="{}"><img src="{}" alt="Open {}" height="80"></a>'
+
 
 class UploadAdmin(admin.ModelAdmin):
     search_fields = ["title"]
@@ -36,7 +38,7 @@ class PhotoAdmin(UploadAdmin):
         if photo.width is None:
             return None
         small = photo.thumbnail_url(Photo.SIZES[0], "jpg")
-        return format_html('<a href="{}"><img src="{}" alt="" height="80"></a>', photo.large_url, small)
+        return format_html(LINKED_PICTURE, photo.large_url, small, photo)
 
 
 @admin.register(Video)
@@ -48,6 +50,4 @@ class VideoAdmin(UploadAdmin):
     def poster(self, video: Video) -> str | None:
         if video.width is None:
             return None
-        return format_html(
-            '<a href="{}"><img src="{}" alt="" height="80"></a>', video.web_url, video.poster_url
-        )
+        return format_html(LINKED_PICTURE, video.web_url, video.poster_url, video)

@@ -15,7 +15,8 @@ from django_gearman.exceptions import JobCancelled
 from .models import Photo, Upload, Video
 
 
-@job(takes_context=True, queue_name="images")
+# A JPEG of a few MiB can be made to take hours: as many layers as one likes, of nothing, over one picture.
+@job(takes_context=True, queue_name="images", timeout=120)
 def make_thumbnails(context: JobContext, photo_id: int) -> dict[str, Any]:
     """
     Write every thumbnail of a photo.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from django.contrib.auth import authenticate, get_user_model
 from django.core.management import CommandError
 
 from project.gallery.management.commands import demo
+from tests import needs
 
 
 class TestAddresses:
@@ -74,3 +77,46 @@ class TestConfiguration:
         assert "/../.venv/bin" not in text
         assert f"{checkout.parent}/100%% mine/deploy/.." in text
         assert "%(here)s" not in text
+
+
+class TestShippedPrograms:
+    """deploy/supervisord.conf on a server."""
+
+    SHIPPED = Path(demo.__file__).parents[4] / "deploy" / "supervisord.conf"
+
+    def test_given_up_by_nobody_while_the_database_is_away(self):
+        text = self.SHIPPED.read_text()
+        retries = [int(number) for number in re.findall(r"^startretries=(\d+)$", text, re.MULTILINE)]
+        assert len(retries) == text.count("\n[program:")
+        # Attempt n comes n seconds after the one before.
+        assert min(retries) > 10_000
+
+    def test_under_systemd_as_the_comment_says(self, tmp_path: Path):
+        """Standard output is a socket there."""
+        needs.module("supervisor")
+        text = self.SHIPPED.read_text()
+        instead = re.search(r"^;stdout_logfile=NONE\n;stdout_syslog=true\n", text, re.MULTILINE)
+        assert instead is not None
+        theirs = "stdout_logfile=/dev/fd/1\nstdout_logfile_maxbytes=0\n"
+        programs = text.count("\n[program:")
+        assert text.count(theirs) == programs
+        text = text.replace(theirs, instead[0].replace(";", ""))
+        text = re.sub(r"^command=.*$", "command=sleep 300", text, flags=re.MULTILINE)
+        text = text.replace("%(here)s/../project/var", str(tmp_path)).replace("%(here)s", str(tmp_path))
+        (tmp_path / "supervisord.conf").write_text(text)
+        ours, its = socket.socketpair()
+        with ours:
+            with its:
+                command = [sys.executable, "-m", "supervisor.supervisord", "-c"]
+                supervisord = subprocess.Popen(
+                    [*command, str(tmp_path / "supervisord.conf")], stdout=its, stderr=subprocess.STDOUT
+                )
+            try:
+                ours.settimeout(60)
+                said = ""
+                while said.count("entered RUNNING state") < programs:
+                    said += ours.recv(65536).decode()
+                    assert "spawnerr" not in said, said
+            finally:
+                supervisord.terminate()
+                supervisord.wait(60)

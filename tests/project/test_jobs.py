@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 
+from django_gearman import Job
 from django_gearman.exceptions import Discard
 from project.gallery import previews, thumbnails
-from project.gallery.jobs import make_preview, make_thumbnails, render_again, reverse
+from project.gallery.jobs import make_preview, make_thumbnails, make_web_video, render_again, reverse
 from project.gallery.models import Photo
 from project.gallery.thumbnails import UnreadableImage
 from project.gallery.uploads import add_photos
 from tests.project.images import encoded, quarters, upload
+
+
+@pytest.mark.parametrize("job", [make_thumbnails, render_again, make_preview, make_web_video], ids=str)
+def test_no_file_keeps_a_worker_for_ever(job: Job[..., Any]):
+    """A JPEG of 400 KiB can take 20 seconds, and 64 MiB may be uploaded."""
+    assert job.timeout
 
 
 @pytest.mark.django_db

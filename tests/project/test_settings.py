@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.test import Client
 
 import project
+from tests.project.images import upload
 
 Read = Callable[..., dict[str, Any]]
 
@@ -45,6 +47,14 @@ class TestDefaults:
         assert settings["ALLOWED_HOSTS"] == ["localhost", "127.0.0.1", "[::1]"]
         assert settings["GEARMAN"]["default"]["SERVERS"] == ["127.0.0.1:4730"]
         assert settings["WEB_ADDRESS"] == "127.0.0.1:8000"
+
+    @pytest.mark.django_db
+    def test_more_photos_than_may_be_chosen_reach_the_form(self, read: Read, client: Client, settings: Any):
+        settings.DATA_UPLOAD_MAX_NUMBER_FILES = read()["DATA_UPLOAD_MAX_NUMBER_FILES"]
+        # By itself Django refuses the whole request above a hundred.
+        response = client.post("/", {"photos": [upload(f"{number}.jpg", b"") for number in range(101)]})
+
+        assert "Please choose at most 50 photos at a time." in response.content.decode()
 
     def test_everything_kept_lies_in_one_folder_of_its_owner(self, read: Read, tmp_path: Path):
         settings = read()
