@@ -135,6 +135,7 @@ class TestSchedules:
             (cron("61 * * * *", args=["x"]), "the cron '61 * * * *' cannot be read: Bad minute"),
             (cron("* * * * *", tz="Europe/Pari", args=["x"]), "'Europe/Pari' is no time zone"),
             (every(timedelta(0), args=["x"]), "an interval is one second or more"),
+            (every(timedelta(40_000), args=["x"]), "an interval is 36500 days or less"),
             (every(timedelta(1)), "missing a required argument: 'message'"),
             (
                 every(timedelta(1), args=[timedelta(1)]),

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +33,17 @@ class TestDefaults:
         assert settings_for().timeout == 1
         settings.GEARMAN = {"default": {"TIMEOUT": 2}}
         assert settings_for().timeout == 2
+
+    def test_are_those_of_the_readme(self):
+        readme = (Path(__file__).parents[1] / "README.md").read_text()
+        (table,) = re.findall(r"\| key \| default \| \|\n\|[-|]+\n((?:\|.*\n)+)", readme)
+        told = {}
+        for row in table.splitlines():
+            names, default, _ = row.strip("| ").split(" | ", 2)
+            told |= dict.fromkeys(re.findall(r"`(\w+)`", names), ast.literal_eval(default.strip("`")))
+        told["SERVERS"] = tuple(told["SERVERS"])
+        has = GearmanSettings()
+        assert told == {field.name.upper(): getattr(has, field.name) for field in fields(has)}
 
 
 class TestValues:

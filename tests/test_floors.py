@@ -49,6 +49,7 @@ FLOORS: dict[str, int] = {
     "submission": 5,
     "results": 6,
     "jobs": 7,
+    "group_results": 7,
     "attempts": 8,
     "groups": 9,
     "reduction": 9,
@@ -68,6 +69,8 @@ MAY_USE: dict[str, set[str]] = {
     "asyncio": {
         "server/journal.py",
         "server/transport.py",
+        "server/connection.py",
+        "server/http_connection.py",
         "server/door.py",
         "client/aio.py",
         "worker/pool.py",
@@ -77,7 +80,7 @@ MAY_USE: dict[str, set[str]] = {
         # Its twins for asyncio pause between two looks.
         "results.py",
         # Its functions for asyncio wait for several jobs at once.
-        "groups.py",
+        "group_results.py",
         "reduction.py",
         # Where the event loop is chosen and run.
         "management/commands/gearman_server.py",
