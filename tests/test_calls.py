@@ -440,7 +440,7 @@ class TestTold:
                 told = {name: getattr(result._record, name) for name in _STANDING}
                 result.refresh()
                 assert told == {name: getattr(result._record, name) for name in _STANDING}
-                if len(looks) == 1:
+                if len(looks) <= 1:
                     break
             else:
                 pytest.fail("it looked at the record, each time")
