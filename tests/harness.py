@@ -47,7 +47,7 @@ STOP_LIMIT = 60.0
 """Seconds in which a process ends after TERM."""
 
 
-def wait_until(condition: Callable[[], T], limit: float = 30.0, what: str = "") -> T:
+def wait_until(condition: Callable[[], T], limit: float = 60.0, what: str = "") -> T:
     """
     Ask until the answer is true, and return it.
 
@@ -312,7 +312,7 @@ class ManagedProcess:
         self.start()
 
     def _check_nothing_left(self) -> None:
-        wait_until(lambda: not self.group(), 30.0, f"the end of the process group\n{self.story()}")
+        wait_until(lambda: not self.group(), what=f"the end of the process group\n{self.story()}")
 
     def _clean_up(self) -> None:
         if self._process is None:

@@ -133,7 +133,7 @@ class TestCrashLoop:
                     wanted = sum(len(each.acknowledged) for each in submitters) + dice.randrange(400)
                     harness.wait_until(
                         lambda wanted=wanted: sum(len(each.acknowledged) for each in submitters) >= wanted,
-                        30.0,
+                        60.0,
                         "acknowledgements",
                     )
                     if dice.random() < 0.2:

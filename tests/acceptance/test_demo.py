@@ -145,14 +145,14 @@ def test_from_start_to_end(demo: Demo):
     assert f"http://{demo.site}/admin/" in demo.stdout
     password = re.search(r"user admin, password (\S+)", demo.stdout)
     assert password is not None
-    harness.wait_until(browser.is_answered, 30.0, "the first page")
+    harness.wait_until(browser.is_answered, what="the first page")
 
     page = browser.upload({"one.jpg": encoded(quarters()), "two.jpg": encoded(quarters((48, 64)))})
     photos = re.findall(r'data-photo-id="(\d+)"', page)
     assert len(photos) == 2
     cards = "/cards/?" + urlencode({"photo": photos}, doseq=True)
     harness.wait_until(
-        lambda: browser.get(cards).count('data-status="SUCCESSFUL"') == 2, 30.0, "the thumbnails"
+        lambda: browser.get(cards).count('data-status="SUCCESSFUL"') == 2, what="the thumbnails"
     )
     thumbnails = re.findall(r'<img src="([^"]+)"', browser.get("/")[-100_000:])
     thumbnails = [path for path in thumbnails if "/thumbnails/" in path]

@@ -110,7 +110,7 @@ def test_every_request_gets_its_own_answer(gunicorn: Gunicorn):
     assert len(ids) == REQUESTS // 2
     records = JobRecord.objects.filter(function=add.name)
     harness.wait_until(
-        lambda: records.filter(status=Status.SUCCESSFUL).count() == len(ids), 30.0, "the enqueued jobs' ends"
+        lambda: records.filter(status=Status.SUCCESSFUL).count() == len(ids), what="the enqueued jobs' ends"
     )
     for id, number in ids.items():
         assert add.get_result(id).return_value == number + 1
@@ -142,7 +142,7 @@ def test_new_processes(gunicorn: Gunicorn):
             gunicorn.signal(signal.SIGHUP)
             harness.wait_until(
                 lambda: len(gunicorn.children()) == 2 and not before & set(gunicorn.children()),
-                30.0,
+                60.0,
                 "two new processes",
             )
             after = set(gunicorn.children())

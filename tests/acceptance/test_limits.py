@@ -138,7 +138,7 @@ class TestConcurrency:
             print(f"honoured after {time.time() - edited:.2f} s")
             Path(f"{trace.path}.go").touch()
             FunctionLimit.objects.filter(function=limited.two_at_once.name).update(enabled=False)
-            harness.wait_until(all_recorded, 30.0, "the end of all jobs")
+            harness.wait_until(all_recorded, what="the end of all jobs")
         finally:
             for worker in made:
                 worker.stop()

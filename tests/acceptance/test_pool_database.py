@@ -80,7 +80,7 @@ def test_restart_costs_at_most_the_jobs_that_were_using_it(cluster: Cluster, tra
             for name in names:
                 client.do_background(leave_trace.name, trace.workload(name))
                 client.do_background(ask_database.name, b'{"args": [], "kwargs": {}}')
-        harness.wait_until(lambda: len(trace.names()) >= 20, 30.0)
+        harness.wait_until(lambda: len(trace.names()) >= 20)
         cluster.stop()
         cluster.start()
         harness.wait_until(lambda: len(set(trace.names())) == len(names), 60.0, "all jobs")

@@ -55,7 +55,9 @@ class TestThreads:
             (tmp_path / "go").touch()
             assert worker.wait() == 0
         # An outcome is on disk a moment after the worker has sent it.
-        harness.wait_until(lambda: sum(bool(result.refresh() or result.is_finished) for result in results) == 7)
+        harness.wait_until(
+            lambda: sum(bool(result.refresh() or result.is_finished) for result in results) == 7
+        )
         assert {result.attempts for result in results} == {0, 1}
 
     def test_soft_limit(self, site_server: Server):
@@ -279,7 +281,7 @@ class TestLaterGroup:
         result = pools.be_interrupted.enqueue(str(tmp_path), "job")
         harness.wait_until(lambda: (tmp_path / "job.begun").exists(), 60.0)
         assert result.cancel()
-        harness.wait_until(lambda: (tmp_path / "job.cancelled").exists(), 30.0)
+        harness.wait_until(lambda: (tmp_path / "job.cancelled").exists())
         assert jobs.add.enqueue(1).get(timeout=30) == 2
 
     @pytest.mark.usefixtures("worker")

@@ -71,10 +71,10 @@ def test_workers_survive_every_bounce_of_their_server(site_server: Server, trace
             sent += itertools.islice(names, 20)
             for name in sent[-20:]:
                 leave_trace.enqueue(trace.path, name)
-            harness.wait_until(lambda sent=tuple(sent): len(set(trace.names())) >= len(sent) - 15, 30.0)
+            harness.wait_until(lambda sent=tuple(sent): len(set(trace.names())) >= len(sent) - 15)
             (site_server.kill if bounce % 2 else site_server.stop)()
             site_server.start()
-        harness.wait_until(lambda: set(trace.names()) == set(sent), 30.0, "all jobs")
+        harness.wait_until(lambda: set(trace.names()) == set(sent), what="all jobs")
         assert worker.children() == children
         # All of them are back, not only the one that was quickest.
         harness.wait_until(lambda: site_server.status()[leave_trace.name][2] == 3, 60.0)
@@ -143,7 +143,7 @@ def test_supervisorctl_restart_all_loses_and_repeats_nothing(
 
     sender = threading.Thread(target=send)
     try:
-        harness.wait_until(lambda: len(trace.names()) > 5 if sender.ident else sender.start(), 30.0)
+        harness.wait_until(lambda: len(trace.names()) > 5 if sender.ident else sender.start())
         done = subprocess.run(
             [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(configuration), "restart", "all"],
             cwd=harness.ROOT,
@@ -155,7 +155,7 @@ def test_supervisorctl_restart_all_loses_and_repeats_nothing(
         )
         assert "gearman_worker: started" in done.stdout, done.stdout + done.stderr
         sender.join()
-        harness.wait_until(lambda: len(trace.names()) >= len(names), 30.0, "all jobs")
+        harness.wait_until(lambda: len(trace.names()) >= len(names), what="all jobs")
         assert sorted(trace.names()) == sorted(names)
         finished = JobRecord.objects.filter(status=Status.SUCCESSFUL, attempts=1)
         harness.wait_until(lambda: finished.count() == len(names), 60.0, "one attempt each")

@@ -86,7 +86,7 @@ def test_deploys_under_load_lose_and_repeat_nothing(site_server: Server, trace: 
             send(50)
             harness.wait_until(lambda: len(trace.names()) % 50 > 5)
             worker.restart()
-        harness.wait_until(lambda: len(trace.names()) >= len(names), 30.0)
+        harness.wait_until(lambda: len(trace.names()) >= len(names))
     assert sorted(trace.names()) == sorted(names)
     assert set(JobRecord.objects.values_list("attempts", flat=True)) == {1}
 
@@ -152,7 +152,7 @@ def test_service_manager_is_told(site_server: Server, manager: Listener):
         harness.wait_until(lambda: manager.heard.count("WATCHDOG=1") >= 3)
         assert "STOPPING=1" not in manager.heard
         worker.signal(signal.SIGHUP)
-        harness.wait_until(lambda: "has taken over" in worker.stdout, 30.0)
+        harness.wait_until(lambda: "has taken over" in worker.stdout)
         harness.wait_until(lambda: manager.heard.count("READY=1") == 2)
         assert any(told.startswith("RELOADING=1\nMONOTONIC_USEC=") for told in manager.heard)
         worker.signal(signal.SIGTERM)
@@ -207,7 +207,7 @@ class TestReload:
     def version(self) -> int:
         record = JobRecord.objects.create(function="version", workload=b'{"args": [], "kwargs": {}}')
         harness.wait_until(
-            lambda: (record.refresh_from_db(), record.status == Status.SUCCESSFUL)[1], 30.0, "the version"
+            lambda: (record.refresh_from_db(), record.status == Status.SUCCESSFUL)[1], what="the version"
         )
         return int(bytes(record.result or b""))
 
@@ -222,7 +222,7 @@ class TestReload:
             assert self.version() == 1
             (tmp_path / "path/changing/jobs.py").write_text(CODE.format(2))
             worker.signal(signal.SIGHUP)
-            harness.wait_until(lambda: "has taken over" in worker.stdout, 30.0)
+            harness.wait_until(lambda: "has taken over" in worker.stdout)
             harness.wait_until(
                 lambda: len(worker.children()) == 2 and set(worker.children()) & set(before) == {holder}
             )
@@ -247,21 +247,21 @@ class TestReload:
             before = worker.children()
             (tmp_path / "path/changing/jobs.py").write_text("this is no Python")
             worker.signal(signal.SIGHUP)
-            harness.wait_until(lambda: "going on with the old" in worker.stderr, 30.0)
+            harness.wait_until(lambda: "going on with the old" in worker.stderr)
             assert "SyntaxError" in worker.stderr
             assert worker.children() == before
             assert self.version() == 1
             (tmp_path / "path/changing/jobs.py").write_text(CODE.format(3))
             worker.signal(signal.SIGHUP)
-            harness.wait_until(lambda: self.version() == 3, 30.0)
+            harness.wait_until(lambda: self.version() == 3)
 
     def test_change_of_a_file(self, site_server: Server, tmp_path: Path, env: dict[str, str]):
         with harness.worker(site_server, processes=1, options=["--reload"], env=env) as worker:
             assert self.version() == 1
             assert jobs.add.enqueue(1).get(timeout=30) == 2
             (tmp_path / "path/changing/jobs.py").write_text(CODE.format(2))
-            harness.wait_until(lambda: "has taken over" in worker.stdout, 30.0)
-            harness.wait_until(lambda: self.version() == 2, 30.0)
+            harness.wait_until(lambda: "has taken over" in worker.stdout)
+            harness.wait_until(lambda: self.version() == 2)
 
     def test_killed_parent_takes_children_of_old_code_along(
         self, site_server: Server, tmp_path: Path, env: dict[str, str]
@@ -271,7 +271,7 @@ class TestReload:
             pools.hold.enqueue(str(tmp_path), "held")
             (holder,) = harness.wait_until(lambda: begun(tmp_path, "held"))
             worker.signal(signal.SIGHUP)
-            harness.wait_until(lambda: "has taken over" in worker.stdout, 30.0)
+            harness.wait_until(lambda: "has taken over" in worker.stdout)
             assert harness.is_running(holder)
             children = worker.children()
             worker.signal(signal.SIGKILL)

@@ -53,7 +53,7 @@ class TestFiring:
         schedule = leave_traces(trace, interval=SECOND)
         began = time.time()
         with harness.worker(site_server, env=SITE, processes=1):
-            harness.wait_until(lambda: len(trace.names()) >= 4, 30.0, "four runs")
+            harness.wait_until(lambda: len(trace.names()) >= 4, what="four runs")
         found = times()
         assert found == [found[0] + number for number in range(len(found))]
         assert found[0] >= int(began)
@@ -73,7 +73,7 @@ class TestFiring:
         with harness.server(env=SITE) as first, harness.server(env=SITE) as second:
             leave_traces(trace, interval=SECOND)
             with harness.worker([first, second], env=SITE, processes=2):
-                harness.wait_until(lambda: len(trace.names()) >= 5, 30.0, "five runs")
+                harness.wait_until(lambda: len(trace.names()) >= 5, what="five runs")
         found = times()
         assert found == [found[0] + number for number in range(len(found))]
         assert len(found) - 2 <= len(trace.names()) <= len(found)
@@ -106,7 +106,7 @@ class TestOfTheCode:
         path = tmp_path / "lines"
         env = SITE | {"GEARMAN_TEST_SCHEDULE": f"1@{path}"}
         with harness.server(env=env) as server, harness.worker(server, env=env, processes=1):
-            harness.wait_until(lambda: path.exists() and path.read_text().count("ran") >= 2, 30.0, "two runs")
+            harness.wait_until(lambda: path.exists() and path.read_text().count("ran") >= 2, what="two runs")
         assert Schedule.objects.get().name == NAME
 
     def test_edits_survive_a_restart(self, transactional_db: None, tmp_path: Path):

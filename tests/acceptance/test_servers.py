@@ -59,7 +59,7 @@ class TestDeath:
         one.kill()
         with harness.worker([one, two], processes=2, env=SITE) as worker:
             worker.complaints_allowed = True
-            harness.wait_until(lambda: not unfinished(), 30.0, "the jobs of the dead server")
+            harness.wait_until(lambda: not unfinished(), what="the jobs of the dead server")
         with open(trace) as file:
             assert len(file.readlines()) == 200
         # A client knows its job by the handle that it was given.
@@ -94,7 +94,7 @@ class TestSleep:
         one.signal(signal.SIGSTOP)
         try:
             with harness.worker([two], processes=1, env=SITE):
-                harness.wait_until(lambda: not unfinished(), 30.0, "the jobs of the sleeping server")
+                harness.wait_until(lambda: not unfinished(), what="the jobs of the sleeping server")
                 records = list(JobRecord.objects.order_by("pk").values())
         finally:
             one.signal(signal.SIGCONT)

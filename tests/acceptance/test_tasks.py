@@ -33,7 +33,7 @@ def ended(result: Any) -> Any:
         result.refresh()
         return bool(result.is_finished)
 
-    harness.wait_until(is_finished, 30.0, f"the end of {result}")
+    harness.wait_until(is_finished, what=f"the end of {result}")
     return result
 
 

@@ -56,7 +56,7 @@ def assert_no_waiting(seconds: list[float], with_server: list[float]) -> None:
 
 def assert_results(count: int) -> None:
     harness.wait_until(
-        lambda: JobRecord.objects.filter(status=Status.SUCCESSFUL).count() == count, 30.0, f"{count} ends"
+        lambda: JobRecord.objects.filter(status=Status.SUCCESSFUL).count() == count, what=f"{count} ends"
     )
     for record in JobRecord.objects.all():
         result = add.get_result(str(record.pk))

@@ -47,7 +47,7 @@ class Held:
 
     def wait_end(self) -> JobRecord:
         records = JobRecord.objects.filter(pk=self.result.id).exclude(status__in=JobRecord.LIVE)
-        return harness.wait_until(records.first, 30.0, "the job's end")
+        return harness.wait_until(records.first, what="the job's end")
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ class TestKill:
                 killer = kill_worker.enqueue()
                 others = [add.enqueue(number) for number in range(30)]
                 harness.wait_until(
-                    lambda: not JobRecord.objects.filter(status__in=JobRecord.LIVE).exists(), 30.0, "the ends"
+                    lambda: not JobRecord.objects.filter(status__in=JobRecord.LIVE).exists(), what="the ends"
                 )
         killer.refresh()
         assert (killer.status, killer.attempts) == (Status.DEAD, 3)
@@ -229,7 +229,7 @@ class TestDatabaseConnections:
                 results.append(add.enqueue(number))
                 if number % 50 == 25:
                     cut_others()
-            values = [result.get(timeout=30.0) for result in results]
+            values = [result.get(timeout=60.0) for result in results]
         assert values == [number + 1 for number in range(200)]
         assert not JobRecord.objects.exclude(status=Status.SUCCESSFUL).exists()
 
