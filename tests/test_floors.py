@@ -48,6 +48,8 @@ FLOORS: dict[str, int] = {
     "store": 5,
     "submission": 5,
     "results": 6,
+    "job_options": 6,
+    "job_declarations": 7,
     "jobs": 7,
     "group_results": 7,
     "attempts": 8,

@@ -21,7 +21,7 @@ from django.utils.translation import gettext_lazy, ngettext
 
 from django_gearman import conf
 from django_gearman.exceptions import InvalidSchedule
-from django_gearman.jobs import scheduled_record
+from django_gearman.job_declarations import scheduled_record
 from django_gearman.models import Schedule
 from django_gearman.scheduler import insert, is_edited, reset
 

@@ -27,7 +27,7 @@ from ... import conf, limiting
 from ...durability import durability_problems
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
-from ...jobs import declared_limits, declared_schedules, scheduled_record
+from ...job_declarations import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
 from ...registry import queue_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
