@@ -69,7 +69,7 @@ FLOORS: dict[str, int] = {
 
 MAY_USE: dict[str, set[str]] = {
     "asyncio": {
-        "server/journal.py",
+        "server/journal_thread.py",
         "server/transport.py",
         "server/connection.py",
         "server/http_connection.py",
