@@ -62,6 +62,7 @@ FLOORS: dict[str, int] = {
     "apps": 10,
     "health": 10,
     "testing_process": 9,
+    "testing_runner": 10,
     "testing": 11,
     "pytest_plugin": 12,
 }
