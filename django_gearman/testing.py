@@ -382,7 +382,7 @@ class GearmanCluster:
 
     def __enter__(self) -> GearmanCluster:
         with self._stack:
-            port = _free_port()
+            port = free_port()
             self.address = f"127.0.0.1:{port}"
             changes: dict[str, Any] = {"SERVERS": [self.address], "ENQUEUE": "database"}
             if self._database is not None:
@@ -499,7 +499,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {VARIABLE: json.dumps(told, default=os.fspath), "DJANGO_SETTINGS_MODULE": module}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on, outside of those that the kernel gives to clients."""
     # In the kernel's range, a worker that tries again before its server is up may connect to itself.
     for _ in range(1000):
