@@ -76,6 +76,7 @@ MAY_USE: dict[str, set[str]] = {
         "server/http_connection.py",
         "server/door.py",
         "client/aio.py",
+        "client/links.py",
         "worker/pool.py",
         # A job written as `async def` runs in a loop of its own, made by asyncio.run.
         "jobs.py",
