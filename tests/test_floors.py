@@ -47,6 +47,7 @@ FLOORS: dict[str, int] = {
     "worker": 5,
     "store": 5,
     "submission": 5,
+    "waiting": 5,
     "results": 6,
     "job_options": 6,
     "job_declarations": 7,
@@ -81,8 +82,9 @@ MAY_USE: dict[str, set[str]] = {
         # A job written as `async def` runs in a loop of its own, made by asyncio.run.
         "jobs.py",
         "attempts.py",
-        # Its twins for asyncio pause between two looks.
+        # Their twins for asyncio pause between two looks.
         "results.py",
+        "waiting.py",
         # Its functions for asyncio wait for several jobs at once.
         "group_results.py",
         "reduction.py",
