@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import inspect
 import json
-import logging
 import os
 import uuid
 from collections.abc import (
@@ -93,8 +92,6 @@ from .submission import (
     submit_many,
     waiting_client,
 )
-
-logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")

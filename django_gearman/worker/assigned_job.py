@@ -21,15 +21,15 @@ class AssignedJob:
 
     __slots__ = (
         "_is_cancelled",
-        "_link",
-        "_place",
         "attempt",
         "decision",
         "function",
         "handle",
         "has_looked",
         "limit",
+        "link",
         "max_attempts",
+        "place",
         "report",
         "running",
         "started",
@@ -49,8 +49,10 @@ class AssignedJob:
         place: Place | None = None,
         limit: float | None = None,
     ) -> None:
-        self._link = link
-        self._place = place
+        self.link = link
+        """The connection that it came by, and that what is said of it goes by."""
+        self.place = place
+        """Where the parent of a child sees that it is in hand; None where there is no such."""
         self.handle = handle
         self.function = function
         self.unique = unique
@@ -75,28 +77,28 @@ class AssignedJob:
     @property
     def may_return(self) -> bool:
         """Whether its server hands a job out again that raised."""
-        return self._link.tells_attempts
+        return self.link.tells_attempts
 
     @property
     def takes_log(self) -> bool:
         """Whether its server keeps what it logs."""
-        return self._link.takes_logs
+        return self.link.takes_logs
 
     def send_log(self, text: bytes) -> None:
         """Say what is to be kept of all that it logged so far; only to a server that ``takes_log``."""
-        self._link.report(PacketType.OPTION_REQ, LOG + self.handle + b" " + text)
+        self.link.report(PacketType.OPTION_REQ, LOG + self.handle + b" " + text)
 
     @property
     def is_cancelled(self) -> bool:
         """What is known of it, without asking anybody."""
-        return self._is_cancelled or (self._place is not None and self._place.cancelled)
+        return self._is_cancelled or (self.place is not None and self.place.cancelled)
 
     @property
     def cancelled(self) -> bool:
         """Whether it was cancelled, for its function, which thereby says that it ends by itself then."""
         self.has_looked = True
         if not self.is_cancelled:
-            self._link.listen()
+            self.link.listen()
         return self.is_cancelled
 
     def cancel(self) -> None:
@@ -106,11 +108,11 @@ class AssignedJob:
     def hears_interrupts(self) -> bool:
         """Whether a KeyboardInterrupt in its function comes from the terminal, not from the function."""
         # A child, which shows what it has in hand, passes over SIGINT.
-        return self._place is None
+        return self.place is None
 
     def end_copy(self, failure: BaseException | None = None) -> None:
         """In a process that its function forked and that comes back, too: end there, as Python would."""
-        if not self._link.is_copy:
+        if not self.link.is_copy:
             return
         status: object = failure
         if isinstance(failure, SystemExit):
@@ -132,15 +134,15 @@ class AssignedJob:
 
     def send_status(self, numerator: int, denominator: int) -> None:
         """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
-        self._link.report(PacketType.WORK_STATUS, self.handle, b"%d" % numerator, b"%d" % denominator)
+        self.link.report(PacketType.WORK_STATUS, self.handle, b"%d" % numerator, b"%d" % denominator)
 
     def send_data(self, data: bytes) -> None:
         """Send a part of the result. PROTOCOL: WORK_DATA."""
-        self._link.report(PacketType.WORK_DATA, self.handle, data)
+        self.link.report(PacketType.WORK_DATA, self.handle, data)
 
     def send_warning(self, data: bytes) -> None:
         """Send a warning. PROTOCOL: WORK_WARNING."""
-        self._link.report(PacketType.WORK_WARNING, self.handle, data)
+        self.link.report(PacketType.WORK_WARNING, self.handle, data)
 
 
 class JobRefused(Exception):

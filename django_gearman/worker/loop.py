@@ -616,7 +616,7 @@ class Worker:
             if isinstance(error, KeyboardInterrupt) and job.hears_interrupts:
                 # Whoever debugs wants to leave at once; the job is not to blame.
                 if job.may_return:
-                    job._link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
+                    job.link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
                 raise
             failure = error
         job.end_copy(failure)
@@ -632,7 +632,7 @@ class Worker:
 
     def _finish(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:
         """Report how a job ended, and grab the next in the same breath where that is right."""
-        link, lane, place = job._link, job._link.lane, job._place
+        link, lane, place = job.link, job.link.lane, job.place
         if place is not None:
             place.spare()
         if job.is_cancelled:
