@@ -119,7 +119,7 @@ def measure() -> dict[str, float]:
     from django.test import Client
 
     from django_gearman.history import History, Retention, lanes_of
-    from django_gearman.jobs import scheduled_record
+    from django_gearman.job_declarations import scheduled_record
     from django_gearman.models import JobRecord, Schedule
     from django_gearman.scheduler import Scheduler
     from django_gearman.store import DatabaseStore

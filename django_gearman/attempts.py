@@ -27,7 +27,8 @@ from django.dispatch import Signal
 from . import conf, logs, signals, tracing
 from .context import JobContext, Reports
 from .exceptions import Discard, JobCancelled, JobTimedOut, Retry, TooLarge
-from .jobs import Job, RunCoroutine, exponential
+from .job_options import exponential
+from .jobs import Job, RunCoroutine
 from .models import JobRecord
 from .registry import registry
 from .results import JobResult

@@ -20,7 +20,7 @@ from . import conf
 from .addresses import split_address
 from .durability import durability_problems
 from .exceptions import InvalidSchedule, MissingCronsim
-from .jobs import declared_schedules, scheduled_record
+from .job_declarations import declared_schedules, scheduled_record
 from .models import Schedule
 from .registry import registry
 from .scheduler import columns_of

@@ -144,7 +144,7 @@ class GearmanSettings:
     """Whether the last lines that a job logged are kept with its record."""
 
     autodiscover: bool = True
-    """Whether the ``jobs.py`` of each installed app is imported at start."""
+    """Whether each installed app's ``jobs.py`` is imported at start, and its ``tasks.py`` for our backend."""
 
     keep_successful_days: float | None = 7.0
     """Days that the record of a successful job is kept; None or 0 for ever."""

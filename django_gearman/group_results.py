@@ -27,21 +27,19 @@ from .exceptions import (
 )
 from .models import Cancellation, JobGroup, JobRecord
 from .registry import decode_result
-from .results import (
+from .results import JobResult
+from .submission import async_client_for, client_for, nudge_after_commit
+from .waiting import (
     LISTEN_FOR,
+    LONGEST_PAUSE_OF_GET,
     NUDGE_AGAIN,
-    JobResult,
     Patience,
     asleep_between,
     sleep_between,
     timed_out,
 )
-from .submission import async_client_for, client_for, nudge_after_commit
 
 V = TypeVar("V")
-
-LONGEST_PAUSE_OF_GET: Final = 0.25
-"""Seconds between two looks at a group that ``get`` waits for, where the wire does not tell."""
 
 LONGEST_PAUSE_BY_WIRE: Final = 1.0
 """Seconds between two looks beside the wire: who cancels the last member may write its end himself."""

@@ -15,9 +15,7 @@ import asyncio
 import hashlib
 import inspect
 import json
-import logging
 import os
-import random
 import uuid
 from collections.abc import (
     AsyncGenerator,
@@ -29,10 +27,8 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, closing
-from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from difflib import get_close_matches
 from functools import partial, update_wrapper
 from importlib import import_module
 from typing import (
@@ -45,7 +41,6 @@ from typing import (
     ParamSpec,
     Protocol,
     TypeAlias,
-    TypedDict,
     TypeVar,
     Unpack,
     cast,
@@ -54,10 +49,10 @@ from typing import (
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import InterfaceError, OperationalError, transaction
+from django.db import transaction
 from django.utils import timezone
 
-from . import conf, continuations, permits, rows, schedules, signals, tracing
+from . import conf, continuations, rows, schedules, signals, tracing
 from .client.core import Priority
 from .client.tasks import Part, Value, refuse_too_large
 from .context import JobContext
@@ -73,7 +68,18 @@ from .exceptions import (
     TooLarge,
 )
 from .insertion import insert_workloads
-from .models import JobRecord, Schedule, unique_key_of
+from .job_options import (
+    OF_JOB,
+    OF_USING,
+    OTHER_WORDS,
+    Backoff,
+    CallOptions,
+    JobOptions,
+    Unique,
+    refuse_unknown_options,
+    validate,
+)
+from .models import JobRecord, unique_key_of
 from .registry import decode_result, registry
 from .results import JobResult, WireJobResult, one_of_many
 from .submission import (
@@ -87,19 +93,8 @@ from .submission import (
     waiting_client,
 )
 
-logger = logging.getLogger(__name__)
-
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MIN_PRIORITY: Final = -100
-MAX_PRIORITY: Final = 100
-
-Backoff: TypeAlias = "Callable[[BaseException, JobResult[Any]], float | timedelta | None]"
-"""Seconds until the next attempt of a job that raised; None when there is to be none."""
-
-Unique: TypeAlias = str | Sequence[str] | Callable[..., str]
-"""Which jobs of a function are one: a name of an argument, several, or a function of the arguments."""
 
 RunCoroutine: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
 
@@ -111,41 +106,6 @@ MAX_UNIQUE: Final = 200
 
 MAX_WIRE_UNIQUE: Final = 63
 """Bytes that gearmand keeps of a unique: longer ones are hashed with ``ENQUEUE = "wire"``."""
-
-LONGEST_PAUSE: Final = 3600.0
-"""Seconds between two attempts at the most, where no ``backoff`` says otherwise."""
-
-
-def exponential(attempt: int) -> float:
-    """Seconds until the next attempt: about 2, 4, 8, ... and an hour at the most, never all at once."""
-    return float(min(2 ** min(attempt, 20), LONGEST_PAUSE) * random.uniform(0.75, 1.25))
-
-
-class JobOptions(TypedDict, total=False):
-    """What ``@job`` may be told beside ``takes_context``."""
-
-    name: str
-    raw: bool
-    queue_name: str
-    priority: int
-    max_attempts: int
-    backoff: Backoff
-    timeout: int
-    unique: Unique
-    rate_limit: str
-    concurrency: int
-    limit_key: Unique
-    schedule: schedules.Declaration | Sequence[schedules.Declaration]
-
-
-class CallOptions(TypedDict, total=False):
-    """What ``using`` may be told."""
-
-    priority: int | None
-    run_after: datetime | timedelta | None
-    unique: str | None
-    run_timeout: float | None
-    resubmit: bool
 
 
 class Job(Generic[P, R]):
@@ -194,7 +154,7 @@ class Job(Generic[P, R]):
         self.run_timeout: float | None = None
         self.resubmit = False
         self._signature = self._inspect()
-        self._validate()
+        validate(self)
         update_wrapper(self, function)
 
     def __repr__(self) -> str:
@@ -241,7 +201,7 @@ class Job(Generic[P, R]):
             InvalidJob: An option cannot be that, or there is none of that name.
         """
         if not options.keys() <= CallOptions.__optional_keys__:
-            _refuse_unknown_options(f"using() of {self.name}", options, _OF_USING)
+            refuse_unknown_options(f"using() of {self.name}", options, OF_USING)
         given: object = options.get("unique")
         if given is not None and not isinstance(given, str):
             raise InvalidJob(f"the unique that using() gives {self.name} must be a str, not {given!r:.200}")
@@ -250,7 +210,7 @@ class Job(Generic[P, R]):
         other.__dict__.update({name: value for name, value in options.items() if value is not None})
         if given is not None:
             other.unique = _Always(given)
-        other._validate()
+        validate(other)
         return other
 
     def s(self, *args: Any, **kwargs: Any) -> Signature[R]:
@@ -274,7 +234,7 @@ class Job(Generic[P, R]):
     if not TYPE_CHECKING:  # for which every name would be an attribute
 
         def __getattr__(self, name: str) -> Any:
-            hint = f"; use {_OTHER_WORDS[name]}" if name in _OTHER_WORDS else ""
+            hint = f"; use {OTHER_WORDS[name]}" if name in OTHER_WORDS else ""
             raise AttributeError(f"a @job has no attribute {name!r}{hint}")
 
     def __copy__(self) -> Job[P, R]:
@@ -287,9 +247,7 @@ class Job(Generic[P, R]):
         known = registry.get(self.name)
         if known is None:
             return super().__reduce__()
-        changes = {
-            name: value for name in _OF_USING if (value := getattr(self, name)) != getattr(known, name)
-        }
+        changes = {name: value for name in OF_USING if (value := getattr(self, name)) != getattr(known, name)}
         return _found, (self.function.__module__, self.name, changes)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobResult[R]:
@@ -818,148 +776,6 @@ class Job(Generic[P, R]):
             raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
         return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])
 
-    def _validate_names(self, option: str, given: object) -> None:
-        if given is None or callable(given):
-            return
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise InvalidJob(
-                f"{option} of {self.name} must be a name of an argument, several, or a function, "
-                f"not {given!r}"
-            )
-        known = self._signature.parameters
-        for name in names:
-            if self.raw or name not in known:
-                has = "its workload, bytes" if self.raw else ", ".join(known) or "none"
-                raise InvalidJob(
-                    f"{option} of {self.name} names {name!r}, which is no argument that JSON can carry "
-                    f"(it has {has})"
-                )
-
-    def _validate_limits(self) -> None:
-        rate: object = self.rate_limit
-        if not isinstance(rate, str):
-            raise InvalidJob(f'rate_limit of {self.name} must be a text such as "10/m", not {rate!r}')
-        if rate:
-            try:
-                permits.parse_rate(rate)
-            except ValueError as error:
-                raise InvalidJob(f"rate_limit of {self.name}: {error}") from error
-        most = self.concurrency
-        if most is not None and (type(most) is not int or not 1 <= most <= permits.MOST):
-            raise InvalidJob(
-                f"concurrency of {self.name} must be a whole number from 1 to {permits.MOST}, not {most!r}"
-            )
-        self._validate_names("limit_key", self.limit_key)
-        if self.limit_key is not None and not rate and most is None:
-            raise InvalidJob(f"limit_key of {self.name} needs a rate_limit or a concurrency that it is for")
-
-    def _validate(self) -> None:
-        if "<" in self.function.__qualname__:
-            raise InvalidJob(f"{self.name} must be defined at the module's level, where a worker can find it")
-        name: object = self.name
-        if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 512:
-            raise InvalidJob(
-                f"{self.name!r} is no name for a job: at most 512 bytes, without control characters"
-            )
-        priority: object = self.priority
-        if not isinstance(priority, int) or not MIN_PRIORITY <= priority <= MAX_PRIORITY:
-            raise InvalidJob(
-                f"priority of {self.name} must be a whole number from {MIN_PRIORITY} to {MAX_PRIORITY}, "
-                f"not {self.priority!r}"
-            )
-        queue_name: object = self.queue_name
-        if not isinstance(queue_name, str) or not 0 < len(queue_name) <= 100:
-            raise InvalidJob(
-                f"queue_name of {self.name} must be 1 to 100 characters, not {self.queue_name!r}"
-            )
-        for option, highest in (("max_attempts", 32_767), ("timeout", 2**31 - 1)):
-            number = getattr(self, option)
-            if number is not None and (type(number) is not int or not 1 <= number <= highest):
-                kind = "whole number of seconds" if option == "timeout" else "whole number"
-                raise InvalidJob(
-                    f"{option} of {self.name} must be a {kind} from 1 to {highest}, not {number!r}"
-                )
-        self._validate_names("unique", self.unique)
-        self._validate_limits()
-        if self.backoff is not None and not callable(self.backoff):
-            raise InvalidJob(
-                f"backoff of {self.name} must be a function of the exception and the JobResult, "
-                f"not {self.backoff!r}"
-            )
-        seconds: object = self.run_timeout
-        if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
-            raise InvalidJob(
-                f"run_timeout of {self.name} must be a number of seconds above 0, not {seconds!r}"
-            )
-        run_after: object = self.run_after
-        if isinstance(run_after, datetime):
-            _refuse_wrong_zone(self.name, run_after)
-        elif run_after is not None and not isinstance(run_after, timedelta):
-            raise InvalidJob(f"run_after of {self.name} must be a datetime or a timedelta, not {run_after!r}")
-        else:
-            try:
-                _ = timezone.now() + (run_after or timedelta())
-            except OverflowError:
-                raise InvalidJob(f"run_after of {self.name} is beyond the year 9999: {run_after!r}") from None
-
-
-_OTHER_WORDS: Final = {
-    "delay": "enqueue(...)",
-    "delay_on_commit": "enqueue(...), whose row is of the current transaction",
-    "apply_async": "enqueue(...), after using(run_after=..., priority=...) where options are needed",
-    "apply": "call(...)",
-    "enqueue_in": "using(run_after=timedelta(...)).enqueue(...)",
-    "enqueue_at": "using(run_after=...).enqueue(...)",
-    "signature": "s(...)",
-    "subtask": "s(...)",
-    "AsyncResult": "get_result(id)",
-}
-"""What those look for who come from other libraries."""
-
-_OTHER_OPTIONS: Final = {
-    "bind": "takes_context",
-    "queue": "queue_name",
-    "max_retries": "max_attempts",
-    "retries": "max_attempts",
-    "retry": "max_attempts",
-    "autoretry_for": "max_attempts",
-    "retry_backoff": "backoff",
-    "retry_delay": "backoff",
-    "default_retry_delay": "backoff",
-    "time_limit": "timeout",
-    "soft_time_limit": "timeout",
-    "job_timeout": "timeout",
-    "result_ttl": "the setting KEEP_SUCCESSFUL_DAYS",
-    "ignore_result": "the setting KEEP_SUCCESSFUL_DAYS",
-    "run_after": "using(run_after=...)",
-    "countdown": "using(run_after=...)",
-    "eta": "using(run_after=...)",
-    "run_timeout": "using(run_timeout=...)",
-    "resubmit": "using(resubmit=True)",
-    "expires": "an argument that says until when, and raise Discard after that",
-    "lock": "unique or concurrency",
-}
-
-
-_OF_JOB: Final = (*JobOptions.__annotations__, "takes_context")
-_OF_USING: Final = tuple(CallOptions.__annotations__)
-
-
-def _refuse_unknown_options(where: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise ``InvalidJob`` for what is not known there, saying what it is called here."""
-    for name in given:
-        if name in known:
-            continue
-        near = [name] if name in _OF_JOB else get_close_matches(name, known, 1)
-        meant = _OTHER_OPTIONS.get(name) or (near[0] if near else "")
-        if meant in _OF_JOB and meant not in known:
-            meant = f"@job({meant}=...), which is for all calls"
-        raise InvalidJob(
-            f"{where} has no option {name!r}; "
-            + (f"use {meant}" if meant else f"it has {', '.join(sorted(known))}")
-        )
-
 
 @dataclass(frozen=True)
 class _Always:
@@ -1054,17 +870,6 @@ def _results_of(told: object) -> list[Any]:
     return values
 
 
-def _refuse_wrong_zone(name: str, moment: datetime) -> None:
-    from django.conf import settings
-
-    if settings.USE_TZ and timezone.is_naive(moment):
-        raise InvalidJob(
-            f"run_after of {name} must be an aware datetime, such as timezone.now() + timedelta(hours=1)"
-        )
-    if not settings.USE_TZ and timezone.is_aware(moment):
-        raise InvalidJob(f"run_after of {name} must be a naive datetime, since USE_TZ is off")
-
-
 # The decorator. The callable classes make the overloads tell `async def` from `def`.
 
 
@@ -1127,7 +932,7 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
     if hasattr(function, "__qualname__"):
-        _refuse_unknown_options(f"@job of {function.__qualname__}", options, _OF_JOB)
+        refuse_unknown_options(f"@job of {function.__qualname__}", options, OF_JOB)
     try:
         made: Job[Any, Any] = Job(function, **options)
     except (TypeError, ValueError) as error:
@@ -1145,86 +950,6 @@ def _register(function: Callable[..., Any], **options: Any) -> Job[Any, Any]:
 
 def _origin(made: Job[Any, Any]) -> str:
     return f"{made.function.__module__}.{made.function.__qualname__}"
-
-
-# Schedules.
-
-
-def declared_schedules() -> dict[str, tuple[str, schedules.Declaration]]:
-    """{name of its row: (function, declaration)} of every schedule of the process."""
-    return {
-        declaration.row_name(made.name): (made.name, declaration)
-        for made in registry.values()
-        for declaration in made.schedules
-    }
-
-
-def scheduled_record(schedule: Schedule) -> JobRecord:
-    """
-    An unsaved record of the job that a schedule asks for.
-
-    A raw job gets its one argument, which JSON can only carry as text, in UTF-8.
-
-    Raises:
-        TypeError: The arguments do not fit the function.
-        ValueError: They are too large, or the function's ``unique`` or ``limit_key`` raised.
-        OperationalError: That asked a database which cannot tell, now or until it is migrated.
-    """
-    made = registry.get(schedule.function)
-    options = conf.settings_for()
-    args, kwargs = tuple(schedule.args), schedule.kwargs
-    if made is None:
-        # Some worker's, in whatever language.
-        workload = dumps({"args": args, "kwargs": kwargs})
-        record = JobRecord(function=schedule.function, workload=workload)
-    else:
-        if made.raw:
-            args = tuple(arg.encode() if isinstance(arg, str) else arg for arg in args or ("",))
-        record = _with_named_errors(made)._new_record(args, kwargs, options)
-    if schedule.queue_name:
-        record.queue_name = schedule.queue_name
-    if schedule.priority is not None:
-        record.priority = schedule.priority
-    return record
-
-
-def _with_named_errors(made: Job[..., Any]) -> Job[..., Any]:
-    """The same job, whose ``unique`` and ``limit_key`` raise nothing but errors that say whose they are."""
-    other = copy(made)
-    other.unique = _named(f"unique of {made.name}", made.unique)
-    other.limit_key = _named(f"limit_key of {made.name}", made.limit_key)
-    return other
-
-
-def _named(name: str, given: Unique | None) -> Unique | None:
-    if not callable(given):
-        return given
-
-    def make(*args: Any, **kwargs: Any) -> str:
-        try:
-            return given(*args, **kwargs)
-        except Exception as error:
-            can_tell = not isinstance(error, OperationalError | InterfaceError)
-            kind = ValueError if can_tell else OperationalError
-            raise kind(f"the {name} raised {type(error).__name__}: {error}") from error
-
-    return make
-
-
-# Limits.
-
-
-def declared_limits() -> dict[str, dict[str, Any]]:
-    """{function: what its row says} of every limited job of the process."""
-    return {
-        made.name: {
-            "rate": made.rate_limit.strip(),
-            "concurrency": made.concurrency,
-            "by_key": made.limit_key is not None,
-        }
-        for made in registry.values()
-        if made.rate_limit or made.concurrency is not None
-    }
 
 
 # Many at once.

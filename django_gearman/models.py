@@ -1,10 +1,12 @@
 """
 What is kept: one row per job, which is the durable queue and the record that
-the admin shows, one row per job server, and one per schedule.
+the admin shows; and rows for attempts, groups, wishes to cancel, schedules,
+limits and job servers.
 
-No behaviour here beyond what a row *is*. Rows are inserted by ``submission.py``
-and ``groups.py`` (the database door) and by ``store`` (the wire door);
-outcomes are written by job servers alone. What fires schedules is in
+No behaviour here beyond what a row *is*. Rows of jobs are inserted by
+``submission.py`` and ``groups.py`` (the database door) and by ``store`` (the
+wire door); outcomes are written by the server that has the job, and of what
+none has by who cancels it. What fires schedules is in
 ``scheduler.py``.
 """
 

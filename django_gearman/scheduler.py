@@ -5,7 +5,7 @@ Each fire happens once, whatever the number of servers: whoever moves
 ``next_at`` on by a compare-and-set makes the jobs in the same transaction, and
 nobody else does. Which moments a schedule names is in ``schedules.py``, what a
 row is in ``models.py``, and how a job of a function looks is told by
-``jobs.py``, through ``record_of``.
+``job_declarations.py``, through ``record_of``.
 """
 
 from __future__ import annotations

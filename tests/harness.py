@@ -13,7 +13,6 @@ what it left on stderr, and whether a process stayed behind.
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -32,6 +31,7 @@ from django.conf import settings
 from django.db import connection, transaction
 
 from django_gearman.exceptions import GearmanError
+from django_gearman.testing import free_port
 from django_gearman.worker.loop import Worker, WorkerFunction
 
 T = TypeVar("T")
@@ -92,21 +92,6 @@ def tried_again(test: Callable[..., object]) -> Callable[..., None]:
         in_one_try(lambda: test(*args, **kwargs))
 
     return tried
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, outside of those that the kernel gives to clients."""
-    # In the kernel's range, a client that tries again while its server is down may connect to itself.
-    for _ in range(1000):
-        port = random.randrange(12_000, 32_000)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise AssertionError("no port is free")
 
 
 def ask(port: int, line: str, limit: float = 30.0) -> str:

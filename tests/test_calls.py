@@ -38,9 +38,10 @@ from django_gearman.exceptions import (
     TooLarge,
 )
 from django_gearman.models import Cancellation, JobRecord
-from django_gearman.results import _STANDING, Patience
+from django_gearman.results import _STANDING
 from django_gearman.server import watchers
 from django_gearman.submission import async_client_for, client_for
+from django_gearman.waiting import Patience
 from tests import harness
 
 from .app import jobs

@@ -47,7 +47,10 @@ FLOORS: dict[str, int] = {
     "worker": 5,
     "store": 5,
     "submission": 5,
+    "waiting": 5,
     "results": 6,
+    "job_options": 6,
+    "job_declarations": 7,
     "jobs": 7,
     "group_results": 7,
     "attempts": 8,
@@ -60,6 +63,7 @@ FLOORS: dict[str, int] = {
     "apps": 10,
     "health": 10,
     "testing_process": 9,
+    "testing_runner": 10,
     "testing": 11,
     "pytest_plugin": 12,
 }
@@ -67,18 +71,20 @@ FLOORS: dict[str, int] = {
 
 MAY_USE: dict[str, set[str]] = {
     "asyncio": {
-        "server/journal.py",
+        "server/journal_thread.py",
         "server/transport.py",
         "server/connection.py",
         "server/http_connection.py",
         "server/door.py",
         "client/aio.py",
+        "client/links.py",
         "worker/pool.py",
         # A job written as `async def` runs in a loop of its own, made by asyncio.run.
         "jobs.py",
         "attempts.py",
-        # Its twins for asyncio pause between two looks.
+        # Their twins for asyncio pause between two looks.
         "results.py",
+        "waiting.py",
         # Its functions for asyncio wait for several jobs at once.
         "group_results.py",
         "reduction.py",

@@ -22,8 +22,9 @@ from django_gearman.exceptions import LeaseLost, StoreError
 from django_gearman.history import History, Retention, configured, lanes_of
 from django_gearman.models import JobAttempt, JobRecord, ServerLease
 from django_gearman.server.core import JobServer
+from django_gearman.server.job_store import MemoryStore
 from django_gearman.server.journal import Batch as Trip
-from django_gearman.server.journal import Journal, MemoryStore
+from django_gearman.server.journal import Journal
 from django_gearman.server.options import ServerOptions
 from django_gearman.store import DatabaseStore
 

@@ -41,7 +41,8 @@ from django_gearman.exceptions import (
     TooLarge,
     WaitInTransaction,
 )
-from django_gearman.jobs import Job, declared_limits
+from django_gearman.job_declarations import declared_limits
+from django_gearman.jobs import Job
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.registry import queue_of

@@ -25,7 +25,8 @@ from django.test.utils import CaptureQueriesContext
 
 from django_gearman import cron, every, scheduler, schedules
 from django_gearman.exceptions import InvalidJob, InvalidSchedule, LeaseLost, MissingCronsim, StoreError
-from django_gearman.jobs import Job, declared_schedules, job, scheduled_record
+from django_gearman.job_declarations import declared_schedules, scheduled_record
+from django_gearman.jobs import Job, job
 from django_gearman.models import JobRecord, Schedule
 from django_gearman.registry import registry
 from django_gearman.scheduler import Scheduler, is_edited, reset, synchronise

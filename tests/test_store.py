@@ -49,7 +49,7 @@ from django_gearman.server.entries import (
     StoredJob,
     Topic,
 )
-from django_gearman.server.journal import MemoryStore
+from django_gearman.server.job_store import MemoryStore
 from django_gearman.server.submissions import LATEST
 from django_gearman.store import DatabaseStore
 from django_gearman.store.columns import bytes_of_unique, text_of, text_of_unique

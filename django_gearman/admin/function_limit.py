@@ -17,14 +17,14 @@ from django_gearman.limiting import Standing, is_edited, reset, standings
 from django_gearman.models import FunctionLimit, JobRecord
 
 from . import format
-from .read_only import FunctionLimitModelAdmin, Look, RowForm
+from .read_only import Declared, FunctionLimitModelAdmin, Look, RowForm
 
 KEYS = 20
 """Keys of one limit that are shown, those of which most is in use."""
 
 
 @admin.register(FunctionLimit)
-class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
+class FunctionLimitAdmin(Declared, Look, FunctionLimitModelAdmin):
     form = RowForm
     list_display = ("function", "allowed", "state", "in_use", "begun")
     list_filter = ("enabled",)
@@ -47,16 +47,6 @@ class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
         shown = ("state", "in_use", "begun", "waiting", "code")
         # What jobs are counted by only the code can change, where they are the code's.
         return (*shown, "function", "by_key") if obj is not None and obj.declared is not None else shown
-
-    def has_delete_permission(self, request: HttpRequest, obj: FunctionLimit | None = None) -> bool:
-        # What the code declares would be back at the next start of a server.
-        if obj is not None and obj.declared is not None and not obj.withdrawn:
-            return False
-        return super().has_delete_permission(request, obj)
-
-    def save_model(self, request: HttpRequest, obj: FunctionLimit, form: Any, change: bool) -> None:
-        """Save what was edited, and no more: a server may be taking over what the code says."""
-        obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
 
     def get_changelist_instance(self, request: HttpRequest) -> Any:
         changes = super().get_changelist_instance(request)

@@ -1,4 +1,4 @@
-"""What our admins share: their look, their database, and that jobs and servers are not changed there."""
+"""What our admins share: look and database, rows that the code declares, and what is not changed there."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ class Look:
         """Rows of the jobs' database, which need not be the default one."""
         rows: models.QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]  # a ModelAdmin's
         return rows.using(conf.settings_for().database)
+
+
+class Declared:
+    """Rows that the code may declare, and servers work on while they are edited."""
+
+    def has_delete_permission(
+        self, request: HttpRequest, obj: Schedule | FunctionLimit | None = None
+    ) -> bool:
+        # What the code declares would be back at the next start of a server.
+        if obj is not None and obj.declared is not None and not obj.withdrawn:
+            return False
+        may: bool = super().has_delete_permission(request, obj)  # type: ignore[misc]  # a ModelAdmin's
+        return may
+
+    def save_model(
+        self, request: HttpRequest, obj: Schedule | FunctionLimit, form: Any, change: bool
+    ) -> None:
+        """Save what was edited, and no more: a server may be firing the schedule, or following the code."""
+        obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
 
 
 class RowForm(ModelForm):  # type: ignore[type-arg]  # only the stubs know that it is generic

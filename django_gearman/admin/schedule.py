@@ -21,12 +21,12 @@ from django.utils.translation import gettext_lazy, ngettext
 
 from django_gearman import conf
 from django_gearman.exceptions import InvalidSchedule
-from django_gearman.jobs import scheduled_record
+from django_gearman.job_declarations import scheduled_record
 from django_gearman.models import Schedule
 from django_gearman.scheduler import insert, is_edited, reset
 
 from . import format
-from .read_only import Look, RowForm, ScheduleModelAdmin
+from .read_only import Declared, Look, RowForm, ScheduleModelAdmin
 
 NEXT_TIMES = 5
 
@@ -99,7 +99,7 @@ class ScheduleForm(RowForm):
 
 
 @admin.register(Schedule)
-class ScheduleAdmin(Look, ScheduleModelAdmin):
+class ScheduleAdmin(Declared, Look, ScheduleModelAdmin):
     form = ScheduleForm
     list_display = ("name", "times", "state", "next_time", "last_time", "job")
     list_filter = ("enabled",)
@@ -123,16 +123,6 @@ class ScheduleAdmin(Look, ScheduleModelAdmin):
     def get_readonly_fields(self, request: HttpRequest, obj: Schedule | None = None) -> Any:
         shown = ("state", "next_five", "last_time", "job", "code")
         return (*shown, *DECLARED) if obj is not None and obj.declared is not None else shown
-
-    def has_delete_permission(self, request: HttpRequest, obj: Schedule | None = None) -> bool:
-        # What the code declares would be back at the next start of a server.
-        if obj is not None and obj.declared is not None and not obj.withdrawn:
-            return False
-        return super().has_delete_permission(request, obj)
-
-    def save_model(self, request: HttpRequest, obj: Schedule, form: Any, change: bool) -> None:
-        """Save what was edited, and no more: a server may be firing the schedule."""
-        obj.save(using=conf.settings_for().database, update_fields=form.changed_data if change else None)
 
     # The actions.
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
-import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Final, TypeVar, Unpack, cast
+from typing import Final, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 from .. import tls as tls_reasons
@@ -28,17 +26,15 @@ from ..exceptions import (
     ConnectionLost,
     GearmanError,
     NoWorker,
-    ProtocolError,
     ResponseTimeout,
-    ResultTooLarge,
     ServerError,
 )
-from ..protocol.packets import GROUP, RESPONSE, ROW, PacketType
-from ..protocol.reader import MAX_BODY, PacketReader
+from ..protocol.packets import GROUP, ROW, PacketType
+from ..protocol.reader import MAX_BODY
 from .admin_client import FunctionStatus, function_status
-from .connection import KEEPALIVE_IDLE, SPEAKS_TLS, TLS_ALERT, not_proven, reason_of, why_lost
-from .core import ClientProtocol, JobRequest, Priority, Question
-from .large import LargeEnds
+from .connection import not_proven, reason_of
+from .core import JobRequest, Priority
+from .links import Link, Links
 from .servers import CIRCUIT, QUICK, Route, allowance
 from .tasks import (
     DEFAULT_SERVERS,
@@ -66,251 +62,8 @@ from .tasks import (
 
 S = TypeVar("S", bound=JobStatus)
 
-MAX_RETIRED: Final = 8
-"""Connections to one server that are kept open only for jobs that run on them."""
-
 _NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
 """What comes of asking a server in words, when it does not answer as it should."""
-
-
-class _Link(asyncio.Protocol):
-    """One connection, and who waits for what on it."""
-
-    def __init__(self, server: str, max_packet: int, home: _Links) -> None:
-        self.server = server
-        self.home = home
-        self.protocol = ClientProtocol()
-        self.lost: ConnectionLost | None = None
-        """Why it is of no use any more."""
-        self.users = 0
-        """Calls that are under way on it."""
-        self.is_spent = False
-        """Whether a job on it has nobody waiting: it is closed as soon as nobody else needs it."""
-        self.asking: asyncio.Task[list[FunctionStatus]] | None = None
-        """What the server says of its functions, for calls whose time is up."""
-        self._reader: PacketReader | LargeEnds = PacketReader(RESPONSE, max_body=max_packet)
-        self._max_packet = max_packet
-        self._received = False
-        """Whether anything ever came."""
-        self._transport: asyncio.Transport | None = None
-        self._waiting: dict[JobRequest | Question, asyncio.Future[None]] = {}
-        self._writable: asyncio.Future[None] | None = None
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether the server has not closed it; asyncio may not have had the time to say so."""
-        if self.lost is not None or not hasattr(select, "POLLRDHUP"):
-            return self.lost is None
-        assert self._transport is not None, "it is connected"
-        poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-        return not poll.poll(0)
-
-    # What asyncio says.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's is none of asyncio's classes.
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        if self.lost is not None:
-            return
-        if not self._received and data.startswith(TLS_ALERT):
-            self._lose(ConnectionLost(self.server, SPEAKS_TLS))
-            return
-        self._received = True
-        self._reader.feed(data)
-        goes_on = True
-        while goes_on:
-            goes_on = False
-            try:
-                while (packet := self._reader.take()) is not None:
-                    told = self.protocol.receive(packet)
-                    if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
-                        _wake(waiter)
-            except (ProtocolError, ConnectionLost) as error:
-                goes_on = self._goes_on_after(error)
-
-    def _goes_on_after(self, error: ProtocolError | ConnectionLost) -> bool:
-        """Break the connection, unless it is one job's end alone that could not be read."""
-        try:
-            if isinstance(error, ProtocolError):
-                self._reader = LargeEnds(self._reader, error, self.server, self._max_packet)
-                return True
-        except ConnectionLost as lost:
-            error = lost
-        if not isinstance(error, ResultTooLarge) or error.end is None:
-            self._lose(error)
-            return False
-        told = self.protocol.end_without(*error.end, error)
-        if told is not None and (waiter := self._waiting.pop(told, None)) is not None:
-            _wake(waiter)
-        return True
-
-    def connection_lost(self, error: Exception | None) -> None:
-        in_plain = self._transport is not None and self._transport.get_extra_info("ssl_object") is None
-        lost = ConnectionLost(self.server, why_lost(error, was_silent=in_plain and not self._received))
-        lost.__cause__ = error
-        self._lose(lost)
-
-    def pause_writing(self) -> None:
-        self._writable = asyncio.get_running_loop().create_future()
-
-    def resume_writing(self) -> None:
-        if self._writable is not None:
-            _wake(self._writable)
-            self._writable = None
-
-    # What callers do.
-
-    async def greet(self, *, prove: bool) -> None:
-        """
-        What is said first.
-
-        Args:
-            prove: Wait for an answer: with TLS 1.3 only one says that our certificate was taken, and a
-                server that hangs is connected to all the same.
-        Raises:
-            ConnectionLost: It broke.
-        """
-        assert self._transport is not None, "it is connected"
-        sock = self._transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-        # Nobody waits for the answer to the option: it is taken when it comes.
-        _, data = self.protocol.ask(PacketType.OPTION_REQ, b"exceptions", answers=PacketType.OPTION_RES)
-        await self.send(data)
-        if prove:
-            question, data = self.protocol.ask(PacketType.ECHO_REQ, b"", answers=PacketType.ECHO_RES)
-            await self.send(data)
-            while question.answer is None:
-                await self.wait(question)
-
-    async def send(self, data: bytes) -> None:
-        """
-        Send a packet, once the server takes it.
-
-        Raises:
-            ConnectionLost: It broke.
-        """
-        if self.lost is not None:
-            raise self._as_told()
-        assert self._transport is not None, "it is connected"
-        self._transport.write(data)
-        if self._writable is not None:
-            # Shared by all that write.
-            await asyncio.shield(self._writable)
-            if self.lost is not None:
-                raise self._as_told()
-
-    async def wait(self, what: JobRequest | Question) -> None:
-        """
-        Wait until something is told of a request or a question, or the connection breaks.
-
-        Raises:
-            ConnectionLost: It broke before.
-        """
-        if self.lost is not None:
-            raise self._as_told()
-        try:
-            await self.waiter(what)
-        finally:
-            self.left(what)
-
-    def waiter(self, what: JobRequest | Question) -> asyncio.Future[None]:
-        """What is done when something is told from now on, or the connection breaks; call ``left`` then."""
-        waiter = self._waiting[what] = asyncio.get_running_loop().create_future()
-        return waiter
-
-    def left(self, what: JobRequest | Question) -> None:
-        """Nobody waits for it any more."""
-        self._waiting.pop(what, None)
-
-    def release(self) -> None:
-        """One who used it does no more."""
-        self.users -= 1
-        if self.is_spent and not self.users:
-            self.close()
-            self.home.forget(self)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-        self._lose(ConnectionLost(self.server, "the client closed it"))
-
-    def _lose(self, error: ConnectionLost) -> None:
-        if self.lost is not None:
-            return
-        self.lost = error
-        waiting, self._waiting = self._waiting, {}
-        for waiter in waiting.values():
-            _wake(waiter)
-        self.resume_writing()
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _as_told(self) -> ConnectionLost:
-        # A new one for each caller: they are raised in many places.
-        assert self.lost is not None, "asked for because it is"
-        error = self.lost
-        if type(error) is not ConnectionLost:
-            return error
-        told = ConnectionLost(error.server, error.reason)
-        told.__cause__ = error.__cause__
-        return told
-
-
-class _Links:
-    """The connections of one event loop."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.open: dict[str, _Link] = {}
-        self.opening: dict[str, asyncio.Task[_Link]] = {}
-        self.retired: set[_Link] = set()
-        self.keeper: AsyncGenerator[None, None] | None = None
-        self.tasks: WeakKeyDictionary[asyncio.Task[object], list[Task]] = WeakKeyDictionary()
-
-    def opened(self, server: str, opening: asyncio.Task[_Link]) -> None:
-        """An attempt to connect has ended."""
-        if self.opening.get(server) is opening:
-            del self.opening[server]
-        if not opening.cancelled():
-            opening.exception()  # nobody may be left to look at it
-
-    def retire(self, link: _Link) -> None:
-        """Keep it for the jobs that run on it, and not for others."""
-        retired = sum(each.server == link.server for each in self.retired)
-        if self.open.get(link.server) is link and retired < MAX_RETIRED:
-            del self.open[link.server]
-            self.retired.add(link)
-
-    def forget(self, link: _Link) -> None:
-        """It was closed."""
-        self.retired.discard(link)
-        if self.open.get(link.server) is link:
-            del self.open[link.server]
-
-    def close(self) -> None:
-        for link in [*self.open.values(), *self.retired]:
-            link.close()
-        self.open.clear()
-        self.retired.clear()
-        for opening in self.opening.values():
-            opening.cancel()
-        self.opening.clear()
-        # It refers to the loop, by which these are found.
-        self.keeper = None
-
-    async def keep(self) -> AsyncGenerator[None, None]:
-        """Closes them when the event loop ends, which ends its asynchronous generators."""
-        try:
-            yield
-        finally:
-            self.close()
-            # For the transports to hear of it.
-            await asyncio.sleep(0)
 
 
 class AsyncWatch:
@@ -324,7 +77,7 @@ class AsyncWatch:
     def __init__(self, client: AsyncClient, what: str) -> None:
         self._client = client
         self._what = what
-        self._asked: list[tuple[_Link, JobRequest]] = []
+        self._asked: list[tuple[Link, JobRequest]] = []
         self._is_told = False
         self.told = b""
         """What a server said of the row; empty when it is to be looked at."""
@@ -380,7 +133,7 @@ class AsyncWatch:
                 self._asked.remove((link, request))
                 self._let_go(link, request)
 
-    def _let_go(self, link: _Link, request: JobRequest) -> None:
+    def _let_go(self, link: Link, request: JobRequest) -> None:
         if not request.is_settled:
             link.protocol.forget(request)
         link.release()
@@ -428,7 +181,7 @@ class AsyncClient(Submitter):
             circuit=circuit,
             tls=tls,
         )
-        self._links_of: WeakKeyDictionary[asyncio.AbstractEventLoop, _Links] = WeakKeyDictionary()
+        self._links_of: WeakKeyDictionary[asyncio.AbstractEventLoop, Links] = WeakKeyDictionary()
 
     # Foreground jobs.
 
@@ -668,7 +421,7 @@ class AsyncClient(Submitter):
             yield parts.popleft()
         yield Value(result_of(request))
 
-    async def _acknowledged(self, link: _Link, request: JobRequest, deadline: float | None) -> None:
+    async def _acknowledged(self, link: Link, request: JobRequest, deadline: float | None) -> None:
         began = monotonic()
         answer_by = began + self._timeout
         until = answer_by if deadline is None else min(deadline, answer_by)
@@ -687,7 +440,7 @@ class AsyncClient(Submitter):
 
     async def _ended(
         self,
-        link: _Link,
+        link: Link,
         request: JobRequest,
         timeout: float | None,
         deadline: float | None,
@@ -710,14 +463,14 @@ class AsyncClient(Submitter):
         if request.too_large is not None:
             raise request.too_large
 
-    def _note_silence(self, link: _Link, answer_by: float) -> None:
+    def _note_silence(self, link: Link, answer_by: float) -> None:
         if monotonic() >= answer_by:
             self._servers.failed(link.server, waited=True)
         else:
             self._servers.suspect(link.server)
-        _spend(link)
+        link.spend()
 
-    async def _nobody_came(self, link: _Link, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
+    async def _nobody_came(self, link: Link, request: JobRequest, error: ResponseTimeout) -> NoWorker | None:
         """Why nobody came; asked once for all whose time is up together."""
         asking = link.asking
         if asking is None:
@@ -725,7 +478,7 @@ class AsyncClient(Submitter):
         rows = await asyncio.shield(asking)
         return nobody_came(rows, link.server, request.function.decode(), error)
 
-    async def _rows(self, link: _Link) -> list[FunctionStatus]:
+    async def _rows(self, link: Link) -> list[FunctionStatus]:
         try:
             async with asyncio.timeout(EXPLANATION_TIMEOUT):
                 lines = await self._lines(link.server, b"status")
@@ -859,7 +612,7 @@ class AsyncClient(Submitter):
     # Connections.
 
     @contextmanager
-    def _using(self, link: _Link, request: JobRequest | None = None) -> Iterator[None]:
+    def _using(self, link: Link, request: JobRequest | None = None) -> Iterator[None]:
         """Count as a user of a connection, and leave it to the others when that ends early."""
         link.users += 1
         try:
@@ -874,12 +627,12 @@ class AsyncClient(Submitter):
                     link.protocol.forget(request)
                 else:
                     request.leave()
-                    _spend(link)
+                    link.spend()
             raise
         finally:
             link.release()
 
-    async def _take_on(self, route: Route) -> _Link:
+    async def _take_on(self, route: Route) -> Link:
         """A connection to the next server of a route."""
         try:
             return await self._take(route.candidates())
@@ -888,7 +641,7 @@ class AsyncClient(Submitter):
                 return await self._take_on(route)
             raise route.unreachable(failure) from None
 
-    async def _take(self, servers: list[str]) -> _Link:
+    async def _take(self, servers: list[str]) -> Link:
         """A connection to the first of the servers that answers."""
         links = self._links()
         if links.keeper is None:
@@ -915,7 +668,7 @@ class AsyncClient(Submitter):
                 failure = failure or error
         raise failure or self._servers.unreachable()
 
-    async def _prove(self, link: _Link, left: list[str]) -> None:
+    async def _prove(self, link: Link, left: list[str]) -> None:
         """
         See whether a server that is suspected answers on the connection that there is.
 
@@ -932,16 +685,16 @@ class AsyncClient(Submitter):
                         await link.wait(question)
             except TimeoutError as error:
                 self._servers.failed(link.server, waited=True)
-                _spend(link)
+                link.spend()
                 raise ConnectionFailed(link.server, "no answer in time") from error
         self._servers.answered(link.server)
 
-    def _links(self) -> _Links:
+    def _links(self) -> Links:
         loop = asyncio.get_running_loop()
         links = self._links_of.get(loop)
         if links is None or links.pid != os.getpid():
             self._drop_closed()
-            links = self._links_of[loop] = _Links()
+            links = self._links_of[loop] = Links()
         return links
 
     def _drop_closed(self) -> None:
@@ -954,7 +707,7 @@ class AsyncClient(Submitter):
                     # It refers to the loop.
                     left.keeper = None
 
-    async def _opened(self, links: _Links, server: str, left: list[str]) -> _Link:
+    async def _opened(self, links: Links, server: str, left: list[str]) -> Link:
         """Open a connection, once for all that wait for it."""
         opening = links.opening.get(server)
         if opening is None:
@@ -971,12 +724,12 @@ class AsyncClient(Submitter):
                 raise ConnectionFailed(server, "the client was closed meanwhile") from None
             raise
 
-    async def _open(self, links: _Links, server: str, left: list[str]) -> _Link:
+    async def _open(self, links: Links, server: str, left: list[str]) -> Link:
         host, port = split_address(server)
         timeout = allowance(left, self._connect_timeout)
         several = len(self._servers.names) > 1
         prove = self._tls is not None or several or self._servers.may_hang(server)
-        link = _Link(server, self._max_packet, links)
+        link = Link(server, self._max_packet, links)
         self._servers.trying(server)
         began = monotonic()
         try:
@@ -997,7 +750,7 @@ class AsyncClient(Submitter):
         links.open[server] = link
         return link
 
-    async def _connect(self, link: _Link, host: str, port: int, timeout: float) -> None:
+    async def _connect(self, link: Link, host: str, port: int, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         try:
             if self._tls is None:
@@ -1016,14 +769,3 @@ class AsyncClient(Submitter):
             if self._tls is not None and in_handshake:
                 raise ConnectionFailed(link.server, *tls_reasons.explain(error, host)) from error
             raise ConnectionFailed(link.server, reason_of(error)) from error
-
-
-def _spend(link: _Link) -> None:
-    """Close it as soon as nobody needs it; calls to come get a new one, unless there are too many."""
-    link.is_spent = True
-    link.home.retire(link)
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

@@ -24,7 +24,9 @@ from .connection import Connection, TransportLimits
 from .core import JobServer
 from .door import Refusals, TLSDoor
 from .http_connection import HTTPConnection, MetricsConnection
-from .journal import SUBMIT_LIMIT, JobStore, Journal, JournalThread
+from .job_store import JobStore
+from .journal import SUBMIT_LIMIT, Journal
+from .journal_thread import JournalThread
 from .metrics import Page
 from .options import Shutdown
 from .peers import Peer

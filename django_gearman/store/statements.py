@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Model
 from django.db.models.functions import Now
 from django.utils import timezone
 
@@ -68,40 +69,16 @@ class Statements:
     """
 
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
-        quote = connection.ops.quote_name
-        table = quote(JobRecord._meta.db_table)
-
-        def by(index: str) -> str:
-            # Without statistics SQLite would rather scan every live row for its status and sort.
-            if connection.vendor == "sqlite":
-                return f"{table} INDEXED BY {quote(index)}"
-            if connection.vendor == "mysql":
-                return f"{table} FORCE INDEX ({quote(index)})"
-            return table
-
-        columns = {field.name: quote(str(field.column)) for field in JobRecord._meta.concrete_fields}
-        server, status, due = columns["server"], columns["status"], columns["run_after"]
-        live = ", ".join(f"'{each.value}'" for each in JobRecord.SERVED)
-        # Whose index on MySQL, which has no partial ones, is by the server too.
-        owned = "job_claim" if connection.vendor == "mysql" else "job_owned"
-        unclaimed = f"{server} IS NULL AND {status} = '{READY}'"
-        # The index of MySQL's is by the status too: two of them would have no common order.
-        kinds = [[SCHEDULED], [RETRYING]] if connection.vendor == "mysql" else [[SCHEDULED, RETRYING]]
-        later = [
-            f"{by('job_due')} WHERE {server} IS NULL AND {status} IN ({', '.join(map(repr, kind))})"
-            for kind in kinds
-        ]
-        if connection.vendor == "postgresql":
-            # No moment of Python's: a row that waits for ever, and no reason to read nothing of any.
-            later = [f"{rows} AND isfinite({due}) IS NOT FALSE" for rows in later]
-        at_door = ", ".join(f"'{each.value}'" for each in AT_DOOR)
-        is_mysql = connection.vendor == "mysql"
-        function = columns["function"]
-        row = ", ".join(
+        self._vendor = connection.vendor
+        self._has_arrays = connection.vendor == "postgresql"
+        self._quote = connection.ops.quote_name
+        self._table = self._quote(JobRecord._meta.db_table)
+        self._columns = columns = self._columns_of(JobRecord)
+        self._row = ", ".join(
             [
                 columns["id"],
                 f"LENGTH({columns['workload']})",
-                status,
+                columns["status"],
                 columns["enqueued_at"],
                 # Of what is no member, such as a continuation, nothing is counted.
                 f"CASE WHEN {columns['group_index']} IS NOT NULL THEN {columns['group']} END",
@@ -114,36 +91,51 @@ class Statements:
                 ),
             ]
         )
+        """What is read of a row at the door."""
+        live = ", ".join(f"'{each.value}'" for each in JobRecord.SERVED)
+        # Whose index on MySQL, which has no partial ones, is by the server too.
+        self._owned = self._by("job_claim" if self._vendor == "mysql" else "job_owned")
+        self._of_server = f"WHERE {columns['server']} = %s AND {columns['status']} IN ({live})"
+        """The rows that a server has; they stand in ``_owned``."""
+        self._look_at_door()
+        self._take_from_door()
+        self._end_and_leave()
+        self._keep_attempts()
+        self._hold_lease(connection)
 
-        def names(where: str, *also: str) -> str:
-            """
-            The functions that rows of an index are of, after one, without reading all of the rows.
+    def _columns_of(self, model: type[Model]) -> dict[str, str]:
+        return {field.name: self._quote(str(field.column)) for field in model._meta.concrete_fields}
 
-            MySQL's planner cannot, and is asked for one at a time.
-            """
-            if is_mysql:
-                return (
-                    f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "
-                    f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
-                )
-            first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"
-            following = first.replace("%s", "door.name")
-            return (
-                f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "
-                f"SELECT ({following}), number + 1 FROM door "
-                f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
-                f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
-            )
+    def _by(self, index: str) -> str:
+        """The table of jobs, read by an index."""
+        # Without statistics SQLite would rather scan every live row for its status and sort.
+        if self._vendor == "sqlite":
+            return f"{self._table} INDEXED BY {self._quote(index)}"
+        if self._vendor == "mysql":
+            return f"{self._table} FORCE INDEX ({self._quote(index)})"
+        return self._table
 
-        claim = f"{by('job_claim')} WHERE {unclaimed}"
-        self.functions_ready = names(claim)
+    def _look_at_door(self) -> None:
+        columns, row = self._columns, self._row
+        server, status, due = columns["server"], columns["status"], columns["run_after"]
+        function, priority = columns["function"], columns["priority"]
+        claim = f"{self._by('job_claim')} WHERE {server} IS NULL AND {status} = '{READY}'"
+        # The index of MySQL's is by the status too: two of them would have no common order.
+        kinds = [[SCHEDULED], [RETRYING]] if self._vendor == "mysql" else [[SCHEDULED, RETRYING]]
+        later = [
+            f"{self._by('job_due')} WHERE {server} IS NULL AND {status} IN ({', '.join(map(repr, kind))})"
+            for kind in kinds
+        ]
+        if self._vendor == "postgresql":
+            # No moment of Python's: a row that waits for ever, and no reason to read nothing of any.
+            later = [f"{rows} AND isfinite({due}) IS NOT FALSE" for rows in later]
+        self.functions_ready = self._names(claim)
         first = f"AND {function} = door.name ORDER BY {due} LIMIT 1"
         self.functions_due = [
             # An index of MySQL's has each function's earliest first.
-            names(rows, due if is_mysql else f"(SELECT {due} FROM {rows} {first})")
+            self._names(rows, due if self._vendor == "mysql" else f"(SELECT {due} FROM {rows} {first})")
             for rows in later
         ]
-        priority = columns["priority"]
         self.ready_of = (
             f"SELECT {row} FROM {claim} AND {function} = %s AND {priority} > %s "
             f"ORDER BY {priority} DESC, {columns['id']} LIMIT %s"
@@ -160,23 +152,68 @@ class Statements:
             f"SELECT {function}, {priority}, COUNT(*) FROM {claim} GROUP BY {function}, {priority}"
         )
         self.count_later = [f"SELECT {function}, COUNT(*) FROM {rows} GROUP BY {function}" for rows in later]
-        of_server = f"{by(owned)} WHERE {server} = %s AND {status} IN ({live})"
+        self.workload = f"SELECT {columns['workload']} FROM {self._table} WHERE {columns['id']} = %s"
+        self._by_id = f"SELECT {row} FROM {self._table} WHERE {columns['id']} IN "
+        self._order = f" ORDER BY {priority} DESC, {columns['id']}"
+        cancellations = self._quote(Cancellation._meta.db_table)
+        job = self._quote("job_id")
+        self.cancellations = f"SELECT {job} FROM {cancellations} ORDER BY {job}"
+
+    def _names(self, where: str, *also: str) -> str:
+        """
+        The functions that rows of an index are of, after one, without reading all of the rows.
+
+        MySQL's planner cannot, and is asked for one at a time.
+        """
+        function = self._columns["function"]
+        if self._vendor == "mysql":
+            return (
+                f"SELECT {', '.join([f'{function} AS name', *also])} FROM {where} "
+                f"AND {function} > %s ORDER BY {', '.join([function, *also])} LIMIT 1"
+            )
+        first = f"SELECT {function} FROM {where} AND {function} > %s ORDER BY {function} LIMIT 1"
+        following = first.replace("%s", "door.name")
+        return (
+            f"WITH RECURSIVE door(name, number) AS (SELECT ({first}), 1 UNION ALL "
+            f"SELECT ({following}), number + 1 FROM door "
+            f"WHERE name IS NOT NULL AND number < {FUNCTIONS_AT_ONCE}) "
+            f"SELECT {', '.join(['name', *also])} FROM door WHERE name IS NOT NULL"
+        )
+
+    def _take_from_door(self) -> None:
+        columns, is_mysql = self._columns, self._vendor == "mysql"
+        server, status = columns["server"], columns["status"]
+        made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
+        # What another server had keeps its handle.
+        handle = f"COALESCE({columns['handle']}, {made})"
+        by_id = f"{self._table} FORCE INDEX (PRIMARY)" if is_mysql else self._table
+        at_door = ", ".join(f"'{each.value}'" for each in AT_DOOR)
+        is_unclaimed = f"({server} IS NULL AND {status} IN ({at_door}))"
+        if self._has_arrays:
+            # Not an index of the status, which all that wait have.
+            is_unclaimed += " IS TRUE"
+        self._take = (
+            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "
+            f"{columns['server_epoch']} = %s, {status} = %s "
+            f"WHERE {is_unclaimed} AND {columns['id']} "
+        )
+        # A view may be ending some of them in a transaction that takes its time.
+        self._free = f"SELECT {columns['id']} FROM {by_id} WHERE {is_unclaimed} AND {columns['id']} "
+        key = columns["unique_key"]
+        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {self._table} WHERE {key} "
+
+    def _end_and_leave(self) -> None:
+        """What becomes of the jobs of a server that is not there any more, or ends."""
+        columns, is_postgres = self._columns, self._vendor == "postgresql"
+        status, background = columns["status"], columns["background"]
         self.held = (
-            f"SELECT {columns['id']} FROM {of_server} "
+            f"SELECT {columns['id']} FROM {self._owned} {self._of_server} "
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
-        cancellations = quote(Cancellation._meta.db_table)
-        self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"
-        self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"
 
         def change(assignments: str, condition: str) -> str:
-            return (
-                f"UPDATE {by(owned)} SET {assignments} "
-                f"WHERE {server} = %s AND {status} IN ({live}) AND {condition}"
-            )
+            return f"UPDATE {self._owned} SET {assignments} {self._of_server} AND {condition}"
 
-        background = columns["background"]
-        is_postgres = connection.vendor == "postgresql"
         is_foreground = f"{background} = {'FALSE' if is_postgres else '0'}"
         ended = (
             f"{columns['finished_at']} = %s, {columns['message']} = 'The job server ended before the job did'"
@@ -191,68 +228,49 @@ class Statements:
             f"{interruptions} = {interruptions} + 1",
             is_running,
         )
-        self.leave = (
-            f"UPDATE {by(owned)} SET {server} = NULL, {columns['server_epoch']} = NULL "
-            f"WHERE {server} = %s AND {status} IN ({live}) AND {columns['server_epoch']} = %s "
-            f"AND {status} <> '{RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}"
+        self.leave = change(
+            f"{columns['server']} = NULL, {columns['server_epoch']} = NULL",
+            f"{columns['server_epoch']} = %s "
+            f"AND {status} <> '{RUNNING}' AND {background} <> {'FALSE' if is_postgres else '0'}",
         )
-        made = f"CONCAT(%s, {columns['id']})" if is_mysql else f"%s || {columns['id']}"
-        # What another server had keeps its handle.
-        handle = f"COALESCE({columns['handle']}, {made})"
-        by_id = f"{table} FORCE INDEX (PRIMARY)" if is_mysql else table
-        is_unclaimed = f"({server} IS NULL AND {status} IN ({at_door}))"
-        if is_postgres:
-            # Not an index of the status, which all that wait have.
-            is_unclaimed += " IS TRUE"
-        self._take = (
-            f"UPDATE {by_id} SET {columns['handle']} = {handle}, {server} = %s, "
-            f"{columns['server_epoch']} = %s, {status} = %s "
-            f"WHERE {is_unclaimed} AND {columns['id']} "
-        )
-        # A view may be ending some of them in a transaction that takes its time.
-        self._free = f"SELECT {columns['id']} FROM {by_id} WHERE {is_unclaimed} AND {columns['id']} "
-        self._by_id = f"SELECT {row} FROM {table} WHERE {columns['id']} IN "
-        key = columns["unique_key"]
-        self._of_keys = f"SELECT {key}, {columns['id']}, {columns['handle']} FROM {table} WHERE {key} "
-        self._has_arrays = is_postgres
-        self._order = f" ORDER BY {priority} DESC, {columns['id']}"
-        attempt = {field.name: quote(str(field.column)) for field in JobAttempt._meta.concrete_fields}
-        kept = quote(JobAttempt._meta.db_table)
+
+    def _keep_attempts(self) -> None:
+        columns, attempt = self._columns, self._columns_of(JobAttempt)
+        server, status = columns["server"], columns["status"]
+        kept = self._quote(JobAttempt._meta.db_table)
         what = ", ".join(attempt[name] for name in ("job", *_ATTEMPT_FIELDS))
         marks = ", ".join(["%s"] * len(_ATTEMPT_FIELDS))
         insert = f"INSERT INTO {kept} ({what}) SELECT {columns['id']}, "
         # Not twice, when a batch is written again because nobody knows what became of it.
         unless_kept = (
             f"NOT EXISTS (SELECT 1 FROM {kept} "
-            f"WHERE {attempt['job']} = {table}.{columns['id']} AND {attempt['number']} = "
+            f"WHERE {attempt['job']} = {self._table}.{columns['id']} AND {attempt['number']} = "
         )
         self.keep_attempt = (
-            f"{insert}{marks} FROM {table} "
+            f"{insert}{marks} FROM {self._table} "
             # At the door it lies by now where the next attempt is later.
             f"WHERE {columns['handle']} = %s AND ({server} = %s OR {server} IS NULL) AND {unless_kept}%s)"
         )
         self.keep_interrupted = (
             f"{insert}{columns['attempts']}, {columns['worker']}, {columns['last_attempted_at']}, %s, "
-            f"'', 'The job server ended before the job did', '', {columns['log']} FROM {table} "
+            f"'', 'The job server ended before the job did', '', {columns['log']} FROM {self._table} "
             f"WHERE {server} = %s AND {status} = '{RUNNING}' AND {unless_kept}{columns['attempts']})"
         )
 
+    def _hold_lease(self, connection: BaseDatabaseWrapper) -> None:
+        table, lease = self._quote(ServerLease._meta.db_table), self._columns_of(ServerLease)
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
-        lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
         self.leases = (
             f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
-            f"FROM {quote(ServerLease._meta.db_table)}"
+            f"FROM {table}"
         )
         self.renew = (
-            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
+            f"UPDATE {table} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
-        self.holds = (
-            f"SELECT 1 FROM {quote(ServerLease._meta.db_table)} "
-            f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
-        )
-        if is_postgres:
+        self.holds = f"SELECT 1 FROM {table} WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
+        if self._has_arrays:
             # A queue grows and shrinks within seconds. What PostgreSQL knows of the table is older than
             # that, and it would rather read all of it than look rows up by their keys. What it has to read
             # whole, as the few leases, then seems so dear that it would be compiled first, at length.

@@ -23,7 +23,8 @@ from .board import Place
 from .pool import Tasks, Threads
 
 if TYPE_CHECKING:
-    from .loop import AssignedJob, Worker
+    from .assigned_job import AssignedJob
+    from .loop import Worker
 
 logger = logging.getLogger(__name__)
 

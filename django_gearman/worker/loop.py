@@ -17,12 +17,11 @@ import os
 import select
 import socket
 import ssl
-import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from time import monotonic, sleep
 from typing import Any, Final
 
@@ -32,7 +31,6 @@ from ..protocol.packets import (
     ATTEMPTS,
     CANCEL,
     CREW,
-    LOG,
     LOGS,
     RETRY,
     RETURN,
@@ -41,9 +39,12 @@ from ..protocol.packets import (
     encode_request,
 )
 from ..protocol.reader import MAX_BODY, Packet
-from .board import Place, Row
+from .assigned_job import AssignedJob, JobRefused, RetryPolicy, TaskFunction, WorkerFunction
+from .board import Row
 from .link import GATHER, Lane, Link
-from .pool import Alarm, Interruptible, Tasks, Threads
+from .pool import Alarm, Tasks, Threads
+
+__all__ = ["AssignedJob", "JobRefused", "RetryPolicy", "TaskFunction", "Worker", "WorkerFunction"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,139 +83,6 @@ _LONGEST_ATTEMPT: Final = 32
 
 _PRE_SLEEP: Final = encode_request(PacketType.PRE_SLEEP)
 _RETURN_ALL: Final = encode_request(PacketType.OPTION_REQ, RETURN)
-
-
-class AssignedJob:
-    """A job as the function that runs it sees it."""
-
-    __slots__ = (
-        "_is_cancelled",
-        "_link",
-        "_place",
-        "attempt",
-        "decision",
-        "function",
-        "handle",
-        "has_looked",
-        "limit",
-        "max_attempts",
-        "report",
-        "running",
-        "started",
-        "unique",
-        "workload",
-    )
-
-    def __init__(
-        self,
-        link: Link,
-        handle: bytes,
-        function: bytes,
-        unique: bytes,
-        workload: bytes,
-        attempt: int = 1,
-        max_attempts: int | None = None,
-        place: Place | None = None,
-        limit: float | None = None,
-    ) -> None:
-        self._link = link
-        self._place = place
-        self.handle = handle
-        self.function = function
-        self.unique = unique
-        self.workload = workload
-        self.attempt = attempt
-        """Which hand-out of the job this is, from 1; always 1 where the server does not tell."""
-        self.max_attempts = max_attempts
-        """How many it may have; None where the job has no number of its own."""
-        self.decision: tuple[float | None] | None = None
-        """What was decided of another attempt already, for the ``RetryPolicy``; None for nothing."""
-        self.limit = limit
-        """Seconds that it may take; None for no limit."""
-        self.started = 0.0
-        self.running: Interruptible | None = None
-        """Its run, where that is beside the worker's own thread."""
-        self.report = b""
-        """The packets that say how it ended, once it has."""
-        self.has_looked = False
-        """Whether its function has asked whether it was cancelled."""
-        self._is_cancelled = False
-
-    @property
-    def may_return(self) -> bool:
-        """Whether its server hands a job out again that raised."""
-        return self._link.tells_attempts
-
-    @property
-    def takes_log(self) -> bool:
-        """Whether its server keeps what it logs."""
-        return self._link.takes_logs
-
-    def send_log(self, text: bytes) -> None:
-        """Say what is to be kept of all that it logged so far; only to a server that ``takes_log``."""
-        self._link.report(PacketType.OPTION_REQ, LOG + self.handle + b" " + text)
-
-    @property
-    def is_cancelled(self) -> bool:
-        """What is known of it, without asking anybody."""
-        return self._is_cancelled or (self._place is not None and self._place.cancelled)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was cancelled, for its function, which thereby says that it ends by itself then."""
-        self.has_looked = True
-        if not self.is_cancelled:
-            self._link.listen()
-        return self.is_cancelled
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
-
-    @property
-    def hears_interrupts(self) -> bool:
-        """Whether a KeyboardInterrupt in its function comes from the terminal, not from the function."""
-        # A child, which shows what it has in hand, passes over SIGINT.
-        return self._place is None
-
-    def end_copy(self, failure: BaseException | None = None) -> None:
-        """In a process that its function forked and that comes back, too: end there, as Python would."""
-        if not self._link.is_copy:
-            return
-        status: object = failure
-        if isinstance(failure, SystemExit):
-            status = failure.code
-        elif failure is not None:
-            logger.error("A process that job %s forked has failed", _text(self.handle), exc_info=failure)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(status & 0xFF if isinstance(status, int) else int(status is not None))
-
-    def as_told(self, error: BaseException) -> BaseException:
-        """What ended its function, as it is to be told: why it was interrupted, and not how."""
-        return error if self.running is None else self.running.told(error)
-
-    def send_status(self, numerator: int, denominator: int) -> None:
-        """Tell waiting clients how far it is. PROTOCOL: WORK_STATUS."""
-        self._link.report(PacketType.WORK_STATUS, self.handle, b"%d" % numerator, b"%d" % denominator)
-
-    def send_data(self, data: bytes) -> None:
-        """Send a part of the result. PROTOCOL: WORK_DATA."""
-        self._link.report(PacketType.WORK_DATA, self.handle, data)
-
-    def send_warning(self, data: bytes) -> None:
-        """Send a warning. PROTOCOL: WORK_WARNING."""
-        self._link.report(PacketType.WORK_WARNING, self.handle, data)
-
-
-class JobRefused(Exception):
-    """Raised by a function to report plain WORK_FAIL, without a word on why."""
-
-
-WorkerFunction = Callable[[AssignedJob], bytes]
-TaskFunction = Callable[[AssignedJob], Awaitable[bytes]]
-RetryPolicy = Callable[[AssignedJob, BaseException], float | None]
-"""Seconds until a job that raised is tried again; None when it has failed."""
 
 
 class Worker:
@@ -748,7 +616,7 @@ class Worker:
             if isinstance(error, KeyboardInterrupt) and job.hears_interrupts:
                 # Whoever debugs wants to leave at once; the job is not to blame.
                 if job.may_return:
-                    job._link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
+                    job.link.send(encode_request(PacketType.OPTION_REQ, RETURN + job.handle))
                 raise
             failure = error
         job.end_copy(failure)
@@ -764,7 +632,7 @@ class Worker:
 
     def _finish(self, job: AssignedJob, result: Any, failure: BaseException | None) -> None:
         """Report how a job ended, and grab the next in the same breath where that is right."""
-        link, lane, place = job._link, job._link.lane, job._place
+        link, lane, place = job.link, job.link.lane, job.place
         if place is not None:
             place.spare()
         if job.is_cancelled:

@@ -21,7 +21,8 @@ from django_gearman.server.entries import (
     Outcome,
     StoredJob,
 )
-from django_gearman.server.journal import CLAIM_PAUSE, GATHER, LINGER, Batch, Journal, MemoryStore
+from django_gearman.server.job_store import MemoryStore
+from django_gearman.server.journal import CLAIM_PAUSE, GATHER, LINGER, Batch, Journal
 
 from .harness import Caller, Wire, handle
 

@@ -16,7 +16,8 @@ from django_gearman.protocol.packets import PacketType
 from django_gearman.server import metrics
 from django_gearman.server.entries import StoredJob
 from django_gearman.server.http import MetricsConversation
-from django_gearman.server.journal import Journal, MemoryStore
+from django_gearman.server.job_store import MemoryStore
+from django_gearman.server.journal import Journal
 from django_gearman.server.metrics import Page
 from tests import harness
 

@@ -8,7 +8,8 @@ from django_gearman.exceptions import StoreError
 from django_gearman.protocol.packets import PacketType
 from django_gearman.server import core
 from django_gearman.server.entries import JobFinished, JobKept, JobQueued, JobStarted, Outcome
-from django_gearman.server.journal import Journal, MemoryStore
+from django_gearman.server.job_store import MemoryStore
+from django_gearman.server.journal import Journal
 
 from .harness import Wire, handle
 

@@ -20,7 +20,7 @@ from django_gearman.server import transport as transport_module
 from django_gearman.server.connection import PACKETS_PER_TURN, PROGRESS, TransportLimits
 from django_gearman.server.core import JobServer
 from django_gearman.server.entries import Claimed, Entry, StoredJob
-from django_gearman.server.journal import JobStore, MemoryStore
+from django_gearman.server.job_store import JobStore, MemoryStore
 from django_gearman.server.options import ServerOptions, Shutdown
 from django_gearman.server.peers import Peer
 from django_gearman.server.transport import GearmanServer, bind

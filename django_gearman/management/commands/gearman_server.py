@@ -15,6 +15,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from ... import conf, limiting
 from ...durability import durability_problems
 from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
-from ...jobs import declared_limits, declared_schedules, scheduled_record
+from ...job_declarations import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
 from ...registry import queue_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
@@ -101,50 +102,19 @@ class Command(BaseCommand):
             limits = _limits(options, settings)
             if options["coredump"]:
                 allow_core_dumps()
-            http_port = server_options.http_port(options)
-            sockets = _bind(options["listen"], options["port"], held, "--port, or the first of SERVERS,")
-            http_sockets = (
-                [] if http_port is None else _bind(options["http_listen"], http_port, held, "--http-port")
-            )
-            metrics_port: int | None = options["metrics_port"]
-            metrics_sockets = []
-            if metrics_port is not None:
-                metrics_sockets = _bind(options["metrics_listen"], metrics_port, held, "--metrics-port")
+            sockets = _Sockets.open(options, held)
             pid_file = held.enter_context(PidFile(options["pid_file"])) if options["pid_file"] else None
             if options["user"]:
                 # Until here it may have been root's: low ports, the key of TLS, the folder of the pid file.
                 switch_user(options["user"])
             self._set_up_log(options)
-            if (
-                options["file_descriptors"] is None
-                and limits.max_connections < TransportLimits.max_connections
-            ):
-                logger.warning(
-                    "The system lets this process have %d connections, not %d: LimitNOFILE of systemd, "
-                    "ulimit -Hn of the shell",
-                    limits.max_connections,
-                    TransportLimits.max_connections,
-                )
-
-            port: int = sockets[0].getsockname()[1]
+            _warn_of_descriptors(options, limits)
+            port: int = sockets.gearman[0].getsockname()[1]
             name = options["name"] or f"{socket.gethostname()[:32]}:{port}"
-            prefix = options["job_handle_prefix"]
-            store = None
-            if options["store"] == "database":
-                console.require_tables(settings.database)
-                store = DatabaseStore(
-                    settings.database,
-                    name,
-                    queue_of=queue_of,
-                    handle_prefix=prefix,
-                    lease=settings.lease,
-                    scheduler=Scheduler(settings.database, scheduled_record),
-                    history=History(settings.database, lanes_of(configured(settings))),
-                    max_workload=settings.max_packet,
-                )
+            store = _store(name, options, settings) if options["store"] == "database" else None
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
-            core, replayed = _core(store, name, _shown(sockets[0]), options, settings)
+            core, replayed = _core(store, name, _shown(sockets.gearman[0]), options, settings)
             server = GearmanServer(
                 core,
                 store,
@@ -155,11 +125,7 @@ class Command(BaseCommand):
                 backlog=options["store_backlog"],
                 hold=hold,
             )
-            doors = _shown(sockets[0]) + (" (TLS)" if tls else "")
-            if http_sockets:
-                doors += f", for HTTP on {_shown(http_sockets[0])}"
-            if metrics_sockets:
-                doors += f", for metrics on {_shown(metrics_sockets[0])}"
+            addresses = sockets.told(tls=tls is not None)
             kept = "in memory only"
             if store is not None:
                 kept = f"in the database {settings.database!r}, {replayed} jobs replayed"
@@ -167,36 +133,30 @@ class Command(BaseCommand):
             def greet() -> None:
                 if pid_file is not None:
                     pid_file.write()
-                self._say(f"{PROGRAM} {name} listens on {doors}; jobs are kept {kept}.")
+                self._say(f"{PROGRAM} {name} listens on {addresses}; jobs are kept {kept}.")
                 if background is not None:
                     background.detach(keep_stderr=options["log_file"] == "stderr")
 
-            gc.collect()
-            gc.freeze()
-            # Jobs and packets make no cycles; looking for some would only cost.
-            gc.set_threshold(50_000, 20, 100)
-            try:
-                with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                    runner.run(
-                        _serve(
-                            server,
-                            sockets,
-                            http_sockets,
-                            metrics_sockets,
-                            greet,
-                            has_terminal=not self._logs_apart,
-                        )
-                    )
-            except StoreError as error:
-                if self._logs_apart:
-                    logger.critical("%s", error)
-                raise CommandError(str(error)) from error
-            except Exception:
-                if self._logs_apart:
-                    # Nobody may see the traceback.
-                    logger.critical("The server ends by an error of its own", exc_info=True)
-                raise
+            self._run(server, sockets, greet)
             self._say(f"{PROGRAM} stopped.")
+
+    def _run(self, server: GearmanServer, sockets: _Sockets, greet: Callable[[], None]) -> None:
+        gc.collect()
+        gc.freeze()
+        # Jobs and packets make no cycles; looking for some would only cost.
+        gc.set_threshold(50_000, 20, 100)
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(_serve(server, sockets, greet, has_terminal=not self._logs_apart))
+        except StoreError as error:
+            if self._logs_apart:
+                logger.critical("%s", error)
+            raise CommandError(str(error)) from error
+        except Exception:
+            if self._logs_apart:
+                # Nobody may see the traceback.
+                logger.critical("The server ends by an error of its own", exc_info=True)
+            raise
 
     def _set_up_log(self, options: dict[str, Any]) -> None:
         file: str | None = options["log_file"]
@@ -238,6 +198,52 @@ class Command(BaseCommand):
         self.stdout.flush()
         if self._logs_apart:
             logger.info("%s", line)
+
+
+@dataclass(frozen=True)
+class _Sockets:
+    """What the server listens on; nothing where it is not to speak that."""
+
+    gearman: list[socket.socket]
+    http: list[socket.socket]
+    metrics: list[socket.socket]
+
+    @classmethod
+    def open(cls, options: dict[str, Any], held: ExitStack) -> _Sockets:
+        """Bind them; ``held`` closes them."""
+        http_port = server_options.http_port(options)
+        metrics_port: int | None = options["metrics_port"]
+        gearman = _bind(options["listen"], options["port"], held, "--port, or the first of SERVERS,")
+        http = [] if http_port is None else _bind(options["http_listen"], http_port, held, "--http-port")
+        metrics = (
+            []
+            if metrics_port is None
+            else _bind(options["metrics_listen"], metrics_port, held, "--metrics-port")
+        )
+        return cls(gearman, http, metrics)
+
+    def told(self, *, tls: bool) -> str:
+        """Their addresses, for whoever started the server."""
+        addresses = _shown(self.gearman[0]) + (" (TLS)" if tls else "")
+        if self.http:
+            addresses += f", for HTTP on {_shown(self.http[0])}"
+        if self.metrics:
+            addresses += f", for metrics on {_shown(self.metrics[0])}"
+        return addresses
+
+
+def _store(name: str, options: dict[str, Any], settings: conf.GearmanSettings) -> DatabaseStore:
+    console.require_tables(settings.database)
+    return DatabaseStore(
+        settings.database,
+        name,
+        queue_of=queue_of,
+        handle_prefix=options["job_handle_prefix"],
+        lease=settings.lease,
+        scheduler=Scheduler(settings.database, scheduled_record),
+        history=History(settings.database, lanes_of(configured(settings))),
+        max_workload=settings.max_packet,
+    )
 
 
 def _core(
@@ -297,13 +303,7 @@ def _core(
 
 
 async def _serve(
-    server: GearmanServer,
-    sockets: list[socket.socket],
-    http_sockets: list[socket.socket],
-    metrics_sockets: list[socket.socket],
-    ready: Callable[[], None],
-    *,
-    has_terminal: bool,
+    server: GearmanServer, sockets: _Sockets, ready: Callable[[], None], *, has_terminal: bool
 ) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -318,7 +318,7 @@ async def _serve(
         # The terminal is gone; nohup would have had it ignored.
         loop.add_signal_handler(signal.SIGHUP, stopped.set)
     await server.serve(
-        sockets, stopped, http_sockets=http_sockets, metrics_sockets=metrics_sockets, ready=ready
+        sockets.gearman, stopped, http_sockets=sockets.http, metrics_sockets=sockets.metrics, ready=ready
     )
 
 
@@ -343,6 +343,17 @@ def _limits(options: dict[str, Any], settings: conf.GearmanSettings) -> Transpor
         backlog=options["backlog"],
         keepalive=keepalive,
     )
+
+
+def _warn_of_descriptors(options: dict[str, Any], limits: TransportLimits) -> None:
+    """Say so where the system, and not who started the server, lets it have few connections."""
+    if options["file_descriptors"] is None and limits.max_connections < TransportLimits.max_connections:
+        logger.warning(
+            "The system lets this process have %d connections, not %d: LimitNOFILE of systemd, "
+            "ulimit -Hn of the shell",
+            limits.max_connections,
+            TransportLimits.max_connections,
+        )
 
 
 def _check_reach(options: dict[str, Any], tls: ssl.SSLContext | None) -> None:
