@@ -1955,6 +1955,10 @@ def statements(store: DatabaseStore, entries: list[Any], *, again: bool = False)
     return len(queries)
 
 
+OF_TIME = 3
+"""Statements that come with the time, not with the rows: the lease is written twice a second."""
+
+
 class TestCost:
     """A batch is a handful of statements, however much is in it."""
 
@@ -1969,7 +1973,7 @@ class TestCost:
     @pytest.mark.parametrize("again", [False, True])
     def test_submissions(self, database: DatabaseHouse, again: bool) -> None:
         few = statements(database.store, self.batch(0, 3), again=again)
-        assert statements(database.store, self.batch(1000, 500), again=again) == few
+        assert abs(statements(database.store, self.batch(1000, 500), again=again) - few) <= OF_TIME
 
     def test_changes(self, database: DatabaseHouse) -> None:
         write(database.store, *(queued(number) for number in range(600)))
@@ -2001,7 +2005,7 @@ class TestCost:
             with CaptureQueriesContext(connection) as queries:
                 assert len(database.store.claim(1000, {}).jobs) == size
             counts.append(len(queries))
-        assert counts[0] == counts[1]
+        assert abs(counts[0] - counts[1]) <= OF_TIME
 
     def test_an_empty_look_writes_nothing(self, database: DatabaseHouse) -> None:
         database.store.claim(10, {})
