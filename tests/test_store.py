@@ -767,6 +767,65 @@ class TestTakeOver:
         self.silence(other)
         assert len(other.claim(10, {}).jobs) == 1
 
+    def set_clock(self, *stores: DatabaseStore, seconds: float) -> None:
+        """The database's clock was set forward by so much, or back, since they read it last."""
+        leases = ServerLease.objects
+        leases.update(renewed_at=F("renewed_at") - timedelta(seconds=seconds))
+        for store in stores:
+            assert store._lease._ahead is not None
+            store._lease._ahead -= seconds
+
+    def watch(self, *stores: DatabaseStore) -> None:
+        """They look at the others, and have done so for longer than a lease."""
+        for store in stores:
+            store._lease._watches_since -= 60.0
+            store._lease._looked_for_dead -= 5.0
+            store.claim(10, {})
+
+    @pytest.mark.parametrize("seconds", [3600.0, -3600.0, 20.0])
+    def test_clock_of_the_database_that_is_set_takes_no_jobs(
+        self, database: DatabaseHouse, other: DatabaseStore, seconds: float
+    ) -> None:
+        """It goes forward, too, where a machine slept that has both the database and the servers."""
+        stores = [database.store, other]
+        for store, number in zip(stores, (1, 2), strict=True):
+            write(store, queued(number), started(number))
+        self.watch(*stores)
+        self.set_clock(*stores, seconds=seconds)
+        for store in reversed(stores):
+            store._lease._looked_for_dead -= 5.0
+            assert store.claim(10, {}).jobs == []
+            with store._lease.transaction():
+                leases, _ = store._lease.all_now()
+            assert not any(lease.is_silent for lease in leases.values())
+        for store, number in zip(stores, (1, 2), strict=True):
+            write(store, finished(number))
+            assert row(number).status == Status.SUCCESSFUL
+
+    @pytest.mark.parametrize("seconds", [3600.0, -3600.0])
+    def test_server_that_died_before_the_clock_was_set_loses_its_jobs(
+        self,
+        database: DatabaseHouse,
+        other: DatabaseStore,
+        monkeypatch: pytest.MonkeyPatch,
+        seconds: float,
+    ) -> None:
+        """A lease later, and not when the clock has come as far as it was."""
+        write(database.store, queued())
+        self.watch(other)
+        self.set_clock(other, seconds=seconds)
+        ahead = 0.0
+        monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: monotonic() + ahead)
+        taken: list[StoredJob] = []
+        while not taken and ahead < 60.0:
+            other._lease._looked_for_dead -= 5.0
+            assert other._lease._ahead is not None
+            taken = other.claim(10, {}).jobs
+            ahead += 1.0
+            other._lease._ahead -= 1.0
+        assert [job.handle for job in taken] == [queued().handle]
+        assert 15.0 <= ahead <= 30.0
+
     def outage(self, *stores: DatabaseStore, seconds: float) -> None:
         """The database was out of reach for so long, and is back."""
         for store in stores:

@@ -14,7 +14,7 @@ from time import localtime, monotonic
 from typing import Any, Final
 
 from django.conf import settings
-from django.db.models import F
+from django.db.models import F, Q
 from django.utils import timezone
 
 from ..exceptions import LeaseLost
@@ -67,6 +67,10 @@ class Lease:
         """Seconds by which local time is ahead, in which leases are written while ``USE_TZ`` is off."""
         self._judges_from = 0.0
         """Monotonic time from which others may be told to be silent."""
+        self._ahead: float | None = None
+        """Seconds by which the database's clock was ahead of the monotonic one when it was read last."""
+        self._watches_since = 0.0
+        """Monotonic time from which we have looked at that clock."""
 
     def take(self, address: str) -> int:
         """As ``DatabaseStore.take_lease``; the epoch."""
@@ -80,7 +84,7 @@ class Lease:
             lease.refresh_from_db(using=self._db.using)
         self.id = lease.pk
         self.epoch = lease.epoch
-        self.renewed = self._looked_for_dead = began
+        self.renewed = self._looked_for_dead = self._watches_since = began
         return lease.epoch
 
     @contextmanager
@@ -123,14 +127,49 @@ class Lease:
 
     def all_now(self) -> tuple[dict[int, LeaseNow], float]:
         """{id: every server's lease}, and the database's time in seconds since 1970; in a transaction."""
-        leases: dict[int, LeaseNow] = {}
-        now = 0.0
+        began = monotonic()
+        rows = self._db.execute(self._db.sql.leases, [])
+        now = seconds_of(rows[0][-1]) if rows else 0.0
+        self._note_clock(now, began)
         judges = monotonic() >= self._judges_from
-        for id, epoch, started_at, renewed_at, at in self._db.execute(self._db.sql.leases, []):
-            now = seconds_of(at)
-            silent = judges and now - seconds_of(renewed_at) > self._seconds
+        leases: dict[int, LeaseNow] = {}
+        for id, epoch, started_at, renewed_at, _ in rows:
+            age = now - seconds_of(renewed_at)
+            silent = judges and (age > self._seconds or (self._knows_the_clock and age < -self._seconds))
             leases[id] = LeaseNow(epoch, seconds_of(started_at), silent)
         return leases, now
+
+    def _look_at_clock(self) -> None:
+        began = monotonic()
+        ((at,),) = self._db.execute(self._db.sql.now, [])
+        self._note_clock(seconds_of(at), began)
+
+    def _note_clock(self, now: float, began: float) -> None:
+        """
+        Judge nobody for a while when the database's clock was set, by which leases are dated.
+
+        It goes forward, too, where a machine slept that has both the database and the servers.
+
+        Args:
+            now: What it shows, in seconds since 1970.
+            began: Monotonic time at which it was asked.
+        """
+        least, most = now - monotonic(), now - began
+        before = most if self._ahead is None else self._ahead
+        self._ahead = min(max(before, least), most)
+        step = self._ahead - before
+        if abs(step) > self._seconds / 3:
+            logger.warning(
+                "The database's clock was set by %+.0f s: for %g s no job server counts as silent",
+                step,
+                self._seconds,
+            )
+            self._judges_from = began + self._seconds
+
+    @property
+    def _knows_the_clock(self) -> bool:
+        """Whether who is alive has renewed since that clock was set last; so none is from later than now."""
+        return monotonic() - self._watches_since > self._seconds
 
     def free_earlier(self) -> None:
         """Lay a part of what an earlier run of this server had at the door; in a transaction."""
@@ -153,9 +192,16 @@ class Lease:
         been asleep, it can write nothing any more.
         """
         leases = ServerLease.objects.using(self._db.using)
-        silent = leases.filter(renewed_at__lt=DatabaseNow() - timedelta(seconds=self._seconds))
+        long = timedelta(seconds=self._seconds)
+        ran_out = Q(renewed_at__lt=DatabaseNow() - long)
+        if self._knows_the_clock:
+            ran_out |= Q(renewed_at__gt=DatabaseNow() + long)
+        silent = leases.filter(ran_out)
         dead: list[ServerLease] = []
         with self._db.errors():
+            self._look_at_clock()
+            if monotonic() < self._judges_from:
+                return
             for lease in silent.exclude(pk=self.id):
                 state = lease.epoch, lease.renewed_at
                 if self._without_jobs.get(lease.pk) == state:
@@ -167,8 +213,9 @@ class Lease:
         more = False
         for lease in dead:
             with self.transaction():
+                self._look_at_clock()
                 if monotonic() < self._judges_from:
-                    # The database was away during this look, and they are silent for that.
+                    # The database was away during this look, or its clock was set: they are silent for that.
                     return
                 found = silent.filter(pk=lease.pk, epoch=lease.epoch)
                 # It may hang inside of a transaction, which has its lease locked.

@@ -261,6 +261,7 @@ class Statements:
         table, lease = self._quote(ServerLease._meta.db_table), self._columns_of(ServerLease)
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
+        self.now = f"SELECT {now}"
         self.leases = (
             f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
             f"FROM {table}"
