@@ -215,17 +215,65 @@ class CronTiming:
 
     def _after(self, moment: int) -> Iterator[int]:
         """All times after a moment, in order."""
-        start = datetime.fromtimestamp(moment, UTC).astimezone(self.zone)
-        last = moment
         try:
-            for found in cronsim().CronSim(self.expression, start):
-                at = int(found.timestamp())
-                # Of an hour that comes twice, cronsim may name the first while it is the second.
-                if at > last:
-                    last = at
-                    yield at
-        except OverflowError:
+            yield from self._as_time_passes(moment) if self._passes else self._on_the_clock(moment)
+        except (OverflowError, ValueError):
             return  # the year 9999
+
+    @property
+    def _passes(self) -> bool:
+        """Whether it follows the time that passes."""
+        return any(field.startswith("*") for field in self.expression.split()[:2])
+
+    def _on_the_clock(self, moment: int) -> Iterator[int]:
+        last = moment
+        for found in cronsim().CronSim(self.expression, datetime.fromtimestamp(moment, self.zone)):
+            at = int(found.timestamp())
+            # Of an hour that comes twice, cronsim may name the first while it is the second.
+            if at > last:
+                last = at
+                yield at
+
+    def _as_time_passes(self, moment: int) -> Iterator[int]:
+        # Told the zone, cronsim skips the day where a midnight is left out, and half an hour where that
+        # comes twice. So it is not told, and asked anew where clocks change, from what they show then.
+        change: int | None = moment
+        while change is not None:
+            last = change
+            offset = self._offset(last)
+            # Of a change itself, too.
+            start = last if last == moment else last - 1
+            shown = datetime.fromtimestamp(start + offset, UTC).replace(tzinfo=None)
+            for found in cronsim().CronSim(self.expression, shown):
+                at = int(found.replace(tzinfo=UTC).timestamp()) - offset
+                change = self._change(last, at)
+                if change is not None:
+                    break
+                last = at
+                yield at
+            else:
+                return
+
+    def _change(self, after: int, until: int) -> int | None:
+        """The first moment of the two that clocks are put forward or back, which may be the last; or None."""
+        offset = self._offset(after)
+        while after < until:
+            before, after = after, min(after + 86_400, until)
+            if self._offset(after) != offset:
+                while after - before > 1:
+                    middle = (before + after) // 2
+                    if self._offset(middle) == offset:
+                        before = middle
+                    else:
+                        after = middle
+                return after
+        return None
+
+    def _offset(self, moment: int) -> int:
+        """Seconds by which clocks are ahead of UTC."""
+        offset = datetime.fromtimestamp(moment, self.zone).utcoffset()
+        assert offset is not None, "a zone has one"
+        return int(offset.total_seconds())
 
 
 def timing(expression: str, interval: timedelta | None, zone: str) -> Timing:
