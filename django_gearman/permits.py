@@ -177,6 +177,7 @@ class Use:
         """
         self.drop_dead(lambda name: name == me or is_alive(name), now)
         mine = self.holders.setdefault(me, Holder())
+        self._mend_clock(now)
         self._note_starts(mine, request, now, clock)
         self._forget_starts(limit, now)
         others = [holder for holder in self.holders.values() if holder is not mine]
@@ -204,6 +205,15 @@ class Use:
         if not (mine.held or mine.unused or request.wanted):
             mine.waits_since = mine.turn_at = None
         return Granted(given, again_in if given < request.wanted else math.inf)
+
+    def _mend_clock(self, now: float) -> None:
+        """What lies in the future, because the clock was set back, counts from now: turns would not end."""
+        for holder in self.holders.values():
+            if holder.waits_since is not None:
+                holder.waits_since = min(holder.waits_since, now)
+            if holder.turn_at is not None:
+                holder.turn_at = min(holder.turn_at, now)
+            holder.asked_at = min(holder.asked_at, now)
 
     def _note_starts(self, mine: Holder, request: Request, now: float, clock: float) -> None:
         new = []

@@ -124,13 +124,15 @@ class TestPeriods:
 
 
 class TestTurns:
-    def test_a_server_that_has_nothing_comes_next(self):
+    @pytest.mark.parametrize("step", [0.0, 3_600.0, -3_600.0])
+    def test_a_server_that_has_nothing_comes_next(self, step: float):
+        """However the clock is set meanwhile."""
         limit, use = Limit(None, 60.0, 1), Use()
         busy, other = Server(use, "1.1", limit), Server(use, "2.1", limit)
-        now, got = 0.0, []
+        now, got = 10_000.0, []
         assert busy.ask(1, now) == 1
-        for _ in range(200):
-            now += 0.05
+        for turn in range(200):
+            now += 0.05 if turn != 10 else step
             for server in (busy, other):
                 if server.held:
                     # Its job is over, and the next one wanted at once.
