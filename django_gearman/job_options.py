@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypedDict
 
@@ -211,3 +211,7 @@ def _refuse_wrong_zone(name: str, moment: datetime) -> None:
         )
     if not settings.USE_TZ and timezone.is_aware(moment):
         raise InvalidJob(f"run_after of {name} must be a naive datetime, since USE_TZ is off")
+    try:
+        _ = moment.astimezone(UTC) if settings.USE_TZ else moment
+    except OverflowError:
+        raise InvalidJob(f"run_after of {name} is a moment that UTC has no date for: {moment!r}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -178,6 +178,14 @@ class TestDeclarations:
             ({"unique": 5}, "the unique that using.. gives .* must be a str, not 5"),
             ({"run_after": 5}, "must be a datetime or a timedelta, not 5"),
             ({"run_after": timedelta.max}, "is beyond the year 9999"),
+            (
+                {"run_after": datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))},
+                "is a moment that UTC has no date for",
+            ),
+            (
+                {"run_after": datetime.min.replace(tzinfo=timezone(timedelta(hours=1)))},
+                "is a moment that UTC has no date for",
+            ),
         ],
     )
     def test_using(self, options: dict[str, Any], sentence: str) -> None:

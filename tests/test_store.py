@@ -1708,6 +1708,23 @@ class TestDatabaseDoor:
             cursor.execute(f"UPDATE {table} SET workload = %s WHERE id = %s", ["x" * size, record.pk])
         assert [job.workload for job in database.store.claim(10, {}).jobs] == [b"x" * size]
 
+    @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+    def test_the_first_and_the_last_time_without_time_zones(
+        self, transactional_db: None, settings: Any, zone: str
+    ) -> None:
+        """As one says for at once, and for never."""
+        settings.USE_TZ = False
+        settings.TIME_ZONE = zone
+        try:
+            database = DatabaseHouse()
+            database.put(b"never", status=Status.SCHEDULED, run_after=datetime.max)
+            database.put(b"at once", run_after=datetime.min)
+            database.put(b"due", status=Status.SCHEDULED, run_after=datetime.min)
+            claimed = {job.function for job in database.store.claim(10, {}).jobs}
+            assert claimed == {b"at once", b"due"}
+        finally:
+            connection.close()
+
     def test_a_time_that_never_comes(self, database: DatabaseHouse) -> None:
         if connection.vendor != "postgresql":
             pytest.skip("PostgreSQL alone has an infinity")

@@ -87,7 +87,12 @@ def moment(value: datetime.datetime | None) -> str:
 
 
 def _local(value: datetime.datetime) -> datetime.datetime:
-    return timezone.localtime(value) if timezone.is_aware(value) else value
+    if timezone.is_naive(value):
+        return value
+    try:
+        return timezone.localtime(value)
+    except OverflowError:  # the last moment that there is, as one says for never
+        return value
 
 
 def duration(span: datetime.timedelta) -> str:

@@ -94,7 +94,11 @@ def seconds_of(moment: datetime | str | None, zone: tzinfo = UTC) -> float:
         moment = datetime.fromisoformat(moment)
     if moment.tzinfo is None and settings.USE_TZ:
         moment = moment.replace(tzinfo=zone)
-    return moment.timestamp()
+    try:
+        return moment.timestamp()
+    except (OverflowError, ValueError):
+        # Of the first day that a naive one can have, or the last, local time may be of a year that none has.
+        return moment.replace(tzinfo=UTC).timestamp()
 
 
 def progress_of(number: bytes) -> int | None:

@@ -45,6 +45,14 @@ class TestEveryStatus:
         assert "live.js" in page
 
 
+class TestMoments:
+    def test_the_last_that_there_is(self, admin_page, make_job, settings):
+        """As one says for never. In the user's zone it may be of a year that none has."""
+        settings.TIME_ZONE = "Asia/Tokyo"
+        job = make_job("SCHEDULED", run_after=datetime.datetime.max.replace(tzinfo=datetime.UTC))
+        assert "9999-12-31" in text_of(admin_page(f"{job.pk}/change/"))
+
+
 class TestProgress:
     def test_fraction_is_a_bar_with_figures(self, admin_page, make_job):
         make_job("RUNNING", numerator=3, denominator=6)
