@@ -16,6 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import blake2b
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +53,9 @@ from ..daemon import (
 logger = logging.getLogger(__name__)
 
 PROGRAM: Final = "gearman_server"
+
+_MAX_HOST: Final = 32
+"""Characters of the host that stand in a server's own name, and so in every handle."""
 
 
 class Command(BaseCommand):
@@ -110,7 +114,7 @@ class Command(BaseCommand):
             self._set_up_log(options)
             _warn_of_descriptors(options, limits)
             port: int = sockets.gearman[0].getsockname()[1]
-            name = options["name"] or f"{socket.gethostname()[:32]}:{port}"
+            name = options["name"] or _default_name(socket.gethostname(), port)
             store = _store(name, options, settings) if options["store"] == "database" else None
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
@@ -244,6 +248,18 @@ def _store(name: str, options: dict[str, Any], settings: conf.GearmanSettings) -
         history=History(settings.database, lanes_of(configured(settings))),
         max_workload=settings.max_packet,
     )
+
+
+def _default_name(host: str, port: int) -> str:
+    """
+    What a server is called that was given no name; of a long host name a hash stands for what is too much.
+
+    Orchestrators name machines alike but for the end, and two servers of one name end each other.
+    """
+    if len(host) > _MAX_HOST:
+        digest = blake2b(host.encode(errors="replace"), digest_size=4).hexdigest()
+        host = f"{host[: _MAX_HOST - len(digest) - 1]}-{digest}"
+    return f"{host}:{port}"
 
 
 def _core(
