@@ -185,15 +185,14 @@ class Command(BaseCommand):
     ) -> None:
         if not hasattr(os, "fork"):
             raise CommandError("This platform cannot fork processes; use --pool solo.")
-        from ...worker.supervisor import Group, Supervisor
+        from ...worker.supervisor import Group, Supervisor, flush_output
 
         first = plans[0]
         reload = django_settings.DEBUG if options["reload"] is None else options["reload"]
         command = [sys.executable, *sys.orig_argv[1:]]
 
         def take_over(handover: str) -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush_output()
             own = {HANDOVER: handover, CREW: first.token.decode()}
             os.execve(command[0], command, os.environ | environment | own)  # noqa: S606  # our own command line
 
