@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -90,6 +91,10 @@ class Command(BaseCommand):
         super().run_from_argv([*argv[:2], *words])
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if sys.platform == "win32":
+            raise CommandError(
+                "gearman_server needs Linux or another POSIX system: run it in a container, or in WSL."
+            )
         if options["config_file"]:
             raise CommandError("--config-file is for the command line; give the options themselves here.")
         settings = conf.settings_for()

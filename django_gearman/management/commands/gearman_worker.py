@@ -231,7 +231,8 @@ class Command(BaseCommand):
         (plan,) = plans
         group = replace(plan.group, threads=1, concurrency=1)
         is_main = threading.current_thread() is threading.main_thread()
-        worker = replace(plan, group=group).worker(alarm=Alarm() if is_main else None)
+        has_alarm = is_main and hasattr(signal, "setitimer")
+        worker = replace(plan, group=group).worker(alarm=Alarm() if has_alarm else None)
         put_back = 0
         timer = threading.Timer(grace, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
