@@ -767,7 +767,7 @@ def _show_crashes() -> None:
     """Have a process that dies of its own fault, or is told to abort, show on stderr where it was."""
     try:
         faulthandler.enable()
-    except (ValueError, OSError):
+    except (RuntimeError, ValueError, OSError):
         pass  # there is no stderr to show it on
 
 

@@ -95,6 +95,7 @@ class Command(BaseCommand):
             raise CommandError(
                 "gearman_server needs Linux or another POSIX system: run it in a container, or in WSL."
             )
+        console.open_standard_files()
         if options["config_file"]:
             raise CommandError("--config-file is for the command line; give the options themselves here.")
         settings = conf.settings_for()
@@ -203,8 +204,7 @@ class Command(BaseCommand):
             console.log_nowhere()
 
     def _say(self, line: str) -> None:
-        self.stdout.write(line)
-        self.stdout.flush()
+        console.say(self.stdout, line)
         if self._logs_apart:
             logger.info("%s", line)
 

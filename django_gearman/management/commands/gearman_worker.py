@@ -36,7 +36,7 @@ from ...worker.loop import AssignedJob, Worker
 from ...worker.memory import MIB, Allowance
 from ...worker.notify import VARIABLES, Notifier
 from ...worker.pool import Alarm
-from ..console import close_connections, log_to_terminal
+from ..console import close_connections, log_to_terminal, open_standard_files, say
 
 if TYPE_CHECKING:
     from ...worker.board import Row
@@ -140,6 +140,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
+        open_standard_files()
         handed_over, token = os.environ.pop(HANDOVER, ""), os.environ.pop(CREW, "")
         is_trial = bool(os.environ.pop(TRIAL, ""))
         environment = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
@@ -161,10 +162,9 @@ class Command(BaseCommand):
 
         def greet() -> None:
             if handed_over:
-                self.stdout.write("gearman_worker: the new code has taken over.")
+                say(self.stdout, "gearman_worker: the new code has taken over.")
             for plan in plans:
-                self.stdout.write(plan.sentence)
-            self.stdout.flush()
+                say(self.stdout, plan.sentence)
             if plans[0].group.name and not options["group"]:
                 _warn_of_unserved(plans)
 
@@ -259,9 +259,9 @@ class Command(BaseCommand):
 
     def _say_goodbye(self, put_back: int) -> None:
         if put_back:
-            self.stdout.write(f"gearman_worker stopped; {put_back} jobs went back to the queue.")
+            say(self.stdout, f"gearman_worker stopped; {put_back} jobs went back to the queue.")
         else:
-            self.stdout.write("gearman_worker stopped.")
+            say(self.stdout, "gearman_worker stopped.")
 
     # Which group serves which functions.
 
