@@ -434,6 +434,9 @@ def _cannot_listen(host: str, port: int, error: OSError | UnicodeError, option: 
     hint = ""
     if option and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         hint = f" Is another server running there? {option} names another port."
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        # Such as that of a service in SERVERS.
+        hint = " It is none of this machine's addresses: listen on one of those, or on 0.0.0.0, all of them."
     return CommandError(f"Cannot listen on {host}:{port}: {reason}.{hint}")
 
 

@@ -15,6 +15,7 @@ from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -74,7 +75,8 @@ class Command(BaseCommand):
             "--processes",
             type=_typed(conf.process_range),
             metavar="N|MIN..MAX",
-            help=f"How many processes; a range grows while all are busy (default: {_cores()}, one per core).",
+            help="How many processes; a range grows while all are busy "
+            f"(default: {_cores()}, one per core that it may use).",
         )
         parser.add_argument(
             "--threads",
@@ -488,8 +490,21 @@ class _CodeWatch:
         return changed
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores there are for this process; of a container's quota the part of one counts as one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].partition("\n")[0]
+    except OSError:
+        return cores
+    # A limit of any group around ours holds, too. cgroups(7), version 2.
+    for group in (groups / own, *(groups / own).parents):
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):
+            pass  # "max", or there is no such file
+    return cores
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
