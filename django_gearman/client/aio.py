@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Final, TypeVar, Unpack
+from typing import Any, Final, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 from .. import tls as tls_reasons
@@ -752,18 +753,29 @@ class AsyncClient(Submitter):
 
     async def _connect(self, link: Link, host: str, port: int, timeout: float) -> None:
         loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        tls: dict[str, Any] = {}
+        if self._tls is not None:
+            tls = {"ssl": self._tls, "server_hostname": host, "ssl_handshake_timeout": timeout}
         try:
-            if self._tls is None:
-                await loop.create_connection(lambda: link, host, port)
-                return
-            await loop.create_connection(
-                lambda: link,
-                host,
-                port,
-                ssl=self._tls,
-                server_hostname=host,
-                ssl_handshake_timeout=timeout,
-            )
+            addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # Each may take its share of the time that is left: one that is silent leaves some for the others.
+            for left in range(len(addresses), 0, -1):
+                numbers: tuple[Any, ...] = addresses[-left][4]
+                name = str(numbers[0])
+                if len(numbers) == 4 and numbers[3]:
+                    # The link that an address of IPv6 is on stands apart.
+                    name += f"%{numbers[3]}"
+                share = None if left == 1 else (until - loop.time()) / left
+                try:
+                    async with asyncio.timeout(share):
+                        await loop.create_connection(lambda: link, name, port, **tls)
+                    return
+                except ssl.SSLError:
+                    raise
+                except OSError:
+                    if left == 1:
+                        raise
         except OSError as error:
             in_handshake = isinstance(error, ssl.SSLError | ConnectionResetError | ConnectionAbortedError)
             if self._tls is not None and in_handshake:

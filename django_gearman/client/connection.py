@@ -10,8 +10,9 @@ import os
 import select
 import socket
 import ssl
+from collections.abc import Sequence
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from .. import tls as tls_reasons
 from ..exceptions import ConnectionFailed, ConnectionLost, ProtocolError, ResponseTimeout
@@ -73,9 +74,10 @@ class Connection:
         self._socket: socket.socket
         self._timeout: float | None = -1.0
         """The socket's own; to set it is a system call, even to what it is."""
-        deadline = monotonic() + connect_timeout
         try:
-            self._socket = socket.create_connection((host, port), timeout=connect_timeout)
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            deadline = monotonic() + connect_timeout
+            self._socket = _connected(addresses, deadline)
         except OSError as error:
             raise ConnectionFailed(self.server, reason_of(error)) from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -274,6 +276,32 @@ class Connection:
     def close(self) -> None:
         """Close this process's end; in a forked child the parent's stays open."""
         self._socket.close()
+
+
+def _connected(addresses: Sequence[Any], deadline: float) -> socket.socket:
+    """
+    A connection to the first of a host's addresses that answers.
+
+    Each may take its share of the time that is left: one that is silent leaves some for the others.
+
+    Raises:
+        OSError: What was wrong with the last.
+    """
+    for left in range(len(addresses), 0, -1):
+        family, kind, protocol, _, address = addresses[-left]
+        try:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(_left(deadline) / left)
+                sock.connect(address)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        except OSError:
+            if left == 1:
+                raise
+    raise OSError("it has no address")
 
 
 def not_proven(error: ConnectionLost, host: str, *, tls: bool) -> ConnectionFailed:

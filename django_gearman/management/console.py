@@ -8,7 +8,7 @@ import sys
 from logging.handlers import SYSLOG_UDP_PORT, SysLogHandler, WatchedFileHandler
 from typing import Final, TextIO
 
-from django.core.management.base import CommandError
+from django.core.management.base import CommandError, OutputWrapper
 from django.db import DatabaseError, connections
 from django.db.migrations.executor import MigrationExecutor
 
@@ -69,9 +69,10 @@ def log_to_stderr() -> None:
     _add(logging.StreamHandler(sys.stderr), formatter(_LINE, "%H:%M:%S"))
 
 
-def is_coloured(stream: TextIO) -> bool:
+def is_coloured(stream: TextIO | None) -> bool:
     """Whether a terminal shows it that has colours, and nobody said no. See https://no-color.org."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_terminal = stream is not None and stream.isatty()
+    return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class ColouredFormatter(logging.Formatter):
@@ -84,6 +85,27 @@ class ColouredFormatter(logging.Formatter):
         colours = (colour for level, colour in _COLOURS.items() if record.levelno >= level)
         colour = next(colours, "")
         return f"{colour}{text}{_PLAIN}" if colour else text
+
+
+def open_standard_files() -> None:
+    """Where some were closed, open nothing in their place: sockets would get their numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def say(stream: OutputWrapper, line: str) -> None:
+    """Tell whoever reads the command's output, at once. That nobody does ends no server and no worker."""
+    try:
+        stream.write(line)
+        stream.flush()
+    except BrokenPipeError:
+        # Neither what Python says at its end, nor what jobs print, is to meet it again.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (AttributeError, OSError, ValueError):
+        pass  # it was closed, and Python has None for it; or the disk is full
 
 
 def log_to_file(path: str) -> None:

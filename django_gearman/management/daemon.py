@@ -1,15 +1,12 @@
 """
 What a server asks of the operating system: the background, a pid file, another user, higher limits.
 
-Knows no Gearman. Every refusal is a ``CommandError`` of one sentence. POSIX only.
+Knows no Gearman. Every refusal is a ``CommandError`` of one sentence. Of use on POSIX systems only.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pwd
-import resource
 import signal
 import stat
 import sys
@@ -18,6 +15,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from django.core.management.base import CommandError
+
+if sys.platform != "win32":
+    # `manage.py help` and the like read this there, too.
+    import fcntl
+    import pwd
+    import resource
 
 RESERVED_DESCRIPTORS: Final = 64
 """Descriptors that are no connections: database, log, listening sockets, Python's own files."""

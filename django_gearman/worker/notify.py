@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from collections.abc import Mapping
-from time import CLOCK_MONOTONIC, clock_gettime_ns, monotonic
+from time import monotonic
 from typing import Final
 
 VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
@@ -30,7 +31,7 @@ class Notifier:
         self._say("READY=1")
 
     def reloading(self) -> None:
-        self._say(f"RELOADING=1\nMONOTONIC_USEC={clock_gettime_ns(CLOCK_MONOTONIC) // 1000}")
+        self._say(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
         self._say("STOPPING=1")

@@ -347,8 +347,7 @@ class Supervisor:
     def _fork(self, slot: int) -> None:
         row = self._board.row(slot)
         row.clear()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         control: tuple[int, ...] = ()
         try:
             control = control_read, control_write = os.pipe()
@@ -394,9 +393,11 @@ class Supervisor:
             logger.exception("Process %d ended with an error", os.getpid())
             row.say_error(f"{type(error).__name__}: {error}")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            try:
+                flush_output()
+            finally:
+                # Whatever happens: what comes back from here would act as the parent, and kill the others.
+                os._exit(status)
 
     def _reap(self) -> None:
         while True:
@@ -621,8 +622,7 @@ class Supervisor:
             return
         logger.info("Loading the code anew")
         self._notifier.reloading()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         environment = os.environ | self._trial_environment
         try:
             self._trial_pid = os.posix_spawn(self._trial[0], self._trial, environment)
@@ -713,6 +713,15 @@ class Supervisor:
             self._start_at.pop(child.slot, None)
 
 
+def flush_output() -> None:
+    """Let what was printed leave; it is lost where nobody takes it: a pipe that was closed, a full disk."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # None, where the process was started without
+
+
 def _in_hand(jobs: list[RunningJob]) -> str:
     """What a process was at, for a line of the log; of many jobs the first."""
     if not jobs:
@@ -758,7 +767,7 @@ def _show_crashes() -> None:
     """Have a process that dies of its own fault, or is told to abort, show on stderr where it was."""
     try:
         faulthandler.enable()
-    except (ValueError, OSError):
+    except (RuntimeError, ValueError, OSError):
         pass  # there is no stderr to show it on
 
 

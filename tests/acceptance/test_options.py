@@ -31,7 +31,7 @@ from django.core.management.base import CommandError
 from django_gearman import Client
 from django_gearman.conf import GearmanSettings
 from django_gearman.management import server_options
-from django_gearman.management.commands.gearman_server import Command, _limits
+from django_gearman.management.commands.gearman_server import Command, _default_name, _limits
 from django_gearman.management.daemon import allow_descriptors, check_user
 from django_gearman.management.server_options import expand, words_of
 from django_gearman.models import JobRecord
@@ -899,6 +899,18 @@ class TestHandles:
             handles.append(self.handle(first))
         assert len({*handles}) == 3
         assert all(re.fullmatch(r"mine:\d+-\d+\.1", handle) for handle in handles)
+
+
+class TestNameOfOnesOwn:
+    def test_short_host(self):
+        assert _default_name("web-1.example.org", 4730) == "web-1.example.org:4730"
+
+    def test_hosts_that_differ_only_at_the_end(self):
+        names = {
+            _default_name(f"django-gearman-server-6d4cf56db6-{end}", 65535) for end in ("x7k2p", "q9wzt")
+        }
+        assert len(names) == 2
+        assert {server_options._name(name) for name in names} == names
 
 
 class TestOrderAndWakeUp:

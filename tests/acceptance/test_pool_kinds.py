@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from django_gearman.exceptions import JobFailed
+from django_gearman.management.commands.gearman_worker import _cores
 from django_gearman.models import JobRecord
 from tests import harness, needs
 from tests.app import jobs
@@ -179,6 +180,17 @@ def pending(pid: int, number: signal.Signals) -> bool:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask & 1 << number - 1 for mask in masks)
+
+
+class TestCores:
+    @pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="this system has no control groups")
+    def test_no_more_than_a_container_may_use(self, tmp_path: Path):
+        all_of_them = _cores(tmp_path)
+        assert all_of_them >= 1
+        limit = tmp_path / "cpu.max"
+        for told, cores in (("max 100000", all_of_them), ("99900000 100000", all_of_them), ("50000 100000", 1)):
+            limit.write_text(f"{told}\n")
+            assert _cores(tmp_path) == cores
 
 
 class TestChoice:

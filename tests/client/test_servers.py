@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from django_gearman.client.aio import AsyncClient
 from django_gearman.client.servers import Servers
 from django_gearman.client.sync import Client
 from django_gearman.exceptions import ConnectionFailed, ConnectionLost, GearmanError, ResponseTimeout
@@ -231,6 +233,37 @@ class TestFailOver:
 
             harness.in_one_try(check)
             harness.in_one_try(check_alone)
+
+    def test_a_name_whose_first_address_is_silent(
+        self, two: list[harness.GearmanServerProcess], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As of a host whose IPv6 leads nowhere. One of several must answer in time, too."""
+        port = two[0].port
+        real = socket.getaddrinfo
+
+        def find(host: str, *args: Any, **options: Any) -> list[Any]:
+            hosts = ["127.0.0.2", "127.0.0.1"] if host == "jobs.example.org" else [host]
+            return [found for each in hosts for found in real(each, *args, **options)]
+
+        async def echo_async(names: list[str]) -> bytes:
+            async with AsyncClient(names, connect_timeout=3.0) as client:
+                return await client.echo(b"x")
+
+        with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+            listener.bind(("127.0.0.2", port))
+            listener.listen(0)
+            for sock in (first, second):
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            monkeypatch.setattr(socket, "getaddrinfo", find)
+            names = [f"jobs.example.org:{port}", "127.0.0.1:9"]
+
+            def check() -> None:
+                with Client(names, connect_timeout=3.0) as client:
+                    assert client.echo(b"x") == b"x"
+                assert asyncio.run(echo_async(names)) == b"x"
+
+            harness.in_one_try(check)
 
     def test_a_server_that_hangs(self, two: list[harness.GearmanServerProcess]) -> None:
         """The kernel takes connections for it; only an answer proves that it is there."""

@@ -165,6 +165,19 @@ def starts_others(folder: Path, control: int, row: Row) -> None:
     idle(folder, control, row)
 
 
+def prints_to_nobody(folder: Path, control: int, row: Row) -> None:
+    """The second prints into a pipe that nobody reads any more, and ends once the file ``next`` is there."""
+    if row.number == 0 or (folder / "next").exists():
+        return idle(folder, control, row)
+    row.say_ready()
+    reading, writing = os.pipe()
+    os.close(reading)
+    sys.stdout = open(writing, "w")  # noqa: SIM115  # it cannot be closed
+    print("Is anybody there?")
+    while not (folder / "next").exists():
+        time.sleep(0.005)
+
+
 def work(name: str, folder: Path, slot: int, control: int, row: Row) -> None:
     trace = folder / f"{slot}.{os.getpid()}"
     trace.touch()

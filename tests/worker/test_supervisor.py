@@ -221,6 +221,20 @@ class TestReplace:
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
 
+    def test_one_whose_output_nobody_takes(self, start: Start) -> None:
+        program = start("prints_to_nobody")
+        first, second = [
+            next(pid for pid in program.wait_for_children(2) if program.has(f"{slot}.{pid}"))
+            for slot in (0, 1)
+        ]
+        program.leave("next")
+        wait_until(lambda: second not in program.children() and len(program.begun()) == 3, what="another")
+        assert first in program.children()
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "is gone" not in program.log
+        assert "Traceback" not in program.log
+
     def test_one_that_is_gone_with_a_job_in_hand(self, start: Start) -> None:
         program = start("vanishes", processes=1)
         wait_until(lambda: len(program.begun()) >= 3)

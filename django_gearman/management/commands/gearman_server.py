@@ -11,11 +11,13 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import blake2b
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 PROGRAM: Final = "gearman_server"
 
+_MAX_HOST: Final = 32
+"""Characters of the host that stand in a server's own name, and so in every handle."""
+
 
 class Command(BaseCommand):
     help = "Run a Gearman job server whose background jobs are kept in the database."
@@ -86,6 +91,11 @@ class Command(BaseCommand):
         super().run_from_argv([*argv[:2], *words])
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if sys.platform == "win32":
+            raise CommandError(
+                "gearman_server needs Linux or another POSIX system: run it in a container, or in WSL."
+            )
+        console.open_standard_files()
         if options["config_file"]:
             raise CommandError("--config-file is for the command line; give the options themselves here.")
         settings = conf.settings_for()
@@ -110,7 +120,7 @@ class Command(BaseCommand):
             self._set_up_log(options)
             _warn_of_descriptors(options, limits)
             port: int = sockets.gearman[0].getsockname()[1]
-            name = options["name"] or f"{socket.gethostname()[:32]}:{port}"
+            name = options["name"] or _default_name(socket.gethostname(), port)
             store = _store(name, options, settings) if options["store"] == "database" else None
             # Silent for so long it may still hand out; then others are about to take its jobs over.
             hold = math.inf if store is None else settings.lease * 2 / 3
@@ -194,8 +204,7 @@ class Command(BaseCommand):
             console.log_nowhere()
 
     def _say(self, line: str) -> None:
-        self.stdout.write(line)
-        self.stdout.flush()
+        console.say(self.stdout, line)
         if self._logs_apart:
             logger.info("%s", line)
 
@@ -244,6 +253,18 @@ def _store(name: str, options: dict[str, Any], settings: conf.GearmanSettings) -
         history=History(settings.database, lanes_of(configured(settings))),
         max_workload=settings.max_packet,
     )
+
+
+def _default_name(host: str, port: int) -> str:
+    """
+    What a server is called that was given no name; of a long host name a hash stands for what is too much.
+
+    Orchestrators name machines alike but for the end, and two servers of one name end each other.
+    """
+    if len(host) > _MAX_HOST:
+        digest = blake2b(host.encode(errors="replace"), digest_size=4).hexdigest()
+        host = f"{host[: _MAX_HOST - len(digest) - 1]}-{digest}"
+    return f"{host}:{port}"
 
 
 def _core(
@@ -413,6 +434,9 @@ def _cannot_listen(host: str, port: int, error: OSError | UnicodeError, option: 
     hint = ""
     if option and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         hint = f" Is another server running there? {option} names another port."
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        # Such as that of a service in SERVERS.
+        hint = " It is none of this machine's addresses: listen on one of those, or on 0.0.0.0, all of them."
     return CommandError(f"Cannot listen on {host}:{port}: {reason}.{hint}")
 
 

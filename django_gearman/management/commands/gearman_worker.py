@@ -15,6 +15,7 @@ from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,7 +37,7 @@ from ...worker.loop import AssignedJob, Worker
 from ...worker.memory import MIB, Allowance
 from ...worker.notify import VARIABLES, Notifier
 from ...worker.pool import Alarm
-from ..console import close_connections, log_to_terminal
+from ..console import close_connections, log_to_terminal, open_standard_files, say
 
 if TYPE_CHECKING:
     from ...worker.board import Row
@@ -74,7 +75,8 @@ class Command(BaseCommand):
             "--processes",
             type=_typed(conf.process_range),
             metavar="N|MIN..MAX",
-            help=f"How many processes; a range grows while all are busy (default: {_cores()}, one per core).",
+            help="How many processes; a range grows while all are busy "
+            f"(default: {_cores()}, one per core that it may use).",
         )
         parser.add_argument(
             "--threads",
@@ -140,6 +142,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
+        open_standard_files()
         handed_over, token = os.environ.pop(HANDOVER, ""), os.environ.pop(CREW, "")
         is_trial = bool(os.environ.pop(TRIAL, ""))
         environment = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
@@ -161,10 +164,9 @@ class Command(BaseCommand):
 
         def greet() -> None:
             if handed_over:
-                self.stdout.write("gearman_worker: the new code has taken over.")
+                say(self.stdout, "gearman_worker: the new code has taken over.")
             for plan in plans:
-                self.stdout.write(plan.sentence)
-            self.stdout.flush()
+                say(self.stdout, plan.sentence)
             if plans[0].group.name and not options["group"]:
                 _warn_of_unserved(plans)
 
@@ -185,15 +187,14 @@ class Command(BaseCommand):
     ) -> None:
         if not hasattr(os, "fork"):
             raise CommandError("This platform cannot fork processes; use --pool solo.")
-        from ...worker.supervisor import Group, Supervisor
+        from ...worker.supervisor import Group, Supervisor, flush_output
 
         first = plans[0]
         reload = django_settings.DEBUG if options["reload"] is None else options["reload"]
         command = [sys.executable, *sys.orig_argv[1:]]
 
         def take_over(handover: str) -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush_output()
             own = {HANDOVER: handover, CREW: first.token.decode()}
             os.execve(command[0], command, os.environ | environment | own)  # noqa: S606  # our own command line
 
@@ -232,7 +233,8 @@ class Command(BaseCommand):
         (plan,) = plans
         group = replace(plan.group, threads=1, concurrency=1)
         is_main = threading.current_thread() is threading.main_thread()
-        worker = replace(plan, group=group).worker(alarm=Alarm() if is_main else None)
+        has_alarm = is_main and hasattr(signal, "setitimer")
+        worker = replace(plan, group=group).worker(alarm=Alarm() if has_alarm else None)
         put_back = 0
         timer = threading.Timer(grace, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
@@ -259,9 +261,9 @@ class Command(BaseCommand):
 
     def _say_goodbye(self, put_back: int) -> None:
         if put_back:
-            self.stdout.write(f"gearman_worker stopped; {put_back} jobs went back to the queue.")
+            say(self.stdout, f"gearman_worker stopped; {put_back} jobs went back to the queue.")
         else:
-            self.stdout.write("gearman_worker stopped.")
+            say(self.stdout, "gearman_worker stopped.")
 
     # Which group serves which functions.
 
@@ -488,8 +490,21 @@ class _CodeWatch:
         return changed
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores there are for this process; of a container's quota the part of one counts as one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].partition("\n")[0]
+    except OSError:
+        return cores
+    # A limit of any group around ours holds, too. cgroups(7), version 2.
+    for group in (groups / own, *(groups / own).parents):
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):
+            pass  # "max", or there is no such file
+    return cores
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
