@@ -237,7 +237,9 @@ class TestChoice:
             assert jobs.add.name in names
             assert not {pools.encode.name, pools.hold.name} & {*names}
 
-    @pytest.mark.parametrize("names", [{"FUNCTIONS": ["gone"]}, {"QUEUES": ["gone"]}], ids=["function", "queue"])
+    @pytest.mark.parametrize(
+        "names", [{"FUNCTIONS": ["gone"]}, {"QUEUES": ["gone"]}], ids=["function", "queue"]
+    )
     def test_a_group_of_what_is_gone(self, names: dict[str, list[str]]):
         """After a deployment that renamed it, say: the word tells where it stands."""
         env = {"GEARMAN_TEST_SETTINGS": json.dumps({"WORKERS": {"rest": {}, "old": names}})}
