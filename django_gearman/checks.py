@@ -224,6 +224,7 @@ def check_workers(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> 
     if options is None or not registry:
         return []
     queues = {job.queue_name for job in registry.values()}
+    no_function = "which is no function under @job or @task: gearman_worker does not start with it"
     return [
         Warning(
             f"GEARMAN[{conf.DEFAULT_ALIAS!r}]['WORKERS'][{group.name!r}]['{key}'] names {name!r}, {problem}.",
@@ -232,8 +233,8 @@ def check_workers(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> 
         )
         for group in options.workers.values()
         for key, names, known, problem in (
-            ("FUNCTIONS", group.functions, registry.keys(), "which is no function under @job or @task"),
-            ("EXCLUDE", group.exclude, registry.keys(), "which is no function under @job or @task"),
+            ("FUNCTIONS", group.functions, registry.keys(), no_function),
+            ("EXCLUDE", group.exclude, registry.keys(), no_function),
             ("QUEUES", group.queues, queues, "a queue without functions"),
         )
         for name in names

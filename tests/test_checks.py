@@ -223,6 +223,7 @@ class TestWorkers:
         assert [message.id for message in found] == ["django_gearman.W011"] * 3
         assert "['WORKERS']['some']['FUNCTIONS'] names 'tests.app.jobs.ad', which is no" in found[0].msg
         assert "['WORKERS']['rest']['EXCLUDE'] names 'shuot', which is no function" in found[1].msg
+        assert all(message.msg.endswith("gearman_worker does not start with it.") for message in found[:2])
         assert "['WORKERS']['rest']['QUEUES'] names 'vidoe', a queue without functions" in found[2].msg
         assert all("tests.app.jobs.add" in str(message.hint) for message in found[:2])
 

@@ -27,6 +27,7 @@ from django.utils import timezone
 
 from django_gearman import JobContext, JobResult, attempts, group, job, rows, signals
 from django_gearman.attempts import aperform_assigned, pause_before_retry, perform_assigned
+from django_gearman.conf import settings_for
 from django_gearman.encoding import describe_exception
 from django_gearman.exceptions import (
     Discard,
@@ -43,11 +44,13 @@ from django_gearman.exceptions import (
 )
 from django_gearman.job_declarations import declared_limits
 from django_gearman.jobs import Job
+from django_gearman.management.commands import gearman_server
 from django_gearman.models import JobRecord
 from django_gearman.protocol.packets import CLAIM, PacketType
 from django_gearman.registry import queue_of
 from django_gearman.registry import registry as of_the_process
 from django_gearman.server.core import LONGEST_RETRY
+from django_gearman.server.entries import StoredJob
 from django_gearman.submission import client_for
 
 from .app import jobs
@@ -150,6 +153,19 @@ class TestDeclaration:
 
     def test_the_queue_of_a_stranger(self) -> None:
         assert queue_of("unheard of") == "default"
+
+    @pytest.mark.parametrize(
+        ("own", "of_all", "limit"), [(60, None, 60), (5, None, 10), (None, 30, 30), (None, None, None)]
+    )
+    def test_the_time_limit_of_what_was_made_with_another(
+        self, own: int | None, of_all: int | None, limit: int | None, settings: Any, registry: dict[str, Any]
+    ) -> None:
+        settings.GEARMAN = {"default": {"JOB_TIMEOUT": of_all}}
+        job(name="add", timeout=own)(plain)
+        given = vars(gearman_server.Command().create_parser("manage.py", "gearman_server").parse_args([]))
+        core, _ = gearman_server._core(None, "one", "127.0.0.1:4730", given, settings_for())
+        core.adopt([StoredJob(name, name, b"", b"", 0, 0, None, timeout=10) for name in (b"add", b"gone")])
+        assert [core.jobs[name].timeout for name in (b"add", b"gone")] == [limit, 10]
 
     def test_declared_twice_by_a_reload(self, registry: dict[str, Any]) -> None:
         job(plain)

@@ -1523,6 +1523,25 @@ class TestLease:
         assert epochs == [1, 2, 3]
         assert DatabaseHouse("two").store.epoch == 1
 
+    @pytest.mark.parametrize(
+        ("wrong", "said"), [(300, "300 s ahead of that"), (-300, "300 s behind that"), (4, ""), (-4, "")]
+    )
+    def test_a_clock_that_is_wrong(
+        self,
+        database: DatabaseHouse,
+        wrong: int,
+        said: str,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        database.restart()
+        assert not caplog.messages
+        began = time.time()
+        monkeypatch.setattr("django_gearman.store.lease.time", lambda: began + wrong)
+        database.restart()
+        assert bool(caplog.messages) == bool(said)
+        assert said in caplog.text
+
     def test_a_server_that_was_replaced_writes_nothing(self, database: DatabaseHouse) -> None:
         old = database.store
         write(old, queued(1))

@@ -315,6 +315,7 @@ class JobServer:
 
     def adopt(self, jobs: Iterable[StoredJob]) -> None:
         """The store handed these over: from now on they are this server's."""
+        timeout_of = self.options.timeout_of
         for stored in jobs:
             held = self.jobs.get(stored.handle)
             if held is not None:
@@ -336,6 +337,8 @@ class JobServer:
             job.interruptions = stored.interruptions
             job.max_attempts = stored.max_attempts
             job.timeout = stored.timeout
+            if stored.timeout is not None and timeout_of is not None:
+                job.timeout = timeout_of(stored.function.decode(), stored.timeout)
             job.limit_key = stored.limit_key
             if not stored.attempts and not stored.handle.startswith(self.handle_prefix):
                 # Others came here before, and were counted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import tzinfo
 from enum import Enum
@@ -51,6 +52,9 @@ class ServerOptions:
 
     timeout_grace: float = 15.0
     """Seconds after a job's own time limit, in which its worker may end it and say so."""
+
+    timeout_of: Callable[[str, int], int | None] | None = None
+    """The time limit of a function's job that was kept with that one; None for just that."""
 
     zone: tzinfo | None = None
     """Whose clock the fields of SUBMIT_JOB_SCHED mean; None for this machine's."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from time import localtime, monotonic
+from time import localtime, monotonic, time
 from typing import Any, Final
 
 from django.conf import settings
@@ -34,6 +34,9 @@ RENEWALS: Final = 30
 
 LONGEST_REST: Final = 3.0
 """Seconds between two proofs that are ordinary however short leases are: idle servers look once a second."""
+
+CLOCKS_APART: Final = 10.0
+"""Seconds between this machine's clock and the database's that are worth a warning."""
 
 ADOPTED_AT_ONCE: Final = 10_000
 """Rows of a dead server that are freed in one transaction."""
@@ -74,7 +77,7 @@ class Lease:
 
     def take(self, address: str) -> int:
         """As ``DatabaseStore.take_lease``; the epoch."""
-        began = monotonic()
+        began, wall = monotonic(), time()
         with self._db.transaction():
             leases = ServerLease.objects.using(self._db.using)
             lease, _ = leases.get_or_create(name=self._name)
@@ -82,6 +85,9 @@ class Lease:
                 epoch=F("epoch") + 1, address=address, started_at=DatabaseNow(), renewed_at=DatabaseNow()
             )
             lease.refresh_from_db(using=self._db.using)
+            _, now = self.all_now()
+        if settings.USE_TZ:
+            _compare_clocks(wall, now)
         self.id = lease.pk
         self.epoch = lease.epoch
         self.renewed = self._looked_for_dead = self._watches_since = began
@@ -262,3 +268,22 @@ class Lease:
     def _now(self) -> Any:
         """This machine's time, as the driver takes it."""
         return self._db.fields["run_after"].get_db_prep_value(timezone.now(), self._db.connection)
+
+
+def _compare_clocks(began: float, now: float) -> None:
+    """
+    Warn of a clock that is wrong, ours or the database's.
+
+    Args:
+        began: Our time before the database was asked.
+        now: Its time then, which may be a while ago.
+    """
+    ahead = began - now
+    behind = now - time()
+    if max(ahead, behind) > CLOCKS_APART:
+        logger.warning(
+            "The clock of this machine is %.0f s %s that of the database: schedules and jobs for later begin "
+            "when it is time by the clock of the job server that looks, so keep all clocks right",
+            max(ahead, behind),
+            "ahead of" if ahead > behind else "behind",
+        )

@@ -250,6 +250,24 @@ class TestChoice:
             assert not {pools.encode.name, pools.hold.name} & {*names}
 
     @pytest.mark.parametrize(
+        "names", [{"FUNCTIONS": ["gone"]}, {"QUEUES": ["gone"]}], ids=["function", "queue"]
+    )
+    def test_a_group_of_what_is_gone(self, names: dict[str, list[str]]):
+        """After a deployment that renamed it, say: the word tells where it stands."""
+        env = {"GEARMAN_TEST_SETTINGS": json.dumps({"WORKERS": {"rest": {}, "old": names}})}
+        done = subprocess.run(
+            [*harness.MANAGE, "gearman_worker", "--skip-checks"],
+            cwd=harness.ROOT,
+            env=harness.environment() | SITE | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "'gone', as WORKERS['old'] says. Known " in done.stderr
+
+    @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
             (["--processes", "8..2"], "'8..2' is not a number of processes: use 1 to 1000, or a range"),

@@ -277,6 +277,26 @@ class TestTimeout:
         passes(wire, 10)
         assert worker.grabs() == stored().handle
 
+    @pytest.mark.parametrize("now", [60, None])
+    def test_the_code_may_say_something_else_since(self, now):
+        """A deployment gave the function more time: its worker takes it, and nobody else gets the job."""
+        asked = []
+
+        def timeout_of(function, kept):
+            asked.append((function, kept))
+            return now
+
+        wire = Wire(durable=True, timeout_grace=0.0, timeout_of=timeout_of)
+        wire.core.adopt([stored(timeout=10), stored(handle=b"H:other", timeout=None)])
+        assert asked == [("f", 10)]
+        worker, other = wire.worker(b"f"), wire.worker(b"f")
+        assert worker.grabs() == stored().handle
+        assert other.grabs() == b"H:other"
+        passes(wire, 59.9)
+        assert other.grabs() is None
+        passes(wire, 0.2)
+        assert other.grabs() == (None if now is None else stored().handle)
+
     def test_its_worker_may_end_it_before(self):
         wire = Wire(durable=True)
         wire.core.adopt([stored(timeout=10)])

@@ -32,7 +32,7 @@ from ...exceptions import InvalidSchedule, StoreError
 from ...history import History, configured, lanes_of
 from ...job_declarations import declared_limits, declared_schedules, scheduled_record
 from ...permits import Limit, parse_rate
-from ...registry import queue_of
+from ...registry import queue_of, timeout_of
 from ...scheduler import Scheduler, refuse_unreadable, synchronise
 from ...server.connection import Keepalive, TransportLimits
 from ...server.core import JobServer
@@ -312,6 +312,7 @@ def _core(
             zone=timezone.get_default_timezone(),
             exceptions=options["exceptions"],
             timeout_in_seconds=options["timeout_in_seconds"],
+            timeout_of=timeout_of,
             allow_shutdown=options["allow_shutdown"],
             measure=options["metrics_port"] is not None,
         )

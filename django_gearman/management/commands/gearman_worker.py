@@ -311,6 +311,7 @@ class Command(BaseCommand):
         return [(group, self._jobs_of(group, replace(settings, workers={})))]
 
     def _jobs_of(self, group: conf.WorkerGroup, settings: conf.GearmanSettings) -> list[Job[Any, Any]]:
+        where = f", as WORKERS[{group.name!r}] says" if group.name else ""
         for names, known in (
             (group.functions + group.exclude, set(registry)),
             (group.queues, {job.queue_name for job in registry.values()}),
@@ -320,12 +321,13 @@ class Command(BaseCommand):
                 continue  # a queue without functions is served with those that have some
             if unknown and names is group.queues:
                 raise CommandError(
-                    f"No function is in the queues {','.join(names)!r}. "
+                    f"No function is in the queues {','.join(names)!r}{where}. "
                     f"Known queues are: {', '.join(sorted(known))}."
                 )
             if unknown:
                 raise CommandError(
-                    f"No job is named {', '.join(map(repr, unknown))}. Known are: {', '.join(sorted(known))}."
+                    f"No job is named {', '.join(map(repr, unknown))}{where}. "
+                    f"Known are: {', '.join(sorted(known))}."
                 )
         jobs = list(registry.values())
         if group.functions or group.queues:
