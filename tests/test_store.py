@@ -1371,6 +1371,29 @@ class TestUnknownCommits:
                 )
         assert [job.handle for job in database.store.claim(10, {}).jobs] == [queued().handle]
 
+    def test_rows_that_were_taken_before_a_count_failed_are_not_left_behind(
+        self, database: DatabaseHouse, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As of a deep queue on PostgreSQL, where the role has a ``statement_timeout``."""
+        for number in range(3):
+            database.put(workload=b"%d" % number)
+        tried: list[str] = []
+
+        def time_out(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            if sql.startswith("SELECT") and "COUNT(*)" in sql and "GROUP BY" in sql:
+                tried.append(sql)
+                raise OperationalError("canceling statement due to statement timeout")
+            return execute(sql, params, many, context)
+
+        with connection.execute_wrapper(time_out):
+            claimed = database.store.claim(2, {})
+            assert [job.workload for job in claimed.jobs] == [b"0", b"1"]
+            assert claimed.left is None
+            assert "could not be counted: canceling statement" in caplog.text
+            # Nor is it tried with every claim.
+            assert [job.workload for job in database.store.claim(2, {}).jobs] == [b"2"]
+            assert len(tried) == 1
+
     def test_rows_that_were_not_taken_are_claimed_again(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
