@@ -74,7 +74,8 @@ def refresh(record: JobRecord, names: tuple[str, ...]) -> None:
         JobRecord.DoesNotExist: It is gone.
     """
     if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_INIT):
-        record.refresh_from_db(fields=names)
+        # Not by the router, which may have reads go to a replica.
+        record.refresh_from_db(using=record._state.db, fields=names)
         return
     connection = connections[record._state.db or router.db_for_read(JobRecord, instance=record)]
     sql, fields = _selection(connection.alias, names)

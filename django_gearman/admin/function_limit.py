@@ -80,7 +80,7 @@ class FunctionLimitAdmin(Look, FunctionLimitModelAdmin):
         for row in queryset.filter(declared__isnull=False):
             with transaction.atomic(using=conf.settings_for().database):
                 reset(row)
-                row.save()
+                row.save(using=row._state.db)
 
     # What is shown.
 
