@@ -96,9 +96,15 @@ def sees_now(using: str) -> bool:
     # SQLite has one who writes at a time, and nothing to lock.
     if connection.vendor == "sqlite" or not connection.in_atomic_block:
         return True
-    # Of an enum with PostgreSQL, a text with MySQL; None leaves it to MySQL, whose own is REPEATABLE READ.
-    level = getattr(connection, "isolation_level", None)
-    return str(getattr(level, "name", level)).lower().endswith("committed")
+    if connection.vendor == "postgresql":
+        # Not what Django was told: a role, a database or the transaction itself may have its own.
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW transaction_isolation")
+            (level,) = cursor.fetchone()
+    else:
+        # None leaves it to MySQL, whose own is REPEATABLE READ.
+        level = getattr(connection, "isolation_level", None)
+    return str(level).lower().endswith("committed")
 
 
 def live_now(record: JobRecord, using: str) -> JobRecord | None:

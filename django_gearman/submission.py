@@ -140,21 +140,22 @@ def insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
         OperationalError: As ``rows.live_now``.
     """
     live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
-    sees_now = rows.sees_now(using)
     found = live.first()
-    if found is not None and not sees_now:
+    if found is not None and not rows.sees_now(using):
         found = rows.live_now(record, using)
-    for left in reversed(range(20 if sees_now else 2)):
+    for tries in range(1, 21):
         if found is not None:
             return found
         try:
             with transaction.atomic(using=using):
                 rows.insert(record, using)
         except IntegrityError as error:
+            # Mostly it is not asked for: that takes PostgreSQL a statement.
+            sees_now = rows.sees_now(using)
             # Somebody was quicker. To lock the row as one's own would be a deadlock on MySQL,
             # where all who come too late have a share of its lock by now.
             found = live.first() if sees_now else rows.live_now(record, using)
-            if found is None and not left:
+            if found is None and tries >= (20 if sees_now else 2):
                 if not sees_now:
                     # PostgreSQL shows it to no statement of this transaction.
                     error.add_note("What it met came after this transaction began: begin that again.")

@@ -1557,6 +1557,7 @@ class TestUnique:
             once.enqueue(1)
 
 
+@pytest.mark.parametrize("of_role", [False, True])
 @pytest.mark.parametrize("level", ["REPEATABLE_READ", "SERIALIZABLE"])
 class TestUniqueInAnOlderTransaction:
     """Where a transaction sees what was when it began, a job joins none that has ended since."""
@@ -1565,16 +1566,23 @@ class TestUniqueInAnOlderTransaction:
 
     @pytest.fixture(autouse=True)
     def _isolation(
-        self, transactional_db: None, level: str, monkeypatch: pytest.MonkeyPatch
+        self, transactional_db: None, level: str, of_role: bool, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[None]:
         if connection.vendor == "sqlite":
             pytest.skip("has no levels")
-        option: Any = level.lower().replace("_", " ")
+        name, option = "isolation_level", level.lower().replace("_", " ")
         if connection.vendor == "postgresql":
             levels = importlib.import_module("django.db.backends.postgresql.psycopg_any").IsolationLevel
-            option = levels[level]
+            if of_role:
+                # As ALTER ROLE ... SET does.
+                name, option = "options", f"-c default_transaction_isolation={level.lower()}"
+                option = option.replace("_read", r"\ read")
+            else:
+                option = levels[level]
+        elif of_role:
+            pytest.skip("Django tells MySQL which one it wants")
         connection.close()
-        monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", option)
+        monkeypatch.setitem(connection.settings_dict["OPTIONS"], name, option)
         yield
         monkeypatch.undo()
         connection.close()

@@ -1835,16 +1835,22 @@ class TestOutOfReach:
             database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
 
-    def test_the_writer_does_without_an_isolation(self, database: DatabaseHouse) -> None:
+    @pytest.mark.parametrize("of_role", [False, True])
+    def test_the_writer_does_without_an_isolation(self, database: DatabaseHouse, of_role: bool) -> None:
         """Of views: what others do beside them would end its transactions, such as to renew their leases."""
-        level: Any = "repeatable read"
+        option: dict[str, Any] = {"isolation_level": "repeatable read"}
         match connection.vendor:
             case "postgresql":
                 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 
-                level = IsolationLevel.REPEATABLE_READ
+                option = {"isolation_level": IsolationLevel.REPEATABLE_READ}
+                if of_role:
+                    # As ALTER ROLE ... SET does.
+                    option = {"options": r"-c default_transaction_isolation=repeatable\ read"}
             case "sqlite":
                 pytest.skip("SQLite has one isolation")
+            case "mysql" if of_role:
+                pytest.skip("Django tells MySQL which one it wants")
 
         def put() -> None:
             try:
@@ -1854,7 +1860,7 @@ class TestOutOfReach:
 
         connection.close()
         before = connection.settings_dict
-        connection.settings_dict = {**before, "OPTIONS": {**before["OPTIONS"], "isolation_level": level}}
+        connection.settings_dict = {**before, "OPTIONS": {**before["OPTIONS"], **option}}
         try:
             # As the command that starts a server does before.
             assert not JobRecord.objects.exists()
