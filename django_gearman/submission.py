@@ -172,7 +172,11 @@ def nudge() -> None:
 
 def nudge_after_commit(using: str) -> None:
     """Nudge once for all that the current transaction inserts; at once where there is none."""
-    waiting = transaction.get_connection(using).run_on_commit
+    connection = transaction.get_connection(using)
+    if not connection.in_atomic_block and not connection.get_autocommit():
+        # A transaction that is managed by hand, of which Django tells no end: a server looks within a second.
+        return
+    waiting = connection.run_on_commit
     # One nudge is enough for all rows of a transaction. The last entry is of this
     # savepoint or of one around it: when this row survives, so does its nudge.
     if not waiting or waiting[-1][1] is not nudge:

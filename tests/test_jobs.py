@@ -503,6 +503,23 @@ class TestTransactions:
         assert JobRecord.objects.count() == 100
         assert len(nudges) == 1
 
+    def test_one_that_is_managed_by_hand(self, nudges: list[None]) -> None:
+        """Of its commit nobody is told: a server finds the rows by itself."""
+        transaction.set_autocommit(False)
+        try:
+            jobs.add.enqueue(1)
+            transaction.rollback()
+            jobs.add.enqueue(2)
+            jobs.add.enqueue_many([((3,), {}), ((4,), {})])
+            jobs.add.using(unique="u").enqueue(5).cancel()
+            group(jobs.add.s(6), jobs.add.s(7)).enqueue()
+            assert nudges == []
+            transaction.commit()
+        finally:
+            transaction.rollback()
+            transaction.set_autocommit(True)
+        assert JobRecord.objects.filter(status=Status.READY).count() == 5
+
     def test_each_transaction_has_its_own(self, nudges: list[None]) -> None:
         for _ in range(2):
             with transaction.atomic():
