@@ -123,7 +123,7 @@ def _lacks_log(database: Mapping[str, Any]) -> bool:
 
 @register("gearman")
 def check_transactions(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
-    """``enqueue`` and what a view changes beside it are one transaction."""
+    """``enqueue`` and what a view changes beside it are of one transaction, or it waits for its commit."""
     return [
         Warning(
             f"GEARMAN[{alias!r}]['DATABASE'] is {options.database!r}, another database than 'default': "
@@ -135,9 +135,7 @@ def check_transactions(*, app_configs: Sequence[AppConfig] | None, **kwargs: Any
             id="django_gearman.W008",
         )
         for alias, options in _readable_aliases()
-        if options.enqueue == "database"
-        and options.database != DEFAULT_DB_ALIAS
-        and options.database in settings.DATABASES
+        if options.database != DEFAULT_DB_ALIAS and options.database in settings.DATABASES
     ]
 
 

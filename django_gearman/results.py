@@ -162,7 +162,11 @@ class JobResult(Generic[R]):
     def errors(self) -> list[JobError]:
         """Why each attempt failed, in order; the last of a job that failed is why it did."""
         record = self._record
-        past = record.past_attempts.order_by("number") if record.attempts > 1 or not self.is_finished else ()
+        past = (
+            record.past_attempts.db_manager(record._state.db).order_by("number")
+            if record.attempts > 1 or not self.is_finished
+            else ()
+        )
         told = [JobError(each.exception, each.message, each.traceback) for each in past]
         if record.status in JobRecord.FAILURES:
             told.append(JobError(record.exception, record.message, record.traceback))

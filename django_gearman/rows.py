@@ -74,7 +74,8 @@ def refresh(record: JobRecord, names: tuple[str, ...]) -> None:
         JobRecord.DoesNotExist: It is gone.
     """
     if any(signal.has_listeners(JobRecord) for signal in _SIGNALS_OF_INIT):
-        record.refresh_from_db(fields=names)
+        # Not by the router, which may have reads go to a replica.
+        record.refresh_from_db(using=record._state.db, fields=names)
         return
     connection = connections[record._state.db or router.db_for_read(JobRecord, instance=record)]
     sql, fields = _selection(connection.alias, names)
@@ -95,9 +96,15 @@ def sees_now(using: str) -> bool:
     # SQLite has one who writes at a time, and nothing to lock.
     if connection.vendor == "sqlite" or not connection.in_atomic_block:
         return True
-    # Of an enum with PostgreSQL, a text with MySQL; None leaves it to MySQL, whose own is REPEATABLE READ.
-    level = getattr(connection, "isolation_level", None)
-    return str(getattr(level, "name", level)).lower().endswith("committed")
+    if connection.vendor == "postgresql":
+        # Not what Django was told: a role, a database or the transaction itself may have its own.
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW transaction_isolation")
+            (level,) = cursor.fetchone()
+    else:
+        # None leaves it to MySQL, whose own is REPEATABLE READ.
+        level = getattr(connection, "isolation_level", None)
+    return str(level).lower().endswith("committed")
 
 
 def live_now(record: JobRecord, using: str) -> JobRecord | None:

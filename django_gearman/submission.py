@@ -140,21 +140,22 @@ def insert_unless_there(record: JobRecord, using: str) -> JobRecord | None:
         OperationalError: As ``rows.live_now``.
     """
     live = JobRecord.objects.using(using).filter(unique_key=record.unique_key)
-    sees_now = rows.sees_now(using)
     found = live.first()
-    if found is not None and not sees_now:
+    if found is not None and not rows.sees_now(using):
         found = rows.live_now(record, using)
-    for left in reversed(range(20 if sees_now else 2)):
+    for tries in range(1, 21):
         if found is not None:
             return found
         try:
             with transaction.atomic(using=using):
                 rows.insert(record, using)
         except IntegrityError as error:
+            # Mostly it is not asked for: that takes PostgreSQL a statement.
+            sees_now = rows.sees_now(using)
             # Somebody was quicker. To lock the row as one's own would be a deadlock on MySQL,
             # where all who come too late have a share of its lock by now.
             found = live.first() if sees_now else rows.live_now(record, using)
-            if found is None and not left:
+            if found is None and tries >= (20 if sees_now else 2):
                 if not sees_now:
                     # PostgreSQL shows it to no statement of this transaction.
                     error.add_note("What it met came after this transaction began: begin that again.")
@@ -171,7 +172,11 @@ def nudge() -> None:
 
 def nudge_after_commit(using: str) -> None:
     """Nudge once for all that the current transaction inserts; at once where there is none."""
-    waiting = transaction.get_connection(using).run_on_commit
+    connection = transaction.get_connection(using)
+    if not connection.in_atomic_block and not connection.get_autocommit():
+        # A transaction that is managed by hand, of which Django tells no end: a server looks within a second.
+        return
+    waiting = connection.run_on_commit
     # One nudge is enough for all rows of a transaction. The last entry is of this
     # savepoint or of one around it: when this row survives, so does its nudge.
     if not waiting or waiting[-1][1] is not nudge:

@@ -98,15 +98,15 @@ class TestDatabases:
         assert check_databases(app_configs=None) == []
 
     @pytest.mark.filterwarnings("ignore:Overriding setting DATABASES")
-    def test_jobs_in_another_database(self, settings: Any) -> None:
+    @pytest.mark.parametrize("door", ["database", "wire"])
+    def test_jobs_in_another_database(self, settings: Any, door: str) -> None:
+        """By the wire they are submitted after the commit of that one."""
         settings.DATABASES = {"default": {}, "jobs": {}}
-        settings.GEARMAN = {"default": {}, "other": {"DATABASE": "jobs"}}
+        settings.GEARMAN = {"default": {}, "other": {"DATABASE": "jobs", "ENQUEUE": door}}
         (found,) = check_transactions(app_configs=None)
         assert found.id == "django_gearman.W008"
         assert "GEARMAN['other']['DATABASE'] is 'jobs'" in found.msg
         assert found.hint
-        settings.GEARMAN = {"default": {}, "other": {"DATABASE": "jobs", "ENQUEUE": "wire"}}
-        assert check_transactions(app_configs=None) == []
         settings.GEARMAN = {"default": {"DATABASE": "nowhere"}}
         assert check_transactions(app_configs=None) == []  # E009 tells
 

@@ -520,6 +520,23 @@ class TestTransactions:
         assert JobRecord.objects.count() == 100
         assert len(nudges) == 1
 
+    def test_one_that_is_managed_by_hand(self, nudges: list[None]) -> None:
+        """Of its commit nobody is told: a server finds the rows by itself."""
+        transaction.set_autocommit(False)
+        try:
+            jobs.add.enqueue(1)
+            transaction.rollback()
+            jobs.add.enqueue(2)
+            jobs.add.enqueue_many([((3,), {}), ((4,), {})])
+            jobs.add.using(unique="u").enqueue(5).cancel()
+            group(jobs.add.s(6), jobs.add.s(7)).enqueue()
+            assert nudges == []
+            transaction.commit()
+        finally:
+            transaction.rollback()
+            transaction.set_autocommit(True)
+        assert JobRecord.objects.filter(status=Status.READY).count() == 5
+
     def test_each_transaction_has_its_own(self, nudges: list[None]) -> None:
         for _ in range(2):
             with transaction.atomic():
@@ -1574,6 +1591,7 @@ class TestUnique:
             once.enqueue(1)
 
 
+@pytest.mark.parametrize("of_role", [False, True])
 @pytest.mark.parametrize("level", ["REPEATABLE_READ", "SERIALIZABLE"])
 class TestUniqueInAnOlderTransaction:
     """Where a transaction sees what was when it began, a job joins none that has ended since."""
@@ -1582,16 +1600,23 @@ class TestUniqueInAnOlderTransaction:
 
     @pytest.fixture(autouse=True)
     def _isolation(
-        self, transactional_db: None, level: str, monkeypatch: pytest.MonkeyPatch
+        self, transactional_db: None, level: str, of_role: bool, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[None]:
         if connection.vendor == "sqlite":
             pytest.skip("has no levels")
-        option: Any = level.lower().replace("_", " ")
+        name, option = "isolation_level", level.lower().replace("_", " ")
         if connection.vendor == "postgresql":
             levels = importlib.import_module("django.db.backends.postgresql.psycopg_any").IsolationLevel
-            option = levels[level]
+            if of_role:
+                # As ALTER ROLE ... SET does.
+                name, option = "options", f"-c default_transaction_isolation={level.lower()}"
+                option = option.replace("_read", r"\ read")
+            else:
+                option = levels[level]
+        elif of_role:
+            pytest.skip("Django tells MySQL which one it wants")
         connection.close()
-        monkeypatch.setitem(connection.settings_dict["OPTIONS"], "isolation_level", option)
+        monkeypatch.setitem(connection.settings_dict["OPTIONS"], name, option)
         yield
         monkeypatch.undo()
         connection.close()

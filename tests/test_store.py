@@ -1430,6 +1430,29 @@ class TestUnknownCommits:
                 )
         assert [job.handle for job in database.store.claim(10, {}).jobs] == [queued().handle]
 
+    def test_rows_that_were_taken_before_a_count_failed_are_not_left_behind(
+        self, database: DatabaseHouse, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As of a deep queue on PostgreSQL, where the role has a ``statement_timeout``."""
+        for number in range(3):
+            database.put(workload=b"%d" % number)
+        tried: list[str] = []
+
+        def time_out(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+            if sql.startswith("SELECT") and "COUNT(*)" in sql and "GROUP BY" in sql:
+                tried.append(sql)
+                raise OperationalError("canceling statement due to statement timeout")
+            return execute(sql, params, many, context)
+
+        with connection.execute_wrapper(time_out):
+            claimed = database.store.claim(2, {})
+            assert [job.workload for job in claimed.jobs] == [b"0", b"1"]
+            assert claimed.left is None
+            assert "could not be counted: canceling statement" in caplog.text
+            # Nor is it tried with every claim.
+            assert [job.workload for job in database.store.claim(2, {}).jobs] == [b"2"]
+            assert len(tried) == 1
+
     def test_rows_that_were_not_taken_are_claimed_again(
         self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1907,16 +1930,22 @@ class TestOutOfReach:
             database.store.claim(10, {})
         assert database.store.claim(10, {}).jobs == []
 
-    def test_the_writer_does_without_an_isolation(self, database: DatabaseHouse) -> None:
+    @pytest.mark.parametrize("of_role", [False, True])
+    def test_the_writer_does_without_an_isolation(self, database: DatabaseHouse, of_role: bool) -> None:
         """Of views: what others do beside them would end its transactions, such as to renew their leases."""
-        level: Any = "repeatable read"
+        option: dict[str, Any] = {"isolation_level": "repeatable read"}
         match connection.vendor:
             case "postgresql":
                 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 
-                level = IsolationLevel.REPEATABLE_READ
+                option = {"isolation_level": IsolationLevel.REPEATABLE_READ}
+                if of_role:
+                    # As ALTER ROLE ... SET does.
+                    option = {"options": r"-c default_transaction_isolation=repeatable\ read"}
             case "sqlite":
                 pytest.skip("SQLite has one isolation")
+            case "mysql" if of_role:
+                pytest.skip("Django tells MySQL which one it wants")
 
         def put() -> None:
             try:
@@ -1926,7 +1955,7 @@ class TestOutOfReach:
 
         connection.close()
         before = connection.settings_dict
-        connection.settings_dict = {**before, "OPTIONS": {**before["OPTIONS"], "isolation_level": level}}
+        connection.settings_dict = {**before, "OPTIONS": {**before["OPTIONS"], **option}}
         try:
             # As the command that starts a server does before.
             assert not JobRecord.objects.exists()
@@ -2091,8 +2120,8 @@ class TestCost:
         monkeypatch.setattr("django_gearman.store.door.DUE_INTERVAL", 600.0)
         monkeypatch.setattr("django_gearman.store.CANCEL_INTERVAL", 600.0)
         database.store.claim(1, {})
-        # Which are read once in a second.
-        database.store._look_for_limits_at = float("inf")
+        # Which are read once in a second, and other servers' leases every five.
+        database.store._look_for_limits_at = database.store._lease._looked_for_dead = float("inf")
         counts = []
         for size in (5, 300):
             for _ in range(size):

@@ -561,6 +561,22 @@ class TestRun:
             assert error.exception_class is JobFailed
             assert error.traceback == "The worker was lost\n"
 
+    def test_errors_are_read_where_the_record_is(self, settings: Any) -> None:
+        """And not from the replica that a router names."""
+
+        class Replica:
+            def db_for_read(self, model: Any, **hints: Any) -> str:
+                return "replica"
+
+        result = tasks.noop_task.enqueue()
+        JobRecord.objects.update(status="RETRYING", attempts=1)
+        JobAttempt.objects.create(
+            job_id=int(result.id), number=1, exception="builtins.ValueError", finished_at=timezone.now()
+        )
+        settings.DATABASE_ROUTERS = [Replica()]
+        result.refresh()
+        assert [error.exception_class for error in result.errors] == [ValueError]
+
     def test_arguments_of_a_foreign_client(self, gearman_jobs: GearmanJobs) -> None:
         record = JobRecord.objects.create(function="tests.app.tasks.echo", workload=b"not JSON")
         result = default_task_backend.get_result(str(record.pk))

@@ -70,7 +70,7 @@ class FunctionLimitAdmin(Declared, Look, FunctionLimitModelAdmin):
         for row in queryset.filter(declared__isnull=False):
             with transaction.atomic(using=conf.settings_for().database):
                 reset(row)
-                row.save()
+                row.save(using=row._state.db)
 
     # What is shown.
 

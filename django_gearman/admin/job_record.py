@@ -318,10 +318,14 @@ class JobRecordAdmin(Look, ReadOnly, JobRecordModelAdmin):
 
     @admin.display(description=gettext_lazy("attempts"))
     def earlier_attempts(self, job: JobRecord) -> str:
-        attempts = job.past_attempts.order_by("-number").annotate(
-            message_head=Substr("message", 1, payload.SHOWN),
-            traceback_head=Substr("traceback", 1, payload.READ),
-            log_head=Substr("log", 1, payload.READ),
+        attempts = (
+            job.past_attempts.db_manager(job._state.db)
+            .order_by("-number")
+            .annotate(
+                message_head=Substr("message", 1, payload.SHOWN),
+                traceback_head=Substr("traceback", 1, payload.READ),
+                log_head=Substr("log", 1, payload.READ),
+            )
         )
         return format.past_attempts(attempts.defer("message", "traceback", "log")[:ATTEMPTS])
 

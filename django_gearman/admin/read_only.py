@@ -40,6 +40,10 @@ class Look:
         rows: models.QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]  # a ModelAdmin's
         return rows.using(conf.settings_for().database)
 
+    def delete_model(self, request: HttpRequest, obj: models.Model) -> None:
+        """From where it was read, whatever a router says."""
+        obj.delete(using=obj._state.db)
+
 
 class Declared:
     """Rows that the code may declare, and servers work on while they are edited."""

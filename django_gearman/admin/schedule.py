@@ -138,7 +138,7 @@ class ScheduleAdmin(Declared, Look, ScheduleModelAdmin):
         for row in queryset:
             row.enabled = enabled
             try:
-                row.save(update_fields=["enabled"])
+                row.save(using=row._state.db, update_fields=["enabled"])
             except InvalidSchedule as error:
                 self.message_user(request, f"{row}: {error}", messages.ERROR)
 
@@ -169,7 +169,7 @@ class ScheduleAdmin(Declared, Look, ScheduleModelAdmin):
         for row in queryset.filter(declared__isnull=False):
             with transaction.atomic(using=conf.settings_for().database):
                 reset(row)
-                row.save()
+                row.save(using=row._state.db)
 
     # What is shown.
 

@@ -345,7 +345,10 @@ def result_of(
     """
     past = {}
     if not record._state.adding and _is_retried(record):
-        past = {attempt.number: attempt for attempt in record.past_attempts.order_by("number")}
+        past = {
+            attempt.number: attempt
+            for attempt in record.past_attempts.db_manager(record._state.db).order_by("number")
+        }
     errors = [_error(attempt.exception, attempt.message, attempt.traceback) for attempt in past.values()]
     if record.status in JobRecord.FAILURES:
         errors.append(_error(record.exception, record.message, record.traceback))

@@ -13,6 +13,7 @@ from django.db import DatabaseError, connections
 from django.db.migrations.executor import MigrationExecutor
 
 from ..addresses import split_address
+from ..models import JobRecord
 
 APP_LABEL = "django_gearman"
 
@@ -181,10 +182,12 @@ def require_tables(using: str) -> None:
     Raises:
         CommandError: It is not migrated, or out of reach.
     """
+    connection = connections[using]
     try:
-        executor = MigrationExecutor(connections[using])
+        executor = MigrationExecutor(connection)
         leaves = [node for node in executor.loader.graph.leaf_nodes() if node[0] == APP_LABEL]
         is_missing = bool(executor.migration_plan(leaves))
+        is_seen = JobRecord._meta.db_table in connection.introspection.table_names()
     except DatabaseError as error:
         # Drivers tell it on several lines.
         reason = " ".join(str(error).split())
@@ -193,4 +196,11 @@ def require_tables(using: str) -> None:
         option = "" if using == "default" else f" --database {using}"
         raise CommandError(
             f"The database {using!r} lacks tables of {APP_LABEL}; run: python manage.py migrate{option}"
+        )
+    if not is_seen:
+        # `migrate` keeps a migration as done also where a router had nothing done.
+        raise CommandError(
+            f"The database {using!r} lacks the tables of {APP_LABEL}, though its migrations were run: a "
+            "router of DATABASE_ROUTERS keeps them out (allow_migrate), or they are in no schema of the "
+            "search_path."
         )

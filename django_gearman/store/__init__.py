@@ -216,8 +216,12 @@ class DatabaseStore:
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
         # What is locked would be counted as jobs that are about to be claimed.
         if door.is_partial and not self._door.has_locked and monotonic() >= self._door.count_at:
-            with self._db.errors():
-                left = self._door.count()
+            try:
+                with self._db.errors():
+                    left = self._door.count()
+            except StoreError as error:
+                # What was claimed must be told of all the same.
+                logger.warning("What waits at the door could not be counted: %s", error)
         return Claimed(
             taken, door.more, frozenset(door.emptied), left, door.due_in, self._limits(), cancelled
         )

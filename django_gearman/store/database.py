@@ -145,6 +145,11 @@ class Database:
                 cursor.execute("SELECT @@max_allowed_packet")
                 self.packet_limit = cursor.fetchone()[0]
             self._set_lock_wait()
+        elif connection.vendor == "postgresql":
+            from django.db.backends.postgresql.psycopg_any import IsolationLevel
+
+            # Said with each BEGIN: the role or the database may have another, and a pooler no memory.
+            connection.connection.isolation_level = IsolationLevel.READ_COMMITTED
 
     def execute(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
         """The rows of a statement; none of one that has none."""
@@ -216,7 +221,8 @@ def _leave_options_to_views(connection: BaseDatabaseWrapper) -> None:
     Do without some that are good for views alone.
 
     It keeps its one connection, and after an outage a pool comes back when it sees fit, a minute late. An
-    isolation above Django's own would end transactions because others renew leases beside them.
+    isolation above Django's own would end transactions because others renew leases beside them; that of a
+    role or a database is dealt with when the connection is made.
     """
     options = connection.settings_dict["OPTIONS"]
     if not options.keys().isdisjoint(_OPTIONS_OF_VIEWS):

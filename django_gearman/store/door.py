@@ -255,15 +255,18 @@ class Door:
         """How many jobs lie at the door; from indexes alone."""
         began = monotonic()
         counts: dict[tuple[bytes, int], Waiting] = {}
-        for name, priority, count in self._db.execute(self._db.sql.count_ready, []):
-            counts[name.encode(), priority] = Waiting(count, 0)
-        for statement in self._db.sql.count_later:
-            for name, count in self._db.execute(statement, []):
-                # gearmand counts those as normal ones.
-                ready, later = counts.get((name.encode(), 0), (0, 0))
-                counts[name.encode(), 0] = Waiting(ready, later + count)
-        now = monotonic()
-        self.count_at = now + max(1.0, COUNT_SHARE * (now - began))
+        try:
+            for name, priority, count in self._db.execute(self._db.sql.count_ready, []):
+                counts[name.encode(), priority] = Waiting(count, 0)
+            for statement in self._db.sql.count_later:
+                for name, count in self._db.execute(statement, []):
+                    # gearmand counts those as normal ones.
+                    ready, later = counts.get((name.encode(), 0), (0, 0))
+                    counts[name.encode(), 0] = Waiting(ready, later + count)
+        finally:
+            # After one that took too long for the database, too.
+            now = monotonic()
+            self.count_at = now + max(1.0, COUNT_SHARE * (now - began))
         return counts
 
     def take_one(self, question: Question, noted: list[int]) -> StoredJob | None:

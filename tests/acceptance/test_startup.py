@@ -70,6 +70,21 @@ class TestServerRefuses:
         )
         assert "manage.py migrate" in line
 
+    def test_database_without_tables_that_is_told_to_be_migrated(self, tmp_path: Path):
+        """As where a router refuses ``allow_migrate``, of which ``migrate`` says nothing."""
+        file = str(tmp_path / "faked.sqlite3")
+        there = {"DATABASE_URL": f"sqlite:///{file}", "GEARMAN_TEST_DATABASE": file}
+        subprocess.run(
+            [*harness.MANAGE, "migrate", "--fake", "django_gearman"],
+            cwd=harness.ROOT,
+            env=harness.environment() | SITE | there,
+            capture_output=True,
+            timeout=harness.START_LIMIT,
+            check=True,
+        )
+        line = refused("gearman_server", "--port", "0", **there)
+        assert "though its migrations were run: a router of DATABASE_ROUTERS keeps them out" in line
+
     def test_database_that_is_not_there(self, tmp_path: Path):
         url = f"postgres://nobody@127.0.0.1:{harness.free_port()}/nothing"
         line = refused("gearman_server", "--port", "0", DATABASE_URL=url, GEARMAN_TEST_DATABASE="nothing")

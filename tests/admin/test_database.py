@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.apps import apps
 from django.db import connections
+from django.db.models.signals import post_init
 from django.db.utils import load_backend
 from django.test import Client
 
-from django_gearman import group
+from django_gearman import every, group
 from django_gearman.limiting import synchronise
 from django_gearman.models import FunctionLimit, JobAttempt, JobGroup, JobRecord, Schedule, ServerLease
+from django_gearman.scheduler import synchronise as synchronise_schedules
 from tests.app import jobs
 
 HOUR = datetime.timedelta(hours=1)
@@ -88,6 +91,64 @@ class TestPages:
             admin_client.post(f"{OURS}jobrecord/", {"action": action, "_selected_action": [job.id]})
             assert JobRecord.objects.using("jobs").latest("pk").status == status
         assert JobRecord.objects.using("jobs").count() == 2
+
+
+class Elsewhere:
+    """A router as of sites with replicas, which knows nothing of ``DATABASE``."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "default"
+
+    db_for_write = db_for_read
+
+
+@pytest.fixture
+def routed(settings: Any) -> None:
+    settings.DATABASE_ROUTERS = [Elsewhere()]
+
+
+@pytest.mark.usefixtures("routed")
+class TestRouted:
+    """``DATABASE`` says where our rows are, and not a router, which may name a replica."""
+
+    def test_attempts(self, admin_client: Client) -> None:
+        result = jobs.add.enqueue(1)
+        record = JobRecord.objects.using("jobs").get()
+        past = JobAttempt(job_id=record.pk, number=1, finished_at=record.enqueued_at, message="it was lost")
+        past.save(using="jobs")
+        assert [error.message for error in result.errors] == ["it was lost"]
+        assert b"it was lost" in admin_client.get(f"{OURS}jobrecord/{record.pk}/change/").content
+
+    def test_refresh_where_somebody_listens(self) -> None:
+        result = jobs.add.enqueue(1)
+        JobRecord.objects.using("jobs").update(status=JobRecord.Status.RUNNING)
+        listen = partial(dict)
+        post_init.connect(listen, sender=JobRecord)
+        try:
+            result.refresh()
+        finally:
+            post_init.disconnect(listen, sender=JobRecord)
+        assert result.status == "RUNNING"
+
+    @pytest.mark.parametrize("model", [Schedule, FunctionLimit])
+    def test_rows(self, admin_client: Client, model: Any) -> None:
+        limit = {"rate": "10/m", "concurrency": None, "by_key": False}
+        if model is Schedule:
+            synchronise_schedules("jobs", {"f": ("f", every(HOUR))})
+            model.objects.using("jobs").update(interval=2 * HOUR)
+        else:
+            synchronise("jobs", {"f": limit})
+            model.objects.using("jobs").update(rate="20/m")
+        row = model.objects.using("jobs").get()
+        address = f"{OURS}{model._meta.model_name}/"
+        for action in ("disable", "reset_to_code"):
+            admin_client.post(address, {"action": action, "_selected_action": [row.pk]})
+        row = model.objects.using("jobs").get()
+        assert not row.enabled
+        assert row.interval == HOUR if model is Schedule else row.rate == "10/m"
+        model.objects.using("jobs").update(declared=None)
+        assert admin_client.post(f"{address}{row.pk}/delete/", {"post": "yes"}).status_code == 302
+        assert not model.objects.using("jobs").exists()
 
 
 class TestRows:
