@@ -135,8 +135,10 @@ class Lease:
         """{id: every server's lease}, and the database's time in seconds since 1970; in a transaction."""
         began = monotonic()
         rows = self._db.execute(self._db.sql.leases, [])
-        now = seconds_of(rows[0][-1]) if rows else 0.0
-        self._note_clock(now, began)
+        now = 0.0
+        if rows:
+            now = seconds_of(rows[0][-1])
+            self._note_clock(now, began)
         judges = monotonic() >= self._judges_from
         leases: dict[int, LeaseNow] = {}
         for id, epoch, started_at, renewed_at, _ in rows:

@@ -188,7 +188,11 @@ class TestCores:
         all_of_them = _cores(tmp_path)
         assert all_of_them >= 1
         limit = tmp_path / "cpu.max"
-        for told, cores in (("max 100000", all_of_them), ("99900000 100000", all_of_them), ("50000 100000", 1)):
+        for told, cores in (
+            ("max 100000", all_of_them),
+            ("99900000 100000", all_of_them),
+            ("50000 100000", 1),
+        ):
             limit.write_text(f"{told}\n")
             assert _cores(tmp_path) == cores
 
