@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -273,6 +274,26 @@ class TestRun:
         assert gearman_jobs.run_all() == []
         (ended,) = gearman_jobs.run_all(scheduled=True)
         assert (ended.id, ended.status) == (result.id, "SUCCESSFUL")
+
+    def test_for_later_when_the_clock_leaps(
+        self, gearman_jobs: GearmanJobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leap = timedelta(0)
+        # As time-machine does, which leaves the monotonic clock alone.
+        now, seconds = timezone.now, time.time
+        monkeypatch.setattr(timezone, "now", lambda: now() + leap)
+        monkeypatch.setattr(time, "time", lambda: seconds() + leap.total_seconds())
+        result = jobs.add.using(run_after=timedelta(hours=1)).enqueue(1)
+        assert gearman_jobs.run_all() == []
+        leap = timedelta(hours=2)
+        assert gearman_jobs.run_all() == [result]
+
+        leap = timedelta(0)  # and back
+        jobs.add.enqueue(2)
+        (ended,) = gearman_jobs.run_all()
+        assert ended.finished_at is not None and ended.finished_at <= timezone.now()
+        jobs.add.using(run_after=timedelta(hours=1)).enqueue(3)
+        assert gearman_jobs.run_all() == []
 
     def test_steps_of_a_chain_for_later(self, gearman_jobs: GearmanJobs) -> None:
         tomorrow = jobs.add.using(run_after=timedelta(days=1))
