@@ -24,9 +24,11 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from asgiref.sync import async_to_sync, sync_to_async
+from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
+from django.db.migrations.loader import MigrationLoader
 from django.db.models import Count
 from django.test import override_settings
 
@@ -741,11 +743,21 @@ def _environment() -> dict[str, str]:
     told = {
         "databases": names,
         "gearman": getattr(settings, "GEARMAN", {}),
+        "unmigrated": _unmigrated(),
         "path": sys.path,
         "parent": os.getpid(),
     }
     module = os.environ.get("DJANGO_SETTINGS_MODULE") or settings.SETTINGS_MODULE
     return os.environ | {VARIABLE: json.dumps(told, default=os.fspath), "DJANGO_SETTINGS_MODULE": module}
+
+
+def _unmigrated() -> list[str]:
+    """Labels of apps whose tables no migration made: ``--nomigrations``, ``TEST = {"MIGRATE": False}``."""
+    is_migrated = connections[conf.settings_for().database].settings_dict["TEST"]["MIGRATE"]
+    labels = [app.label for app in apps.get_app_configs()]
+    return [
+        label for label in labels if not is_migrated or MigrationLoader.migrations_module(label)[0] is None
+    ]
 
 
 def _free_port() -> int:

@@ -21,10 +21,11 @@ from django.conf import settings as django_settings
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.db import IntegrityError, connection, transaction
+from django.db.migrations.recorder import MigrationRecorder
 from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
-from django_gearman import JobContext, Retry, chain, conf, group, job
+from django_gearman import JobContext, Retry, chain, conf, group, job, testing
 from django_gearman.exceptions import ConnectionFailed, JobFailed
 from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
@@ -291,7 +292,8 @@ class TestRun:
         leap = timedelta(0)  # and back
         jobs.add.enqueue(2)
         (ended,) = gearman_jobs.run_all()
-        assert ended.finished_at is not None and ended.finished_at <= timezone.now()
+        assert ended.finished_at is not None
+        assert ended.finished_at <= timezone.now()
         jobs.add.using(run_after=timedelta(hours=1)).enqueue(3)
         assert gearman_jobs.run_all() == []
 
@@ -560,13 +562,31 @@ class TestCluster:
             pass
         assert conf.settings_for().servers == ("127.0.0.1:9",)
 
+    @pytest.mark.django_db(transaction=True)
+    def test_tables_that_no_migration_made(self, settings: Any) -> None:
+        applied = MigrationRecorder(connection).migration_qs.filter(app="django_gearman")
+        rows = list(applied)
+        # As pytest's --nomigrations says it.
+        settings.MIGRATION_MODULES = {"django_gearman": None}
+        applied.all().delete()
+        try:
+            with GearmanCluster(processes=1):
+                assert jobs.add.enqueue(1, 2).get(timeout=20) == 3
+        finally:
+            applied.bulk_create(rows)
+
+    def test_a_database_that_is_not_migrated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert testing._unmigrated() == []
+        monkeypatch.setitem(connection.settings_dict["TEST"], "MIGRATE", False)
+        assert {"auth", "django_gearman"} <= set(testing._unmigrated())
+
     @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own")
     def test_its_processes_end_with_a_test_that_is_killed(self) -> None:
         port = free_port()
         server = ["gearman_server", "--store", "memory", "--listen", "127.0.0.1", "--port", str(port)]
         code = f"""
             import json, os, signal, subprocess, sys
-            told = dict(databases={{}}, gearman={{}}, path=[], parent=os.getpid())
+            told = dict(databases={{}}, gearman={{}}, unmigrated=[], path=[], parent=os.getpid())
             started = subprocess.Popen(
                 [sys.executable, "-m", "django_gearman.testing_process", *{server!r}],
                 env=os.environ | {{{VARIABLE!r}: json.dumps(told)}},
