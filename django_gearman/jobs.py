@@ -91,6 +91,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 MIN_PRIORITY: Final = -100
 MAX_PRIORITY: Final = 100
@@ -983,14 +984,14 @@ def _found(module: str, name: str, changes: dict[str, Any]) -> Job[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Signature(Generic[R]):
+class Signature(Generic[R_co]):
     """
     A call to be made later; made by ``job.s(...)`` and ``job.si(...)``.
 
     Can be pickled.
     """
 
-    job: Job[Any, R]
+    job: Job[Any, R_co]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     takes_result: bool = True
