@@ -239,6 +239,7 @@ class JobResult(Generic[R]):
             self._look_before_waiting()
         if self.is_finished:
             return self.return_value
+        refuse_endless_wait(timeout)
         with closing(client_for().watch(self.id)) as watch:
             if watch.is_open:
                 patience.is_told()
@@ -275,6 +276,7 @@ class JobResult(Generic[R]):
             await sync_to_async(self._look_before_waiting)()
         if self.is_finished:
             return self.return_value
+        refuse_endless_wait(timeout)
         watch = await async_client_for().watch(self.id)
         try:
             if watch.is_open:
@@ -638,6 +640,14 @@ def _admins() -> Generator[AdminClient, None, None]:
             yield admin
 
 
+def refuse_endless_wait(timeout: float | None) -> None:
+    """Raise ``ConnectionFailed`` where a test has no job server, so that the end would never come."""
+    if timeout is None and ConnectionFailed.HINTS:
+        servers = conf.settings_for().servers
+        if all(server in ConnectionFailed.HINTS for server in servers):
+            raise ConnectionFailed(servers[0], "nobody would end the wait")
+
+
 def timed_out(
     what: str, timeout: float, function: str, using: str | None, not_before: datetime | None = None
 ) -> ResponseTimeout:
@@ -661,7 +671,7 @@ def timed_out(
             return ResponseTimeout(what, timeout, "; ".join(told))
     servers = ", ".join(conf.settings_for().servers)
     if not asked:
-        told.append(f"no job server answers at {servers}; is `manage.py gearman_server` running?")
+        told.append(f"no job server answers at {servers}; {ConnectionFailed(servers, '').hint}")
         return ResponseTimeout(what, timeout, "; ".join(told))
     ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
     return NoWorker(

@@ -75,7 +75,8 @@ NOBODY: Final = "127.0.0.1:9"
 """Where no job server listens: a test that has none of its own must not reach a developer's."""
 
 NOBODY_HINT: Final = (
-    "with gearman_jobs no server is asked; call the function as f.call(...), or ask for gearman_cluster"
+    "with gearman_jobs no server is asked; run what is enqueued by its run_all(), "
+    "call the function as f.call(...), or ask for gearman_cluster"
 )
 
 START_LIMIT: Final = 60.0

@@ -25,8 +25,8 @@ from django.db.migrations.recorder import MigrationRecorder
 from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
-from django_gearman import JobContext, Retry, chain, conf, group, job, testing
-from django_gearman.exceptions import ConnectionFailed, JobFailed
+from django_gearman import GroupResult, JobContext, JobResult, Retry, chain, conf, group, job, testing
+from django_gearman.exceptions import ConnectionFailed, JobFailed, ResponseTimeout
 from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
 from django_gearman.testing import (
@@ -220,6 +220,22 @@ class TestRecorded:
             jobs.add.run(1)
         with pytest.raises(ConnectionFailed, match=r"ask for gearman_cluster$"):
             group(jobs.add.s(1)).run()
+
+    @pytest.mark.django_db(transaction=True)
+    def test_no_end_is_waited_for(self, gearman_jobs: GearmanJobs) -> None:
+        results: list[JobResult[Any] | GroupResult[Any]] = [
+            jobs.add.enqueue(1),
+            group(jobs.add.s(1)).enqueue(),
+        ]
+        for result in results:
+            with pytest.raises(ConnectionFailed, match=r"by its run_all\(\)"):
+                result.get()
+            with pytest.raises(ConnectionFailed, match=r"by its run_all\(\)"):
+                async_to_sync(result.aget)()
+            with pytest.raises(ResponseTimeout, match=r"by its run_all\(\)"):
+                result.get(timeout=0.01)
+        gearman_jobs.run_all()
+        assert [result.get() for result in results] == [2, [2]]
 
 
 @pytest.mark.django_db
