@@ -187,6 +187,7 @@ class GearmanJobs:
         self._stack = ExitStack()
 
     def __enter__(self) -> GearmanJobs:
+        self._connection = connections[self._using]
         self._stack.enter_context(override_gearman(SERVERS=[NOBODY], ENQUEUE="database"))
         ConnectionFailed.HINTS[NOBODY] = NOBODY_HINT
         self._stack.callback(ConnectionFailed.HINTS.pop, NOBODY, None)
@@ -314,20 +315,32 @@ class GearmanJobs:
         return bool(waiting.update(status=JobRecord.Status.READY))
 
     def _run_next(self) -> str | None:
+        self._refuse_other_threads()
         if self._runner is None:
             self._runner = _Runner(self._using, self._raised)
         return self._runner.run_next(self._after)
 
     def _last(self) -> int:
         """The highest id that there is."""
+        self._refuse_other_threads()
         last = JobRecord.objects.using(self._using).order_by("-pk").first()
         return last.pk if last is not None else 0
+
+    def _refuse_other_threads(self) -> None:
+        """Raise where the test's transaction is not that of the connection which would be asked."""
+        if self._connection.in_atomic_block and connections[self._connection.alias] is not self._connection:
+            raise ImproperlyConfigured(
+                "The test's transaction is of another thread than this, and is neither seen nor written to "
+                "here. Coroutines make their queries in a thread of their own with pytest-asyncio and anyio: "
+                "mark the test with django_db(transaction=True)"
+            )
 
     @property
     def _using(self) -> str:
         return conf.settings_for().database
 
     def _records(self) -> Any:
+        self._refuse_other_threads()
         return JobRecord.objects.using(self._using).filter(pk__gt=self._after)
 
 
@@ -738,7 +751,8 @@ def _environment() -> dict[str, str]:
             raise ImproperlyConfigured(
                 f"A cluster's processes cannot open the test database {alias!r}, which is in this process's "
                 f"memory: give DATABASES[{alias!r}] a file for it, such as "
-                "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}"
+                "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}; where `manage.py test --parallel` does not "
+                "fork, its copies are in memory all the same"
             )
         names[alias] = str(name)
     told = {

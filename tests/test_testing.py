@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,15 @@ class TestRecorded:
                 result.get(timeout=0.01)
         gearman_jobs.run_all()
         assert [result.get() for result in results] == [2, [2]]
+
+    def test_in_another_thread(self, gearman_jobs: GearmanJobs) -> None:
+        """As of pytest-asyncio's and anyio's tests: what they enqueued was not of the test's transaction."""
+        with ThreadPoolExecutor() as pool:
+            for call in gearman_jobs.enqueued, gearman_jobs.run_all, gearman_jobs.run_one, gearman_jobs.clear:
+                with pytest.raises(
+                    ImproperlyConfigured, match=r"another thread .* django_db\(transaction=True\)"
+                ):
+                    pool.submit(call).result()
 
 
 @pytest.mark.django_db
