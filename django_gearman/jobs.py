@@ -812,9 +812,14 @@ class Job(Generic[P, R]):
 
     def _inspect(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
+        names = list(signature.parameters)
+        if names and names[0] in ("self", "cls") and "." in self.function.__qualname__:
+            raise InvalidJob(
+                f"{self.name} is a method, and a worker has no `{names[0]}` for it; "
+                "make it a function, or put @staticmethod above @job"
+            )
         if not self.takes_context:
             return signature
-        names = list(signature.parameters)
         if not names or names[0] != "context":
             raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
         return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])

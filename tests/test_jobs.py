@@ -133,6 +133,14 @@ class Reports:
         self.told.append(("warning", data))
 
 
+class Methods:
+    def of_instance(self) -> None: ...
+
+    @staticmethod
+    def of_nobody(selfish: int) -> int:
+        return selfish
+
+
 class TestDeclaration:
     def test_bare(self, registry: dict[str, Any]) -> None:
         made = job(plain)
@@ -212,6 +220,13 @@ class TestDeclaration:
 
         with pytest.raises(InvalidJob, match="must be defined at the module's level"):
             job(inner)
+
+    def test_methods(self, registry: dict[str, Any]) -> None:
+        with pytest.raises(
+            InvalidJob, match=r"Methods\.of_instance is a method, .* no `self`.* @staticmethod"
+        ):
+            job(Methods.of_instance)
+        assert job(Methods.of_nobody).call(1) == 1
 
     def test_a_job_cannot_be_made_a_job(self, registry: dict[str, Any]) -> None:
         with pytest.raises(InvalidJob):
