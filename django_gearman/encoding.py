@@ -12,6 +12,8 @@ import math
 import os
 import sys
 import traceback
+from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any, Final
 
 from .exceptions import GearmanError, NotJSON
@@ -40,6 +42,7 @@ _REMEDIES: Final = {
     "bytes": "text, base64 for example",
     "bytearray": "text, base64 for example",
     "QuerySet": "a list of primary keys",
+    "__proxy__": "str() of it, which is lazy text",
 }
 
 
@@ -78,6 +81,10 @@ def _refuse_unless_json(value: object, what: str) -> None:
             remedy = "its primary key (.pk), and fetch it in the job"
         elif isinstance(value, os.PathLike):
             remedy = "str() of it"
+        elif isinstance(value, Enum):
+            remedy = "its value"
+        elif is_dataclass(value) and not isinstance(value, type):
+            remedy = "dataclasses.asdict() of it"
         else:
             remedy = _REMEDIES.get(kind, "what JSON has: None, bool, int, float, str, list, dict")
         # "a User", "a UUID": what begins with a u is mostly spoken as with a y.

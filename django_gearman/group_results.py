@@ -35,6 +35,7 @@ from .waiting import (
     NUDGE_AGAIN,
     Patience,
     asleep_between,
+    refuse_endless_wait,
     sleep_between,
     timed_out,
 )
@@ -256,6 +257,8 @@ class GroupResult(Generic[V]):
         """
         patience = Patience(timeout)
         self._look_before_waiting()
+        if not self.is_finished:
+            refuse_endless_wait(timeout)
         while not self.is_finished:
             with closing(client_for().watch_group(self.id)) as watch:
                 ask_again = self._begin_to_wait(patience, is_told=watch.is_open)
@@ -273,6 +276,8 @@ class GroupResult(Generic[V]):
         """As ``get``."""
         patience = Patience(timeout)
         await sync_to_async(self._look_before_waiting)()
+        if not self.is_finished:
+            refuse_endless_wait(timeout)
         while not self.is_finished:
             watch = await async_client_for().watch_group(self.id)
             try:

@@ -95,6 +95,7 @@ from .submission import (
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 RunCoroutine: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
 
@@ -769,9 +770,14 @@ class Job(Generic[P, R]):
 
     def _inspect(self) -> inspect.Signature:
         signature = inspect.signature(self.function)
+        names = list(signature.parameters)
+        if names and names[0] in ("self", "cls") and "." in self.function.__qualname__:
+            raise InvalidJob(
+                f"{self.name} is a method, and a worker has no `{names[0]}` for it; "
+                "make it a function, or put @staticmethod above @job"
+            )
         if not self.takes_context:
             return signature
-        names = list(signature.parameters)
         if not names or names[0] != "context":
             raise InvalidJob(f"{self.name} has takes_context=True: its first argument must be `context`")
         return signature.replace(parameters=[signature.parameters[name] for name in names[1:]])
@@ -799,14 +805,14 @@ def _found(module: str, name: str, changes: dict[str, Any]) -> Job[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Signature(Generic[R]):
+class Signature(Generic[R_co]):
     """
     A call to be made later; made by ``job.s(...)`` and ``job.si(...)``.
 
     Can be pickled.
     """
 
-    job: Job[Any, R]
+    job: Job[Any, R_co]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     takes_result: bool = True

@@ -45,6 +45,7 @@ from .waiting import (
     NUDGE_AGAIN,
     Patience,
     asleep_between,
+    refuse_endless_wait,
     sleep_between,
     timed_out,
 )
@@ -234,6 +235,7 @@ class JobResult(Generic[R]):
             self._look_before_waiting()
         if self.is_finished:
             return self.return_value
+        refuse_endless_wait(timeout)
         with closing(client_for().watch(self.id)) as watch:
             if watch.is_open:
                 patience.is_told()
@@ -270,6 +272,7 @@ class JobResult(Generic[R]):
             await sync_to_async(self._look_before_waiting)()
         if self.is_finished:
             return self.return_value
+        refuse_endless_wait(timeout)
         watch = await async_client_for().watch(self.id)
         try:
             if watch.is_open:

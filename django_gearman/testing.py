@@ -23,9 +23,11 @@ from contextlib import ExitStack
 from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from asgiref.sync import sync_to_async
+from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.migrations.loader import MigrationLoader
 from django.test import override_settings
 
 from . import conf
@@ -60,7 +62,8 @@ NOBODY: Final = "127.0.0.1:9"
 """Where no job server listens: a test that has none of its own must not reach a developer's."""
 
 NOBODY_HINT: Final = (
-    "with gearman_jobs no server is asked; call the function as f.call(...), or ask for gearman_cluster"
+    "with gearman_jobs no server is asked; run what is enqueued by its run_all(), "
+    "call the function as f.call(...), or ask for gearman_cluster"
 )
 
 START_LIMIT: Final = 60.0
@@ -171,6 +174,7 @@ class GearmanJobs:
         self._stack = ExitStack()
 
     def __enter__(self) -> GearmanJobs:
+        self._connection = connections[self._using]
         self._stack.enter_context(override_gearman(SERVERS=[NOBODY], ENQUEUE="database"))
         ConnectionFailed.HINTS[NOBODY] = NOBODY_HINT
         self._stack.callback(ConnectionFailed.HINTS.pop, NOBODY, None)
@@ -298,20 +302,32 @@ class GearmanJobs:
         return bool(waiting.update(status=JobRecord.Status.READY))
 
     def _run_next(self) -> str | None:
+        self._refuse_other_threads()
         if self._runner is None:
             self._runner = Runner(self._using, self._raised)
         return self._runner.run_next(self._after)
 
     def _last(self) -> int:
         """The highest id that there is."""
+        self._refuse_other_threads()
         last = JobRecord.objects.using(self._using).order_by("-pk").first()
         return last.pk if last is not None else 0
+
+    def _refuse_other_threads(self) -> None:
+        """Raise where the test's transaction is not that of the connection which would be asked."""
+        if self._connection.in_atomic_block and connections[self._connection.alias] is not self._connection:
+            raise ImproperlyConfigured(
+                "The test's transaction is of another thread than this, and is neither seen nor written to "
+                "here. Coroutines make their queries in a thread of their own with pytest-asyncio and anyio: "
+                "mark the test with django_db(transaction=True)"
+            )
 
     @property
     def _using(self) -> str:
         return conf.settings_for().database
 
     def _records(self) -> Any:
+        self._refuse_other_threads()
         return JobRecord.objects.using(self._using).filter(pk__gt=self._after)
 
 
@@ -486,17 +502,28 @@ def _environment() -> dict[str, str]:
             raise ImproperlyConfigured(
                 f"A cluster's processes cannot open the test database {alias!r}, which is in this process's "
                 f"memory: give DATABASES[{alias!r}] a file for it, such as "
-                "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}"
+                "'TEST': {'NAME': BASE_DIR / 'test.sqlite3'}; where `manage.py test --parallel` does not "
+                "fork, its copies are in memory all the same"
             )
         names[alias] = str(name)
     told = {
         "databases": names,
         "gearman": getattr(settings, "GEARMAN", {}),
+        "unmigrated": _unmigrated(),
         "path": sys.path,
         "parent": os.getpid(),
     }
     module = os.environ.get("DJANGO_SETTINGS_MODULE") or settings.SETTINGS_MODULE
     return os.environ | {VARIABLE: json.dumps(told, default=os.fspath), "DJANGO_SETTINGS_MODULE": module}
+
+
+def _unmigrated() -> list[str]:
+    """Labels of apps whose tables no migration made: ``--nomigrations``, ``TEST = {"MIGRATE": False}``."""
+    is_migrated = connections[conf.settings_for().database].settings_dict["TEST"]["MIGRATE"]
+    labels = [app.label for app in apps.get_app_configs()]
+    return [
+        label for label in labels if not is_migrated or MigrationLoader.migrations_module(label)[0] is None
+    ]
 
 
 def free_port() -> int:

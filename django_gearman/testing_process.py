@@ -14,7 +14,7 @@ import sys
 from typing import Final
 
 VARIABLE: Final = "GEARMAN_TESTING"
-"""Environment variable with what the process is told, in JSON: databases, GEARMAN, sys.path and parent."""
+"""Environment variable that tells it in JSON: databases, GEARMAN, unmigrated apps, sys.path, parent."""
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     for alias, name in told["databases"].items():
         settings.DATABASES[alias]["NAME"] = name
     settings.GEARMAN = told["gearman"]
+    settings.MIGRATION_MODULES |= dict.fromkeys(told["unmigrated"])
     execute_from_command_line(["manage.py", *sys.argv[1:]])
 
 

@@ -14,7 +14,7 @@ from asgiref.sync import sync_to_async
 from . import conf
 from .client.admin_client import AdminClient
 from .client.tasks import EXPLANATION_TIMEOUT, deadline_in
-from .exceptions import GearmanError, NoWorker, ResponseTimeout
+from .exceptions import ConnectionFailed, GearmanError, NoWorker, ResponseTimeout
 from .models import JobRecord
 
 LONGEST_PAUSE_OF_GET: Final = 0.25
@@ -89,6 +89,14 @@ async def asleep_between(looks: Iterator[float]) -> None:
         await asyncio.sleep(pause)
 
 
+def refuse_endless_wait(timeout: float | None) -> None:
+    """Raise ``ConnectionFailed`` where a test has no job server, so that the end would never come."""
+    if timeout is None and ConnectionFailed.HINTS:
+        servers = conf.settings_for().servers
+        if all(server in ConnectionFailed.HINTS for server in servers):
+            raise ConnectionFailed(servers[0], "nobody would end the wait")
+
+
 def timed_out(
     what: str, timeout: float, function: str, using: str | None, not_before: datetime | None = None
 ) -> ResponseTimeout:
@@ -112,7 +120,7 @@ def timed_out(
             return ResponseTimeout(what, timeout, "; ".join(told))
     servers = ", ".join(conf.settings_for().servers)
     if not asked:
-        told.append(f"no job server answers at {servers}; is `manage.py gearman_server` running?")
+        told.append(f"no job server answers at {servers}; {ConnectionFailed(servers, '').hint}")
         return ResponseTimeout(what, timeout, "; ".join(told))
     ready = JobRecord.objects.using(using).filter(function=function, status=JobRecord.Status.READY)
     return NoWorker(

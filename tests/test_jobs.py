@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import decimal
+import enum
 import functools
 import importlib
 import json
@@ -24,6 +26,7 @@ from django.contrib.auth.models import User
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, connections, transaction
 from django.utils import timezone
+from django.utils.translation import gettext_lazy
 
 from django_gearman import JobContext, JobResult, attempts, group, job, rows, signals
 from django_gearman.attempts import aperform_assigned, pause_before_retry, perform_assigned
@@ -137,6 +140,14 @@ class Reports:
         self.told.append(("warning", data))
 
 
+class Methods:
+    def of_instance(self) -> None: ...
+
+    @staticmethod
+    def of_nobody(selfish: int) -> int:
+        return selfish
+
+
 class TestDeclaration:
     def test_bare(self, registry: dict[str, Any]) -> None:
         made = job(plain)
@@ -229,6 +240,13 @@ class TestDeclaration:
 
         with pytest.raises(InvalidJob, match="must be defined at the module's level"):
             job(inner)
+
+    def test_methods(self, registry: dict[str, Any]) -> None:
+        with pytest.raises(
+            InvalidJob, match=r"Methods\.of_instance is a method, .* no `self`.* @staticmethod"
+        ):
+            job(Methods.of_instance)
+        assert job(Methods.of_nobody).call(1) == 1
 
     def test_a_job_cannot_be_made_a_job(self, registry: dict[str, Any]) -> None:
         with pytest.raises(InvalidJob):
@@ -323,6 +341,15 @@ class Point:
     pass
 
 
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Line:
+    text: str
+
+
 REFUSED: list[tuple[Any, str]] = [
     (datetime.datetime(2030, 1, 1), "is a datetime, which JSON cannot carry; pass its isoformat()"),
     (datetime.date(2030, 1, 1), "is a date, .*isoformat"),
@@ -333,6 +360,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({1}, "is a set, .*a list of it"),
     (frozenset({1}), "is a frozenset, .*a list of it"),
     (b"x", "is a bytes, .*base64"),
+    (gettext_lazy("x"), r"is a __proxy__, .*str\(\)"),
+    (Colour.RED, "is a Colour, .*its value"),
+    (Line("x"), r"is a Line, .*dataclasses\.asdict\(\)"),
     (bytearray(b"x"), "is a bytearray, .*base64"),
     (pathlib.PurePosixPath("/"), r"is a PurePosixPath, .*str\(\)"),
     (pathlib.Path("/"), r"is a PosixPath, .*str\(\)"),

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from django.conf import settings as django_settings
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.db import IntegrityError, connection, transaction
+from django.db.migrations.recorder import MigrationRecorder
 from django.test import SimpleTestCase, TestCase
 from django.utils import timezone
 
-from django_gearman import JobContext, Retry, chain, conf, group, job
-from django_gearman.exceptions import ConnectionFailed, JobFailed
+from django_gearman import GroupResult, JobContext, JobResult, Retry, chain, conf, group, job, testing
+from django_gearman.exceptions import ConnectionFailed, JobFailed, ResponseTimeout
 from django_gearman.models import FunctionLimit, JobRecord, ServerLease
 from django_gearman.registry import registry
 from django_gearman.testing import (
@@ -219,6 +222,31 @@ class TestRecorded:
         with pytest.raises(ConnectionFailed, match=r"ask for gearman_cluster$"):
             group(jobs.add.s(1)).run()
 
+    @pytest.mark.django_db(transaction=True)
+    def test_no_end_is_waited_for(self, gearman_jobs: GearmanJobs) -> None:
+        results: list[JobResult[Any] | GroupResult[Any]] = [
+            jobs.add.enqueue(1),
+            group(jobs.add.s(1)).enqueue(),
+        ]
+        for result in results:
+            with pytest.raises(ConnectionFailed, match=r"by its run_all\(\)"):
+                result.get()
+            with pytest.raises(ConnectionFailed, match=r"by its run_all\(\)"):
+                async_to_sync(result.aget)()
+            with pytest.raises(ResponseTimeout, match=r"by its run_all\(\)"):
+                result.get(timeout=0.01)
+        gearman_jobs.run_all()
+        assert [result.get() for result in results] == [2, [2]]
+
+    def test_in_another_thread(self, gearman_jobs: GearmanJobs) -> None:
+        """As of pytest-asyncio's and anyio's tests: what they enqueued was not of the test's transaction."""
+        with ThreadPoolExecutor() as pool:
+            for call in gearman_jobs.enqueued, gearman_jobs.run_all, gearman_jobs.run_one, gearman_jobs.clear:
+                with pytest.raises(
+                    ImproperlyConfigured, match=r"another thread .* django_db\(transaction=True\)"
+                ):
+                    pool.submit(call).result()
+
 
 @pytest.mark.django_db
 class TestRun:
@@ -273,6 +301,27 @@ class TestRun:
         assert gearman_jobs.run_all() == []
         (ended,) = gearman_jobs.run_all(scheduled=True)
         assert (ended.id, ended.status) == (result.id, "SUCCESSFUL")
+
+    def test_for_later_when_the_clock_leaps(
+        self, gearman_jobs: GearmanJobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leap = timedelta(0)
+        # As time-machine does, which leaves the monotonic clock alone.
+        now, seconds = timezone.now, time.time
+        monkeypatch.setattr(timezone, "now", lambda: now() + leap)
+        monkeypatch.setattr(time, "time", lambda: seconds() + leap.total_seconds())
+        result = jobs.add.using(run_after=timedelta(hours=1)).enqueue(1)
+        assert gearman_jobs.run_all() == []
+        leap = timedelta(hours=2)
+        assert gearman_jobs.run_all() == [result]
+
+        leap = timedelta(0)  # and back
+        jobs.add.enqueue(2)
+        (ended,) = gearman_jobs.run_all()
+        assert ended.finished_at is not None
+        assert ended.finished_at <= timezone.now()
+        jobs.add.using(run_after=timedelta(hours=1)).enqueue(3)
+        assert gearman_jobs.run_all() == []
 
     def test_steps_of_a_chain_for_later(self, gearman_jobs: GearmanJobs) -> None:
         tomorrow = jobs.add.using(run_after=timedelta(days=1))
@@ -539,13 +588,31 @@ class TestCluster:
             pass
         assert conf.settings_for().servers == ("127.0.0.1:9",)
 
+    @pytest.mark.django_db(transaction=True)
+    def test_tables_that_no_migration_made(self, settings: Any) -> None:
+        applied = MigrationRecorder(connection).migration_qs.filter(app="django_gearman")
+        rows = list(applied)
+        # As pytest's --nomigrations says it.
+        settings.MIGRATION_MODULES = {"django_gearman": None}
+        applied.all().delete()
+        try:
+            with GearmanCluster(processes=1):
+                assert jobs.add.enqueue(1, 2).get(timeout=20) == 3
+        finally:
+            applied.bulk_create(rows)
+
+    def test_a_database_that_is_not_migrated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert testing._unmigrated() == []
+        monkeypatch.setitem(connection.settings_dict["TEST"], "MIGRATE", False)
+        assert {"auth", "django_gearman"} <= set(testing._unmigrated())
+
     @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own")
     def test_its_processes_end_with_a_test_that_is_killed(self) -> None:
         port = free_port()
         server = ["gearman_server", "--store", "memory", "--listen", "127.0.0.1", "--port", str(port)]
         code = f"""
             import json, os, signal, subprocess, sys
-            told = dict(databases={{}}, gearman={{}}, path=[], parent=os.getpid())
+            told = dict(databases={{}}, gearman={{}}, unmigrated=[], path=[], parent=os.getpid())
             started = subprocess.Popen(
                 [sys.executable, "-m", "django_gearman.testing_process", *{server!r}],
                 env=os.environ | {{{VARIABLE!r}: json.dumps(told)}},

@@ -224,6 +224,8 @@ def parallel() -> None:
     assert_type(report.si(steps=3), Signature[list[str]])
     assert_type(group(add.s(1), add.s(2)), group[str])
     assert_type(group(add.s(number) for number in range(3)).run(timeout=5), list[str])
+    calls: list[Signature[int] | Signature[str]] = [length.s([]), add.s(1)]
+    assert len(group(length.s([]), add.s(1)).run()) == len(group(calls).run())
     result = group([add.s(1)]).enqueue(on_success=no_context.s(), on_complete=report.si(1))
     assert_type(result, GroupResult[list[str]])
     assert_type(result.get(timeout=5), list[str])
