@@ -12,8 +12,8 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from time import monotonic
 from typing import Any, Final, TypeVar, Unpack
@@ -62,6 +62,9 @@ from .tasks import (
 )
 
 S = TypeVar("S", bound=JobStatus)
+
+_PARTS: Final = 16
+"""Into how many parts ``_patience`` takes its time apart; to connect takes about eight turns of the loop."""
 
 _NO_LINE: Final = (OSError, ValueError, EOFError, asyncio.LimitOverrunError)
 """What comes of asking a server in words, when it does not answer as it should."""
@@ -680,7 +683,7 @@ class AsyncClient(Submitter):
         question, data = link.protocol.ask(PacketType.ECHO_REQ, b"", answers=PacketType.ECHO_RES)
         with self._using(link):
             try:
-                async with asyncio.timeout(allowance(left, self._connect_timeout)):
+                async with _patience(allowance(left, self._connect_timeout)):
                     await link.send(data)
                     while question.answer is None:
                         await link.wait(question)
@@ -735,7 +738,7 @@ class AsyncClient(Submitter):
         began = monotonic()
         try:
             try:
-                async with asyncio.timeout(timeout):
+                async with _patience(timeout):
                     await self._connect(link, host, port, timeout)
                     await link.greet(prove=prove)
             except TimeoutError as error:
@@ -756,7 +759,7 @@ class AsyncClient(Submitter):
         until = loop.time() + timeout
         tls: dict[str, Any] = {}
         if self._tls is not None:
-            tls = {"ssl": self._tls, "server_hostname": host, "ssl_handshake_timeout": timeout}
+            tls = {"ssl": self._tls, "server_hostname": host, "ssl_handshake_timeout": timeout * 2}
         try:
             addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             # Each may take its share of the time that is left: one that is silent leaves some for the others.
@@ -781,3 +784,30 @@ class AsyncClient(Submitter):
             if self._tls is not None and in_handshake:
                 raise ConnectionFailed(link.server, *tls_reasons.explain(error, host)) from error
             raise ConnectionFailed(link.server, reason_of(error)) from error
+
+
+@asynccontextmanager
+async def _patience(seconds: float) -> AsyncIterator[None]:
+    """
+    As ``asyncio.timeout``, for what says that a server does not answer.
+
+    Where other callbacks hold the event loop for long, its answer may be there and not be read: each
+    time that happens counts for a part of the seconds and no more.
+    """
+    loop = asyncio.get_running_loop()
+    pause = seconds / _PARTS
+    timer: asyncio.TimerHandle
+
+    def count(left: int) -> None:
+        nonlocal timer
+        if left:
+            timer = loop.call_later(pause, count, left - 1)
+        else:
+            limit.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_later(pause, count, _PARTS - 1)
+        try:
+            yield
+        finally:
+            timer.cancel()

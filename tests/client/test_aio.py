@@ -533,6 +533,22 @@ class TestLoops:
         runner.run(client.close())
         runner.close()
 
+    @pytest.mark.parametrize("turns", range(2, 7))
+    def test_one_that_is_held_while_it_connects(
+        self, server: harness.GearmanServerProcess, turns: int
+    ) -> None:
+        """By a view that imports, say: that is not taken for the silence of the server."""
+
+        async def main() -> None:
+            async with connected(server.address, connect_timeout=0.2) as client:
+                asking = asyncio.create_task(client.echo(b"x"))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                time.sleep(0.25)
+                assert await asking == b"x"
+
+        asyncio.run(main())
+
     def test_a_server_that_goes_away(self) -> None:
         def leave(peer: Peer) -> None:
             peer.expect(P.SUBMIT_JOB)
