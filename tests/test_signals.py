@@ -17,6 +17,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sentry_sdk.integrations.logging import LoggingIntegration
 
 from django_gearman import JobContext, JobResult, Retry, job, signals, tracing
 from django_gearman.attempts import aperform_assigned, perform_assigned
@@ -25,6 +26,7 @@ from django_gearman.exceptions import TooLarge
 from django_gearman.jobs import Job
 from django_gearman.models import JobRecord
 from django_gearman.results import retry_all
+from django_gearman.worker import loop
 from tests.app import jobs
 from tests.docs import block_of
 from tests.test_jobs import Reports, registry  # noqa: F401  # a fixture
@@ -242,31 +244,62 @@ def raise_error() -> None:
     raise ValueError("boom")
 
 
-class TestSentry:
-    """The hook of docs/monitoring.md, with Sentry's own client."""
+def say(name: str) -> None:
+    sentry_sdk.set_tag(name, name)
+    logging.getLogger("shop").warning("of %s", name)
+    raise ValueError(name)
 
-    def test_failure_is_reported(self, tmp_path: Any):
-        sent: list[Any] = []
+
+async def asay(name: str) -> None:
+    say(name)
+
+
+class TestSentry:
+    """The hooks of docs/monitoring.md, with Sentry's own client."""
+
+    @pytest.fixture
+    def sent(self) -> Iterator[list[Any]]:
+        events: list[Any] = []
 
         class Transport(sentry_sdk.transport.Transport):
             def capture_envelope(self, envelope: Any) -> None:
-                sent.append(envelope.get_event())
+                if event := envelope.get_event():
+                    events.append(event)
 
         with sentry_sdk.isolation_scope():
-            sentry_sdk.init("https://key@sentry.example/1", transport=Transport, default_integrations=False)
-            hook: dict[str, Any] = {}
-            exec(block_of("monitoring.md", "sentry"), hook)
+            # That of logging as it comes by default; the others reach into more than a test should.
+            options: Any = {"default_integrations": False, "integrations": [LoggingIntegration()]}
+            sentry_sdk.init("https://key@sentry.example/1", transport=Transport, **options)
+            hooks: dict[str, Any] = {}
+            exec(block_of("monitoring.md", "sentry"), hooks)
             try:
-                with pytest.raises(ValueError, match="boom"):
-                    perform_assigned(jobs.fail, assigned("boom", handle=b"H:one:r7", attempt=2))
-                perform_assigned(jobs.add, assigned(1))
+                yield events
             finally:
-                assert signals.job_finished.disconnect(hook["report"])
+                assert signals.job_started.disconnect(hooks["begin"])
+                assert signals.job_finished.disconnect(hooks["report"])
                 sentry_sdk.init()
-        (event,) = [event for event in sent if event is not None]
+
+    def test_failure_is_reported_once(self, sent: list[Any]):
+        with pytest.raises(ValueError, match="boom"):
+            perform_assigned(jobs.fail, assigned("boom", handle=b"H:one:r7", attempt=2))
+        # As the worker's loop says of each.
+        loop.logger.error("Job H:one:r7 (%s) failed", jobs.fail.name)
+        perform_assigned(jobs.add, assigned(1))
+        (event,) = sent
         assert event["exception"]["values"][-1]["type"] == "ValueError"
         assert event["tags"] == {"gearman.function": "tests.app.jobs.fail"}
         assert event["contexts"]["job"] == {"id": "7", "handle": "H:one:r7", "attempt": 2}
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    def test_jobs_are_told_apart(self, sent: list[Any], registry: dict[str, Any], is_async: bool):  # noqa: F811
+        made: Job[Any, Any] = Job(asay if is_async else say, name="say")
+        perform: Any = async_to_sync(aperform_assigned) if is_async else perform_assigned
+        for name in ("first", "second"):
+            with pytest.raises(ValueError, match=name):
+                perform(made, assigned(name))
+        for event, name in zip(sent, ("first", "second"), strict=True):
+            assert event["tags"] == {name: name, "gearman.function": "say"}
+            assert [crumb["message"] for crumb in event["breadcrumbs"]["values"]] == [f"of {name}"]
 
 
 class TestTrace:
