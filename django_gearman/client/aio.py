@@ -36,7 +36,7 @@ from .admin_client import FunctionStatus, function_status
 from .connection import not_proven, reason_of
 from .core import JobRequest, Priority
 from .links import Link, Links
-from .servers import CIRCUIT, QUICK, Route, allowance
+from .servers import CIRCUIT, Route, allowance, took_time
 from .tasks import (
     DEFAULT_SERVERS,
     EXPLANATION_TIMEOUT,
@@ -748,7 +748,7 @@ class AsyncClient(Submitter):
         except BaseException as error:
             link.close()
             if isinstance(error, ConnectionFailed):
-                self._servers.failed(server, waited=monotonic() - began > QUICK)
+                self._servers.failed(server, waited=took_time(error, monotonic() - began, timeout))
             raise
         self._servers.answered(server)
         links.open[server] = link

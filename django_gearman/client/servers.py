@@ -35,13 +35,15 @@ _POINTS: Final = 160
 class _Circuit:
     """What is remembered of a server that failed."""
 
-    __slots__ = ("pause", "shut_until", "waits")
+    __slots__ = ("is_tried", "pause", "shut_until", "waits")
 
     def __init__(self, pause: float, shut_until: float, *, waits: bool) -> None:
         self.pause = pause
         self.shut_until = shut_until
         self.waits = waits
         """Whether its failure took time: such a server is not even tried last."""
+        self.is_tried = False
+        """Whether somebody has tried it since."""
 
 
 class Servers:
@@ -131,10 +133,13 @@ class Servers:
         circuit = self._circuits.get(name)
         if circuit is not None and circuit.shut_until <= (now := self._clock()):
             circuit.shut_until = now + circuit.pause
+            circuit.is_tried = True
 
     def failed(self, name: str, *, waited: bool | None) -> None:
         """
         It did not answer.
+
+        Of all that wait for it together the first counts: the others tell nothing new.
 
         Args:
             waited: Whether that took time, as when its machine is away; a refusal takes none.
@@ -143,6 +148,8 @@ class Servers:
         circuit = self._circuits.get(name)
         if waited is None:
             waited = circuit is not None and circuit.waits
+        if waited and circuit is not None and circuit.waits and not circuit.is_tried and self.is_shut(name):
+            return
         pause = self._circuit if circuit is None else min(circuit.pause * 2 or self._circuit, LONGEST_CIRCUIT)
         if not waited:
             # Trying it costs nothing.
@@ -240,6 +247,16 @@ class Route:
 def allowance(candidates: Collection[str], timeout: float) -> float:
     """Seconds that connecting to the first of the candidates may take: half where there are others."""
     return timeout / 2 if len(candidates) > 1 else timeout
+
+
+def took_time(error: ConnectionFailed, seconds: float, allowed: float) -> bool:
+    """
+    Whether it cost somebody time that a server could not be reached.
+
+    A refusal does not, though a process that is busy is late to hear of it.
+    """
+    is_refusal = isinstance(error.__cause__, ConnectionRefusedError)
+    return seconds > (allowed if is_refusal else QUICK)
 
 
 def _point(key: bytes) -> int:

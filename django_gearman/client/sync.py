@@ -37,7 +37,7 @@ from ..protocol.reader import MAX_BODY
 from .admin_client import AdminClient, FunctionStatus
 from .connection import Connection
 from .core import ClientProtocol, JobRequest, Priority, Question
-from .servers import CIRCUIT, QUICK, Route, allowance
+from .servers import CIRCUIT, Route, allowance, took_time
 from .tasks import (
     DEFAULT_SERVERS,
     EXPLANATION_TIMEOUT,
@@ -914,8 +914,8 @@ class Client(Submitter):
                 tls=self._tls,
                 prove=len(self._servers.names) > 1 or self._servers.may_hang(server),
             )
-        except ConnectionFailed:
-            waited = monotonic() - began > QUICK
+        except ConnectionFailed as error:
+            waited = took_time(error, monotonic() - began, timeout)
             # A nudge is in a hurry: that it was not answered says nothing to who can wait.
             self._servers.failed(server, waited=None if nudge and waited else waited)
             raise

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from django_gearman.client.aio import AsyncClient
-from django_gearman.client.servers import Servers
+from django_gearman.client.servers import Servers, took_time
 from django_gearman.client.sync import Client
 from django_gearman.exceptions import ConnectionFailed, ConnectionLost, GearmanError, ResponseTimeout
 from django_gearman.protocol.packets import PacketType
@@ -107,6 +107,27 @@ class TestPreference:
                 clock.now += 0.5
             pauses.append(round(clock.now - began))
         assert pauses == [5, 10, 20, 40, 60, 60]
+
+    def test_of_many_that_wait_together_one_counts(self) -> None:
+        clock = Clock()
+        servers = Servers(NAMES[:1], clock=clock)
+        for pause in (5, 10):
+            servers.trying("a:1")
+            for _ in range(40):
+                servers.failed("a:1", waited=True)
+            clock.now += pause - 0.1
+            assert servers.order() == []
+            clock.now += 0.2
+            assert servers.order() == ["a:1"]
+
+    @pytest.mark.parametrize(("cause", "is_told"), [(ConnectionRefusedError, False), (OSError, True)])
+    def test_a_refusal_that_is_heard_of_late(self, cause: type[OSError], is_told: bool) -> None:
+        """As in a process of many threads."""
+        error = ConnectionFailed("a:1", "away")
+        error.__cause__ = cause()
+        assert took_time(error, 0.5, 1.0) is is_told
+        assert took_time(error, 1.5, 1.0), "the first of its addresses may not have answered"
+        assert not took_time(error, 0.05, 1.0)
 
     @pytest.mark.parametrize("names", ["127.0.0.1:4730", [], ["host:port"]])
     def test_names(self, names: Any) -> None:
