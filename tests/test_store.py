@@ -48,6 +48,7 @@ from django_gearman.server.entries import (
     Standing,
     StoredJob,
     Topic,
+    Waiting,
 )
 from django_gearman.server.journal import MemoryStore
 from django_gearman.server.submissions import LATEST
@@ -473,6 +474,24 @@ class TestDoorOfTheDatabase:
         store = database.restart()
         store.resume()
         assert store.count_unfinished() == 5
+
+    def test_what_is_claimed_is_told_of_when_the_rest_cannot_be_counted(
+        self, database: DatabaseHouse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is ours by then, and nobody looks for it again."""
+
+        def count(door: Door) -> None:
+            raise OperationalError("the connection is gone")
+
+        database.put()
+        write(database.store, later(2, time.time() + 3600))
+        with monkeypatch.context() as patch:
+            patch.setattr(Door, "count", count)
+            claimed = database.store.claim(10, {})
+        assert len(claimed.jobs) == 1
+        assert claimed.left is None
+        database.store._door.count_at = 0.0
+        assert database.store.claim(10, {}).left == {(b"reverse", 0): Waiting(0, 1)}
 
     def test_orderly_stop_lays_there_what_waits(self, database: DatabaseHouse) -> None:
         write(database.store, queued(1), queued(2), started(2), queued(3, background=False))

@@ -54,6 +54,9 @@ logger = logging.getLogger(__name__)
 LIMITS_INTERVAL: Final = 0.9
 """Seconds between two looks at the limits; there is a claim each second."""
 
+COUNT_AGAIN: Final = 1.0
+"""Seconds to the next try to count what waits, after one has failed."""
+
 HURRIED_FOR: Final = 10.0
 """Seconds for which batches wait for no row, after one had to: its client may come again and again."""
 
@@ -216,11 +219,21 @@ class DatabaseStore:
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
         # What is locked would be counted as jobs that are about to be claimed.
         if door.is_partial and not self._door.has_locked and monotonic() >= self._door.count_at:
-            with self._db.errors():
-                left = self._door.count()
+            left = self._count()
         return Claimed(
             taken, door.more, frozenset(door.emptied), left, door.due_in, self._limits(), cancelled
         )
+
+    def _count(self) -> dict[tuple[bytes, int], Waiting] | None:
+        """How much lies at the door; None when nobody can tell now."""
+        try:
+            with self._db.errors():
+                return self._door.count()
+        except StoreError as error:
+            # What was claimed is ours, must be told of all the same, and is not looked for again.
+            logger.warning("What waits could not be counted: %s", error)
+            self._door.count_at = monotonic() + COUNT_AGAIN
+            return None
 
     def read_limits(self) -> dict[bytes, Limit]:
         """Every limit that is in force; for the start, and then with claims."""
