@@ -103,7 +103,7 @@ class DatabaseStore:
         self._set_operations = SetOperations(self._db, self._lease)
         self._scheduler = scheduler
         self._history = history
-        self._permits = Permits(using, self._lease.all_now)
+        self._permits = Permits(using, self._lease.those_of)
         self._look_for_limits_at = 0.0
         """Monotonic time from which limits are read again."""
         self._sweep_at = 0.0
@@ -172,10 +172,10 @@ class DatabaseStore:
         """How many background jobs are to do that no other server has; for the start, after ``resume``."""
         with self._db.errors():
             at_door = sum(waiting.ready + waiting.later for waiting in self._door.count().values())
-            ours = self._db.records().filter(server_id=self._lease.id, status__in=JobRecord.LIVE)
+            ((ours,),) = self._db.execute(self._db.sql.count_held, [self._lease.id])
             # The first claim is to tell the core what lies there.
             self._door.count_at = 0.0
-            return at_door + ours.count()
+            return at_door + int(ours)
 
     def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         scheduler, moment = self._scheduler, current_time()

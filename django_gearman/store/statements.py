@@ -165,6 +165,11 @@ class Statements:
             f"SELECT {columns['id']} FROM {of_server} "
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
+        self.count_held = f"SELECT COUNT(*) FROM {of_server}"
+        leases_table = quote(ServerLease._meta.db_table)
+        owner = f"{leases_table}.{quote(str(ServerLease._meta.get_field('id').column))}"
+        # Of a lease, in a query of leases: an index is asked once for each, however many jobs there are.
+        self.first_held = f"SELECT {columns['id']} FROM {of_server.replace('%s', owner)} LIMIT 1"
         cancellations = quote(Cancellation._meta.db_table)
         self.cancellations = f"SELECT {quote('job_id')} FROM {cancellations} ORDER BY {quote('job_id')}"
         self.workload = f"SELECT {columns['workload']} FROM {table} WHERE {columns['id']} = %s"
@@ -240,18 +245,15 @@ class Statements:
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
         lease = {field.name: quote(str(field.column)) for field in ServerLease._meta.concrete_fields}
-        self.leases = (
+        self._leases = (
             f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
-            f"FROM {quote(ServerLease._meta.db_table)}"
+            f"FROM {leases_table} WHERE {lease['id']} IN "
         )
         self.renew = (
-            f"UPDATE {quote(ServerLease._meta.db_table)} SET {lease['renewed_at']} = {now} "
+            f"UPDATE {leases_table} SET {lease['renewed_at']} = {now} "
             f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         )
-        self.holds = (
-            f"SELECT 1 FROM {quote(ServerLease._meta.db_table)} "
-            f"WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
-        )
+        self.holds = f"SELECT 1 FROM {leases_table} WHERE {lease['id']} = %s AND {lease['epoch']} = %s"
         if is_postgres:
             # A queue grows and shrinks within seconds. What PostgreSQL knows of the table is older than
             # that, and it would rather read all of it than look rows up by their keys. What it has to read
@@ -275,6 +277,10 @@ class Statements:
     def free(self, rows: int) -> str:
         """Which of so many rows lie at the door and are locked by nobody; locks them."""
         return f"{self._free}{self._among(rows, 'bigint')}{SKIP_LOCKED}"
+
+    def leases(self, rows: int) -> str:
+        """So many leases, and the database's time."""
+        return f"{self._leases}({', '.join(['%s'] * rows)})"
 
     def of_keys(self, keys: int) -> str:
         """Key, id and handle of the rows that have one of so many keys."""
