@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from django.db.models import F, QuerySet
@@ -49,10 +49,12 @@ class Permits:
 
     Args:
         using: Alias of the database.
-        leases: All leases, and the database's clock in seconds since 1970.
+        leases: The leases of some servers, and the database's clock in seconds since 1970.
     """
 
-    def __init__(self, using: str, leases: Callable[[], tuple[dict[int, LeaseNow], float]]) -> None:
+    def __init__(
+        self, using: str, leases: Callable[[Iterable[int]], tuple[dict[int, LeaseNow], float]]
+    ) -> None:
         self._using = using
         self._leases = leases
         self.limits: dict[str, Limit] = {}
@@ -91,14 +93,15 @@ class Permits:
                 ignore_conflicts=True,
             )
             rows |= self._locked(list(missing))
+        uses = {digest: Use.load(row.book) for digest, row in rows.items()}
         # Only now: what others have written before they let go of the rows is older.
-        leases, now = self._leases()
+        leases, now = self._leases(_holders(uses.values()))
         is_alive = self._is_alive(lease, leases, now)
         me = f"{lease}.{epoch}"
         answers: dict[int, Granted] = {}
         for each in asked:
             row = rows[digests[each.number]]
-            use = Use.load(row.book)
+            use = uses[digests[each.number]]
             limit = self.limits.get(each.function, Limit())
             answers[each.number] = use.decide(limit, me, each.request, now, clock, is_alive)
             row.book, row.touched = use.dump(), now
@@ -107,15 +110,18 @@ class Permits:
 
     def sweep(self, lease: int) -> None:
         """Delete uses that are over, in a transaction that ends soon."""
-        leases, now = self._leases()
-        is_alive = self._is_alive(lease, leases, now)
+        _, now = self._leases([])
         longest = max((limit.period for limit in self.limits.values()), default=0.0)
         old = self._uses().filter(touched__lt=now - max(longest, SWEEP_INTERVAL)).order_by("touched")
         digests = list(old.values_list("digest", flat=True)[:SWEPT_AT_ONCE])
         over: list[int] = []
         others: list[int] = []
-        for row in self._locked(digests).values():
-            use = Use.load(row.book)
+        rows = self._locked(digests)
+        uses = {digest: Use.load(row.book) for digest, row in rows.items()}
+        leases, now = self._leases(_holders(uses.values()))
+        is_alive = self._is_alive(lease, leases, now)
+        for digest, row in rows.items():
+            use = uses[digest]
             use.drop_dead(is_alive, now)
             limit = self.limits.get(row.function, Limit())
             (over if use.is_over(limit, now) else others).append(row.pk)
@@ -146,6 +152,11 @@ class Permits:
 
     def _uses(self) -> QuerySet[LimitUse]:
         return LimitUse.objects.using(self._using)
+
+
+def _holders(uses: Iterable[Use]) -> set[int]:
+    """Ids of the leases of servers that have permits."""
+    return {int(name.partition(".")[0]) for use in uses for name in use.holders}
 
 
 def _digest(function: str, key: bytes) -> str:

@@ -127,6 +127,8 @@ class JobServer:
         """How an operator said that the server is to end; None while it goes on."""
         self._delayed: list[tuple[float, int, Job]] = []
         """Heap of jobs by the time that they are due; some may have ended."""
+        self._forgotten = 0
+        """At most so many of them have, since it was last looked through."""
         self._limited: dict[Job, float] = {}
         """{running job with a time limit: the clock's time when it is up}"""
         prefix = self.options.handle_prefix or f"H:{self.options.name}:{self.options.epoch}."
@@ -883,6 +885,7 @@ class JobServer:
         elif job.state is DELAYED:
             function.delayed -= 1
             self.returning.forget(job)
+            self._forgotten += 1
             if job.gate is not None:
                 self.limits.give_back(job)
         elif job.state is READY and job.gate is not None:
@@ -895,6 +898,10 @@ class JobServer:
                 del self.ready[function]
         job.state = GONE
         job.workload = b""
+        if self._forgotten > len(self._delayed) // 2 + ENDED_LIMIT:
+            self._delayed = [each for each in self._delayed if each[2].state is DELAYED]
+            heapq.heapify(self._delayed)
+            self._forgotten = 0
         del self.jobs[job.handle]
         function.held -= 1
         if job.key is not None:

@@ -82,9 +82,7 @@ class Crews:
             del self._leads[peer.crew]
             self._leaving.discard(peer.crew)
             self._give_up([worker for worker in self._lost if worker.crew == peer.crew])
-            for job in [job for job, lead in self._held.items() if lead is peer]:
-                del self._held[job]
-                self._server.returning.hold(job, for_ever=False)
+            self._hold_for_a_moment(peer)
 
     def are_finishing(self) -> bool:
         """Whether workers that are about to leave have jobs in hand."""
@@ -118,7 +116,11 @@ class Crews:
             self._server.refuse(peer, b"UNKNOWN_OPTION", b"Server does not recognize given option")
             return
         self._join(peer, token)
+        former = self._leads.get(peer.crew)
         self._leads[peer.crew] = peer
+        if former is not None and former is not peer:
+            # It has connected again, and nobody has seen its connection end: it says again what is in hand.
+            self._hold_for_a_moment(former)
         self._server.send(peer, encode_response(PacketType.OPTION_RES, LEAD.rstrip()))
 
     def _leave(self, peer: Peer, nothing: bytes) -> None:
@@ -133,6 +135,25 @@ class Crews:
             and self._server.returning.hold(job, for_ever=True)
         ):
             self._held[job] = peer
+
+    def _hold_for_a_moment(self, lead: Peer) -> None:
+        """Nobody says any more whether those are at their jobs of whom a lead did."""
+        for job in [job for job, its_lead in self._held.items() if its_lead is lead]:
+            del self._held[job]
+            self._server.returning.hold(job, for_ever=False)
+
+    def came_in_vain(self, peer: Peer, handle: bytes) -> None:
+        """
+        A worker says how a job ended that is not its own.
+
+        It may have come back with it before the job was here. If its lead has said since that it is at the
+        job, nobody comes back with it any more: another gets it.
+        """
+        job = self._server.jobs.get(handle)
+        lead = self._held.get(job) if job is not None else None
+        if job is not None and lead is not None and lead.crew == peer.crew:
+            del self._held[job]
+            self._server.returning.give_up(job)
 
     def _hold_no_more(self, peer: Peer, handle: bytes) -> None:
         """The process that had it is gone, before it could come back: another gets the job."""

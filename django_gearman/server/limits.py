@@ -635,7 +635,21 @@ class Limits:
             if gate.turn is None or turn < gate.turn:
                 gate.turn = turn
                 self._numbers -= 1
-                heapq.heappush(gate.limiter.turns, (turn, self._numbers, gate))
+                turns = gate.limiter.turns
+                heapq.heappush(turns, (turn, self._numbers, gate))
+                if len(turns) > 2 * len(gate.limiter.gates) + SHARES:
+                    self._drop_vain_turns(gate.limiter)
+
+    def _drop_vain_turns(self, limiter: Limiter) -> None:
+        """Of keys whose jobs were cancelled while no worker was there, for whom they would be looked at."""
+        kept = []
+        for turn, number, gate in limiter.turns:
+            if gate.turn == turn and gate.blocked:
+                kept.append((turn, number, gate))
+            elif gate.turn == turn:
+                gate.turn = None
+        limiter.turns[:] = kept
+        heapq.heapify(limiter.turns)
 
     def _look_again(self, gate: Gate, at: float) -> None:
         self._numbers -= 1

@@ -61,7 +61,7 @@ class Results:
         handle, numerator, denominator = arguments
         job = peer.running.get(handle)
         if job is None:
-            self._refuse(peer, handle, b"Job given in work result not found")
+            self._refuse(peer, handle, b"Job given in work result not found", has_ended=False)
             return
         job.numerator = numerator
         job.denominator = denominator
@@ -79,7 +79,7 @@ class Results:
     def _pass_on(self, peer: Peer, kind: PacketType, arguments: list[bytes]) -> None:
         job = peer.running.get(arguments[0])
         if job is None:
-            self._refuse(peer, arguments[0], b"Job does not exist on server")
+            self._refuse(peer, arguments[0], b"Job does not exist on server", has_ended=False)
             return
         self._server.tell(job, kind, arguments)
 
@@ -125,10 +125,12 @@ class Results:
             server.send(listener, exception if listener.exceptions else failed)
         server.finish(job, Outcome.FAILED, data)
 
-    def _refuse(self, peer: Peer, handle: bytes, text: bytes) -> None:
+    def _refuse(self, peer: Peer, handle: bytes, text: bytes, *, has_ended: bool = True) -> None:
         # Perl's workers end on an ERROR; that the job was cancelled is not their fault.
         if handle in peer.cancelled:
             return
+        if has_ended and peer.crew:
+            self._server.crews.came_in_vain(peer, handle)
         self._server.refuse(peer, b"JOB_NOT_FOUND", text)
 
     def log(self, peer: Peer, handle: bytes, text: bytes) -> None:

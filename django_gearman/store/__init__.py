@@ -100,7 +100,7 @@ class DatabaseStore:
         self._set_operations = SetOperations(self._db, self._lease)
         self._scheduler = scheduler
         self._history = history
-        self._permits = Permits(using, self._lease.all_now)
+        self._permits = Permits(using, self._lease.those_of)
         self._look_for_limits_at = 0.0
         """Monotonic time from which limits are read again."""
         self._sweep_at = 0.0
@@ -169,10 +169,10 @@ class DatabaseStore:
         """How many background jobs are to do that no other server has; for the start, after ``resume``."""
         with self._db.errors():
             at_door = sum(waiting.ready + waiting.later for waiting in self._door.count().values())
-            ours = self._db.records().filter(server_id=self._lease.id, status__in=JobRecord.LIVE)
+            ((ours,),) = self._db.execute(self._db.sql.count_held, [self._lease.id])
             # The first claim is to tell the core what lies there.
             self._door.count_at = 0.0
-            return at_door + ours.count()
+            return at_door + int(ours)
 
     def claim(self, limit: int, full: Mapping[bytes, int], crowded: Mapping[bytes, Crowd] = {}) -> Claimed:
         scheduler, moment = self._scheduler, current_time()
@@ -216,15 +216,20 @@ class DatabaseStore:
         left: dict[tuple[bytes, int], Waiting] | None = None if door.is_partial else {}
         # What is locked would be counted as jobs that are about to be claimed.
         if door.is_partial and not self._door.has_locked and monotonic() >= self._door.count_at:
-            try:
-                with self._db.errors():
-                    left = self._door.count()
-            except StoreError as error:
-                # What was claimed must be told of all the same.
-                logger.warning("What waits at the door could not be counted: %s", error)
+            left = self._count()
         return Claimed(
             taken, door.more, frozenset(door.emptied), left, door.due_in, self._limits(), cancelled
         )
+
+    def _count(self) -> dict[tuple[bytes, int], Waiting] | None:
+        """How much lies at the door; None when nobody can tell now."""
+        try:
+            with self._db.errors():
+                return self._door.count()
+        except StoreError as error:
+            # What was claimed is ours, must be told of all the same, and is not looked for again.
+            logger.warning("What waits could not be counted: %s", error)
+            return None
 
     def read_limits(self) -> dict[bytes, Limit]:
         """Every limit that is in force; for the start, and then with claims."""

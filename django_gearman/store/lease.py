@@ -7,14 +7,15 @@ What a lease is stands in ``models.ServerLease``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from time import localtime, monotonic, time
 from typing import Any, Final
 
 from django.conf import settings
-from django.db.models import F, Q
+from django.db.models import BigIntegerField, F, Q
+from django.db.models.expressions import RawSQL
 from django.utils import timezone
 
 from ..exceptions import LeaseLost
@@ -62,8 +63,6 @@ class Lease:
         self.has_earlier = False
         """Whether there are more rows of an earlier run to lay at the door."""
         self._looked_for_dead = 0.0
-        self._without_jobs: dict[int, tuple[int, Any]] = {}
-        """{lease of a dead server without jobs: its epoch, and when it was renewed}; as long as both stay."""
         self._out_of_reach = max(seconds * 2 / 3, LONGEST_REST)
         """Seconds without a proof after which nobody may have been able to renew."""
         self._offset = localtime().tm_gmtoff
@@ -85,7 +84,7 @@ class Lease:
                 epoch=F("epoch") + 1, address=address, started_at=DatabaseNow(), renewed_at=DatabaseNow()
             )
             lease.refresh_from_db(using=self._db.using)
-            _, now = self.all_now()
+            _, now = self.those_of([lease.pk])
         if settings.USE_TZ:
             _compare_clocks(wall, now)
         self.id = lease.pk
@@ -131,10 +130,15 @@ class Lease:
             self._judges_from = began + self._seconds
         self.renewed = began
 
-    def all_now(self) -> tuple[dict[int, LeaseNow], float]:
-        """{id: every server's lease}, and the database's time in seconds since 1970; in a transaction."""
+    def those_of(self, ids: Iterable[int]) -> tuple[dict[int, LeaseNow], float]:
+        """
+        {id: the lease} of servers, and the database's time in seconds since 1970; in a transaction.
+
+        Of those that are wanted, and its own: a lease stays when its server is gone for ever.
+        """
         began = monotonic()
-        rows = self._db.execute(self._db.sql.leases, [])
+        wanted = sorted({self.id, *ids})
+        rows = self._db.execute(self._db.sql.leases(len(wanted)), wanted)
         now = 0.0
         if rows:
             now = seconds_of(rows[0][-1])
@@ -205,19 +209,13 @@ class Lease:
         if self._knows_the_clock:
             ran_out |= Q(renewed_at__gt=DatabaseNow() + long)
         silent = leases.filter(ran_out)
-        dead: list[ServerLease] = []
         with self._db.errors():
             self._look_at_clock()
             if monotonic() < self._judges_from:
                 return
-            for lease in silent.exclude(pk=self.id):
-                state = lease.epoch, lease.renewed_at
-                if self._without_jobs.get(lease.pk) == state:
-                    continue
-                if self._held(lease.pk, 1):
-                    dead.append(lease)
-                else:
-                    self._without_jobs[lease.pk] = state
+            # In one statement: of servers that are gone for good there may be thousands.
+            held = RawSQL(self._db.sql.first_held, (), BigIntegerField())  # noqa: S611  # of names alone
+            dead = list(silent.exclude(pk=self.id).alias(held=held).filter(held__isnull=False))
         more = False
         for lease in dead:
             with self.transaction():

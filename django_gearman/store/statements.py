@@ -210,6 +210,12 @@ class Statements:
             f"SELECT {columns['id']} FROM {self._owned} {self._of_server} "
             f"AND COALESCE({columns['server_epoch']}, 0) <> %s ORDER BY {columns['id']} LIMIT %s"
         )
+        self.count_held = f"SELECT COUNT(*) FROM {self._owned} {self._of_server}"
+        owner = f"{self._quote(ServerLease._meta.db_table)}.{self._columns_of(ServerLease)['id']}"
+        # Of a lease, in a query of leases: an index is asked once for each, however many jobs there are.
+        self.first_held = (
+            f"SELECT {columns['id']} FROM {self._owned} {self._of_server.replace('%s', owner)} LIMIT 1"
+        )
 
         def change(assignments: str, condition: str) -> str:
             return f"UPDATE {self._owned} SET {assignments} {self._of_server} AND {condition}"
@@ -262,9 +268,9 @@ class Statements:
         leases = ServerLease.objects.using(connection.alias)
         now, _ = leases.all().query.get_compiler(connection.alias).compile(DatabaseNow())
         self.now = f"SELECT {now}"
-        self.leases = (
+        self._leases = (
             f"SELECT {lease['id']}, {lease['epoch']}, {lease['started_at']}, {lease['renewed_at']}, {now} "
-            f"FROM {table}"
+            f"FROM {table} WHERE {lease['id']} IN "
         )
         self.renew = (
             f"UPDATE {table} SET {lease['renewed_at']} = {now} "
@@ -294,6 +300,10 @@ class Statements:
     def free(self, rows: int) -> str:
         """Which of so many rows lie at the door and are locked by nobody; locks them."""
         return f"{self._free}{self._among(rows, 'bigint')}{SKIP_LOCKED}"
+
+    def leases(self, rows: int) -> str:
+        """So many leases, and the database's time."""
+        return f"{self._leases}({', '.join(['%s'] * rows)})"
 
     def of_keys(self, keys: int) -> str:
         """Key, id and handle of the rows that have one of so many keys."""

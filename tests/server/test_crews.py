@@ -257,6 +257,42 @@ class TestResume:
         passes(wire, 5)
         assert taken(worker) == HANDLE
 
+    def test_lead_that_comes_back_before_its_end_is_seen(self) -> None:
+        """What its first connection has said is its second one's to say."""
+        wire = self.interrupted()
+        former, worker = lead(wire), member(wire)
+        former(P.OPTION_REQ, b"hold " + HANDLE)
+        foreman = lead(wire)
+        passes(wire, 4)
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        passes(wire, 100)
+        assert taken(worker) is None
+        # The process ends while the next connection is made: nobody names its job.
+        lead(wire)
+        former.leaves()
+        foreman.leaves()
+        assert taken(worker) is None
+        passes(wire, 5)
+        assert taken(worker) == HANDLE
+
+    @pytest.mark.parametrize(
+        ("kind", "arguments"),
+        [(P.WORK_COMPLETE, [b"1"]), (P.WORK_FAIL, []), (P.WORK_EXCEPTION, [b"why"])],
+    )
+    def test_worker_that_came_back_before_the_job_was_here(self, kind: P, arguments: list[bytes]) -> None:
+        """The store was slow at the start, and what its lead says comes a little later."""
+        wire = Wire(durable=True)
+        worker, foreman = member(wire), lead(wire)
+        worker(P.OPTION_REQ, b"resume 1 " + HANDLE)
+        wire.core.adopt([StoredJob(HANDLE, b"f", b"", b"w", 0, 0, None)])
+        foreman(P.OPTION_REQ, b"hold " + HANDLE)
+        # It is at it: nobody else gets it as yet.
+        worker(P.WORK_DATA, HANDLE, b"part")
+        member(wire, b"another")(kind, HANDLE, *arguments)
+        assert taken(worker) is None
+        assert worker(kind, HANDLE, *arguments)[0][:2] == (P.ERROR, b"JOB_NOT_FOUND")
+        assert taken(worker) == HANDLE
+
     def test_worker_that_may_not_have_it_after_all(self) -> None:
         wire = self.interrupted()
         foreman, worker, other = lead(wire), member(wire), member(wire)

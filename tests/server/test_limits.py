@@ -96,6 +96,20 @@ class TestConcurrency:
         assert wakes(second)
         assert grab(second) == handle(2)
 
+    def test_keys_are_forgotten_whose_jobs_were_cancelled_before_a_worker_came(self) -> None:
+        wire = limited(Wire(), concurrency=1, keyed=True)
+        submit(wire, 1, key="first")
+        for number in range(2, 500):
+            submit(wire, 1, key=str(number))
+            assert wire.core.cancel(handle(number))
+        limiter = wire.core.limits.limiters[b"f"]
+        assert len(limiter.gates) == 1
+        assert len(limiter.turns) < 110
+        submit(wire, 1, key="2")
+        someone = worker(wire)
+        assert wakes(someone)
+        assert [grab(someone), grab(someone), grab(someone)] == [handle(1), handle(500), None]
+
     @pytest.mark.parametrize("how", ["fail", "leave", "cancel", "withdraw"])
     def test_however_an_attempt_ends(self, how):
         wire = limited(Wire(), concurrency=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from django_gearman.protocol.packets import PacketType as P
+from django_gearman.server import core
 from django_gearman.server.entries import JobDue, JobFinished, JobQueued, Outcome, StoredJob
 
 from .harness import Caller, Wire, handle
@@ -124,6 +125,19 @@ class TestEpoch:
         assert worker.grabs() is None
         passes(wire, 110)
         assert worker.grabs() == handle(1)
+
+    def test_what_was_cancelled_is_forgotten_long_before_its_time(self, monkeypatch):
+        monkeypatch.setattr(core, "ENDED_LIMIT", 3)
+        wire = Wire()
+        worker, client = wire.worker(b"f"), wire.connect()
+        later(client, 20)
+        for number in range(2, 40):
+            later(client, 10_000_000)
+            assert wire.core.cancel(handle(number))
+        assert len(wire.core._delayed) < 10
+        later(client, 10)
+        passes(wire, 30)
+        assert [worker.grabs() for _ in range(3)] == [handle(40), handle(1), None]
 
 
 class TestTimeLimit:

@@ -344,6 +344,12 @@ DEFECTS: Final = [
         "if False]",
     ),
     Defect(
+        "unused permits kept while workers are busy",
+        LIMITS,
+        "last = clock - (UNUSED_BY_BUSY if is_busy else UNUSED)",
+        "last = clock - (math.inf if is_busy else UNUSED)",
+    ),
+    Defect(
         "limited foreground jobs handed out without the store",
         CORE,
         "for each in abilities.values() if each.limiter is None)",

@@ -34,7 +34,7 @@ from django_gearman.server.entries import (
 )
 from django_gearman.server.jobs import HIGH, LOW, NORMAL, Job, JobState
 from django_gearman.server.journal import Batch, Journal
-from django_gearman.server.limits import Limits, key_in
+from django_gearman.server.limits import UNUSED, UNUSED_BY_BUSY, Limits, key_in
 from django_gearman.server.options import FunctionOrder, ServerOptions
 from django_gearman.server.peers import Peer
 from django_gearman.server.window import Window
@@ -268,6 +268,19 @@ class WatchedLimits(Limits):
     def _conceal(self, job: Job, *, give_back: bool) -> None:
         self.model.moves.append(("hide", job.handle, False))
         super()._conceal(job, give_back=give_back)
+
+    def tick(self) -> None:
+        super().tick()
+        clock = self.model.core.clock
+        for limiter in self.limiters.values():
+            if limiter.function is None or not limiter.free:
+                continue
+            # In the end each server has workers for all that it keeps from the others.
+            is_busy = any(peer.running for peer in limiter.function.workers)
+            most = UNUSED_BY_BUSY if is_busy else UNUSED
+            for gate in limiter.gates.values():
+                unused = [job.handle for job, at in gate.free.items() if clock - at >= most]
+                promise(not unused, f"{unused} keep permits that nobody came for in {most:g} s")
 
 
 class Server:
