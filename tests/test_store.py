@@ -775,7 +775,8 @@ class TestTakeOver:
         )
         with CaptureQueriesContext(connection) as queries:
             other._lease.free_jobs_of_the_dead()
-        assert len(queries) == 1
+        # What time it is, and who of them has jobs.
+        assert len(queries) == 2
         with other._lease.transaction():
             assert set(other._lease.those_of([])[0]) == {other.lease_id}
         # Among them one that has jobs is found.
@@ -903,6 +904,8 @@ class TestTakeOver:
         while not taken and now - began < 60.0:
             taken = other.claim(10, {}).jobs
             now += 1.0
+            # That the database's clock does not follow is no news.
+            other._lease._ahead = None
         assert [job.handle for job in taken] == [queued().handle]
         assert 15.0 <= now - began <= 30.0
 
@@ -917,6 +920,8 @@ class TestTakeOver:
         monkeypatch.setattr("django_gearman.store.lease.monotonic", lambda: now)
         other = DatabaseStore("default", "other", lease=lease)
         other.take_lease("")
+        # That the database's clock does not follow is no news.
+        other._lease._ahead = None
         taken: list[StoredJob] = []
         while not taken and now - began < 60.0:
             now += 1.1

@@ -798,15 +798,19 @@ async def _patience(seconds: float) -> AsyncIterator[None]:
     pause = seconds / _PARTS
     timer: asyncio.TimerHandle
 
-    def count(left: int) -> None:
+    def count(left: int, at: float) -> None:
         nonlocal timer
+        now = loop.time()
         if left:
-            timer = loop.call_later(pause, count, left - 1)
+            # To be a little late is ordinary, and must not add up.
+            at = (at if now - at <= pause else now) + pause
+            timer = loop.call_at(at, count, left - 1, at)
         else:
-            limit.reschedule(loop.time())
+            limit.reschedule(now)
 
     async with asyncio.timeout(None) as limit:
-        timer = loop.call_later(pause, count, _PARTS - 1)
+        at = loop.time() + pause
+        timer = loop.call_at(at, count, _PARTS - 1, at)
         try:
             yield
         finally:
