@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from django.db import OperationalError, connections
+from django.db import OperationalError, connection, connections
 
 from django_gearman.exceptions import StoreError
 from django_gearman.models import JobGroup, JobRecord, ServerLease
@@ -567,4 +567,6 @@ def test_without_a_fault(faults: Faults) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_fault_at_every_call(faults: Faults, name: str) -> None:
-    play_all(faults, name, play_scenario)
+    # Other databases take several times as long: there each call has every third kind.
+    step = 1 if connection.vendor == "sqlite" else 3
+    play_all(faults, name, play_scenario, first=list(KINDS).index(name) % step, step=step)
